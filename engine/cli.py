@@ -1,0 +1,63 @@
+"""What every command shares: one clear line on bad input, and exit codes that scripts can rely on.
+
+Exit codes: 0 done, 1 some inputs failed, 2 bad usage or input, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from jsonargparse import ArgumentParser
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Like KeyboardInterrupt it unwinds the stack, so that clean-up runs."""
+
+
+class Parser(ArgumentParser):
+    """An argument parser whose errors are one line: what was wrong, and how to see what is expected."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        line = " ".join(str(message).split())
+        fail(f"{line} (see: {self.prog} --help)", 2)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Print one line to stderr and exit."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command's main function and turn what it returns or raises into an exit code.
+
+    ValueError, TypeError, RuntimeError and OSError are taken to speak to the user: one line, exit code 2. Set
+    GDPO_TRACEBACK=1 to see where they came from.
+    """
+
+    def terminate(signum, frame):
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+    except Terminated:
+        fail("terminated", 143)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left (| head): not an error
+        code = 0
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
+        if os.environ.get("GDPO_TRACEBACK"):
+            raise
+        text = str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.strerror and error.filename:
+            text = f"{error.filename}: {error.strerror}"
+        fail(" ".join(text.split()), 2)
+    sys.exit(code)
