@@ -2,7 +2,7 @@
 
 A package named `kernels` must not be importable from the project root, because transformers and diffusers probe the
 Hugging Face package of that name. So the folder has no `__init__.py` (a regular package elsewhere on the path wins),
-and this module acts as the package: its `__path__` is the installed copy `gdpo/_kernels`, or the folder in the checkout.
+and this module acts as the package: its `__path__` is the installed copy `gdpo/_kernels` or the checkout's folder.
 Names are resolved on first use (PEP 562), so that importing this module loads neither torch nor triton.
 """
 
