@@ -1,0 +1,358 @@
+"""OneStepGenerator: the noise-aware one-step diffusion generator (NAOSD) with unequal timesteps.
+
+A picture's way: LR, upsampled to the output size -> `encode` -> `predict` (noise added at t_noise, one UNet call at
+t_diffusion) -> `decode`. Paper: arXiv 2603.16769, section 3.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from . import lora
+from .codecs import PixelCodec, load_codec, save_codec
+from .prompts import POSITIVE_PROMPT, PromptEncoder
+from .tiny import TinyUNet, TinyUNetConfig
+
+DEFAULT_SCHEDULE = {
+    "_class_name": "DDPMScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+}
+# (t_noise, t_diffusion): the paper's for Stable Diffusion; the tiny preset sees a clean copy beside and needs less.
+TIMESTEPS = {"epsilon": (250, 100), "residual": (60, 50)}
+
+
+class Prediction(NamedTuple):
+    noise_pred: torch.Tensor
+    x0: torch.Tensor
+
+
+def alphas_cumprod(schedule: dict) -> torch.Tensor:
+    """The cumulative product of 1 - beta, float64 [T], of a scheduler_config.json (scaled_linear or linear)."""
+    start, end = schedule.get("beta_start", 0.00085), schedule.get("beta_end", 0.012)
+    steps = schedule.get("num_train_timesteps", 1000)
+    kind = schedule.get("beta_schedule", "scaled_linear")
+    if kind == "scaled_linear":
+        beta = torch.linspace(math.sqrt(start), math.sqrt(end), steps, dtype=torch.float64) ** 2
+    elif kind == "linear":
+        beta = torch.linspace(start, end, steps, dtype=torch.float64)
+    else:
+        raise ValueError(f"scheduler beta_schedule is {kind!r}; scaled_linear and linear are supported")
+    return torch.cumprod(1 - beta, dim=0)
+
+
+class OneStepGenerator(nn.Module):
+    """UNet, latent codec, schedule and prompt of a one-step generator.
+
+    Two parametrisations share every line around them:
+    - "epsilon" (Stable Diffusion): the UNet sees z~ and returns the noise; x0 = (z~ - sqrt(b_d) eps) / sqrt(a_d).
+    - "residual" (tiny): the UNet sees z~ beside the clean condition and returns x0 - condition;
+      eps = (z~ - sqrt(a_d) x0) / sqrt(b_d), the same equation solved the other way.
+    """
+
+    def __init__(
+        self,
+        unet: Any,
+        codec: Any,
+        schedule: dict | None = None,
+        *,
+        parametrization: str = "epsilon",
+        t_noise: int | None = None,
+        t_diffusion: int | None = None,
+        prompt: str = POSITIVE_PROMPT,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_encoder: PromptEncoder | None = None,
+    ):
+        super().__init__()
+        if parametrization not in TIMESTEPS:
+            raise ValueError(f"parametrization must be one of {', '.join(TIMESTEPS)}; got {parametrization!r}")
+        self.unet: Any = unet
+        self.codec: Any = codec
+        self.schedule = dict(schedule or DEFAULT_SCHEDULE)
+        prediction = self.schedule.get("prediction_type", "epsilon")
+        if prediction != "epsilon":
+            raise ValueError(
+                f"scheduler prediction_type is {prediction!r}; this generator needs an epsilon model "
+                "(stable-diffusion-2-1-base, not stable-diffusion-2-1)"
+            )
+        self.parametrization = parametrization
+        default_noise, default_diffusion = TIMESTEPS[parametrization]
+        self.t_noise = default_noise if t_noise is None else int(t_noise)
+        self.t_diffusion = default_diffusion if t_diffusion is None else int(t_diffusion)
+        cumprod = alphas_cumprod(self.schedule)
+        for name, t in (("t_noise", self.t_noise), ("t_diffusion", self.t_diffusion)):
+            if not 0 <= t < len(cumprod):
+                raise ValueError(f"{name} must be in [0, {len(cumprod) - 1}]; got {t}")
+        self.alphas_cumprod = cumprod
+        self.a_n, self.a_d = float(cumprod[self.t_noise]), float(cumprod[self.t_diffusion])
+        self.b_n, self.b_d = 1 - self.a_n, 1 - self.a_d
+        self.prompt, self.prompt_encoder = prompt, prompt_encoder
+        self.prompt_embeds: torch.Tensor | None
+        self.register_buffer("prompt_embeds", prompt_embeds, persistent=False)
+
+    # ---- making, loading, saving
+
+    @classmethod
+    def tiny(cls, config: TinyUNetConfig | None = None, *, seed: int = 0, **kwargs) -> OneStepGenerator:
+        """A fresh generator of the tiny preset (VAE-free), initialised by `seed` alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(TinyUNet(config), PixelCodec(4), parametrization="residual", **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        t_noise: int | None = None,
+        t_diffusion: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> OneStepGenerator:
+        """Load a diffusers folder (unet/ vae/ scheduler/ ...), with its `generator.json` and LoRA folders if any.
+
+        Args:
+            folder: a local folder, or "hub:ORG/NAME" (the only form that touches the network).
+            t_noise, t_diffusion: override the timesteps that the folder remembers.
+            dtype: of the base weights (LoRA weights stay fp32).
+
+        Raises:
+            FileNotFoundError, ValueError: naming the file and what was expected in it.
+        """
+        root = _resolve(folder)
+        saved = _json(root / "generator.json") if (root / "generator.json").is_file() else {}
+        schedule_file = root / "scheduler" / "scheduler_config.json"
+        schedule = _json(schedule_file) if schedule_file.is_file() else None
+        unet = _load_unet(root / "unet", dtype)
+        codec = load_codec(root / "vae", dtype)
+        embeds_file, embeds = root / "prompt_embeds.safetensors", None
+        if embeds_file.is_file():
+            from safetensors.torch import load_file
+
+            embeds = load_file(embeds_file)["prompt_embeds"]
+        generator = cls(
+            unet,
+            codec,
+            schedule,
+            parametrization="residual" if isinstance(unet, TinyUNet) else "epsilon",
+            t_noise=saved.get("t_noise") if t_noise is None else t_noise,
+            t_diffusion=saved.get("t_diffusion") if t_diffusion is None else t_diffusion,
+            prompt=saved.get("prompt", POSITIVE_PROMPT),
+            prompt_embeds=embeds,
+            prompt_encoder=None if isinstance(unet, TinyUNet) else PromptEncoder(root),
+        )
+        for module, name in ((unet, "unet_lora"), (generator.vae, "vae_lora")):
+            if module is not None and (root / name).is_dir():
+                lora.load(module, root / name)
+        return generator.requires_grad_(False).eval()
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write a complete folder, whole or not at all: base weights, live LoRA apart, timesteps, prompt embedding.
+
+        An existing folder is replaced only when the new one is complete. The text encoder is copied when it was loaded
+        from a folder that has one.
+        """
+        from safetensors.torch import save_file
+
+        from .storage import staged_folder
+
+        with staged_folder(Path(folder)) as root:
+            self._save_unet(root / "unet")
+            save_codec(_without_lora(self.codec), root / "vae")
+            for module, name in ((self.unet, "unet_lora"), (self.vae, "vae_lora")):
+                if module is not None and lora.adapters(module):
+                    lora.save(module, root / name)
+            (root / "scheduler").mkdir()
+            _write_json(root / "scheduler" / "scheduler_config.json", self.schedule)
+            remembered = {
+                "t_noise": self.t_noise,
+                "t_diffusion": self.t_diffusion,
+                "parametrization": self.parametrization,
+                "prompt": self.prompt,
+            }
+            _write_json(root / "generator.json", remembered)
+            if self.uses_text:
+                embeds = self.text_embeds(1).float().cpu().contiguous()
+                save_file({"prompt_embeds": embeds}, root / "prompt_embeds.safetensors")
+                self._copy_text_models(root)
+
+    def _save_unet(self, folder: Path) -> None:
+        unet = _without_lora(self.unet)
+        if isinstance(unet, TinyUNet):
+            from safetensors.torch import save_file
+
+            folder.mkdir()
+            _write_json(folder / "config.json", unet.config_dict())
+            state = {k: v.detach().cpu().contiguous() for k, v in unet.state_dict().items()}
+            save_file(state, folder / "diffusion_pytorch_model.safetensors")
+        else:
+            unet.save_pretrained(folder)
+
+    def _copy_text_models(self, root: Path) -> None:
+        import shutil
+
+        source = self.prompt_encoder.folder if self.prompt_encoder else None
+        for part in ("text_encoder", "tokenizer"):
+            if source and (source / part).is_dir():
+                shutil.copytree(source / part, root / part)
+
+    # ---- the method
+
+    @property
+    def uses_text(self) -> bool:
+        """Whether the UNet has cross-attention."""
+        return self.parametrization == "epsilon"
+
+    @property
+    def vae(self) -> Any:
+        """The learned autoencoder inside the codec, or None for the VAE-free codec."""
+        return getattr(self.codec, "vae", None)
+
+    @property
+    def multiple(self) -> int:
+        """Image H and W must be multiples of this."""
+        if isinstance(self.unet, TinyUNet):
+            return self.codec.factor * self.unet.multiple
+        return self.codec.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    def encode(self, images: torch.Tensor, sample_posterior: bool = False) -> torch.Tensor:
+        """images [B,3,H,W] in [-1,1] -> scaled latents [B,C,H/f,W/f]. H and W must be multiples of `multiple`."""
+        m = self.multiple
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % m or images.shape[3] % m:
+            raise ValueError(f"images must be [B,3,H,W] with H and W multiples of {m}; got {tuple(images.shape)}")
+        return self.codec.encode(images, sample_posterior)
+
+    def predict(
+        self,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        prompt_embeds: torch.Tensor | None = None,
+        condition: torch.Tensor | None = None,
+    ) -> Prediction:
+        """One diffusion step: z~ = sqrt(a_n) z + sqrt(b_n) eps, then the UNet at t_diffusion (paper, NAOSD).
+
+        Args:
+            latents, noise: [B,C,h,w].
+            prompt_embeds: [B,L,D] or [1,L,D]; None takes the fixed prompt.
+            condition: clean latents [B,C,h,w] that the residual parametrisation sees beside z~; None means `latents`
+                (restoring). The GDPO loss noises a SAMPLE and conditions on the LR. Not used by "epsilon".
+
+        Returns:
+            (noise_pred, x0), both like latents, tied by x0 = (z~ - sqrt(b_d) noise_pred) / sqrt(a_d).
+        """
+        if latents.shape != noise.shape:
+            raise ValueError(f"noise must have the shape of latents {tuple(latents.shape)}; got {tuple(noise.shape)}")
+        noisy = math.sqrt(self.a_n) * latents + math.sqrt(self.b_n) * noise
+        if self.parametrization == "residual":
+            condition = latents if condition is None else condition
+            x0 = condition + self.unet(torch.cat([noisy, condition], dim=1), self.t_diffusion).sample
+            return Prediction((noisy - math.sqrt(self.a_d) * x0) / math.sqrt(self.b_d), x0)
+        text = self.text_embeds(len(latents)) if prompt_embeds is None else prompt_embeds.expand(len(latents), -1, -1)
+        noise_pred = self.unet(noisy, self.t_diffusion, encoder_hidden_states=text.to(noisy.dtype)).sample
+        return Prediction(noise_pred, (noisy - math.sqrt(self.b_d) * noise_pred) / math.sqrt(self.a_d))
+
+    def decode(self, x0: torch.Tensor) -> torch.Tensor:
+        """x0 [B,C,h,w] -> images [B,3,H,W] clamped to [-1,1]."""
+        return self.codec.decode(x0).clamp(-1, 1)
+
+    def text_embeds(self, batch: int) -> torch.Tensor:
+        """The fixed prompt's embedding, [batch,L,D], encoded at the first call."""
+        if self.prompt_embeds is None:
+            if self.prompt_encoder is None:
+                raise ValueError("this generator has no prompt embedding; pass prompt_embeds [B,L,D]")
+            parameter = next(self.unet.parameters())
+            self.prompt_embeds = self.prompt_encoder([self.prompt]).to(parameter.device, parameter.dtype)
+        return self.prompt_embeds.expand(batch, -1, -1)
+
+    # ---- LoRA
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the generator is its own frozen reference: the UNet's LoRA is switched off. Not a second copy."""
+        with lora.using([self.unet], None):
+            yield
+
+    def merge_lora(self, strength: float = 1.0) -> OneStepGenerator:
+        """Fold live LoRA weights into the base, at a strength in [0,1] (0 drops them), and return self."""
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength must be in [0,1]; got {strength}")
+        for module in (self.unet, self.vae):
+            if module is not None:
+                lora.merge(module, strength)
+        return self
+
+
+def _resolve(folder: str | os.PathLike[str]) -> Path:
+    text = os.fspath(folder)
+    if text.startswith("hub:"):
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(text.removeprefix("hub:")))
+    path = Path(text)
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{text}: no such folder; a model is a diffusers folder (to download one: hub:ORG/NAME)"
+        )
+    return path
+
+
+def _json(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: must hold a JSON object; got {type(content).__name__}")
+    return content
+
+
+def _write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _load_unet(folder: Path, dtype: torch.dtype | None) -> Any:
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder / 'config.json'}: no such file; a model folder needs unet/config.json")
+    config = _json(folder / "config.json")
+    kind = config.get("_class_name")
+    if kind == "TinyUNet":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        weights = folder / "diffusion_pytorch_model.safetensors"
+        if not weights.is_file():
+            raise FileNotFoundError(f"{weights}: no such file; the model's weights are missing")
+        unet = TinyUNet.from_config(config)
+        try:
+            unet.load_state_dict(load_file(weights))
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{weights} does not fit unet/config.json: {str(error).splitlines()[0]}") from None
+        return unet.to(dtype) if dtype else unet
+    if kind != "UNet2DConditionModel":
+        raise ValueError(f"{folder / 'config.json'}: _class_name is {kind!r}; known are UNet2DConditionModel, TinyUNet")
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel.from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True)
+
+
+def _without_lora(module: Any) -> Any:
+    """The module itself when it has no adapter, else a copy with the bare base weights."""
+    inner = getattr(module, "vae", module)
+    if not lora.adapters(inner):
+        return module
+    import copy
+
+    bare = copy.deepcopy(module)
+    lora.merge(getattr(bare, "vae", bare), 0.0)
+    return bare

@@ -1,0 +1,39 @@
+"""Folders that are either whole or absent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from engine.files import fsync
+
+
+def fsync_tree(folder: Path) -> None:
+    """Flush every file below a folder, and the folders, to the disk."""
+    for root, _, files in os.walk(folder):
+        for name in files:
+            fsync(Path(root) / name)
+        fsync(Path(root))
+
+
+@contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """Yield a new folder beside `target`; on a clean exit it is fsynced and replaces target, else it is removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged = target.parent / f".{target.name}.staged-{os.getpid()}"
+    retired = target.parent / f".{target.name}.retired-{os.getpid()}"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir()
+    try:
+        yield staged
+        fsync_tree(staged)
+        if target.exists():
+            os.replace(target, retired)
+        os.replace(staged, target)
+        fsync(target.parent)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        shutil.rmtree(retired, ignore_errors=True)
