@@ -14,8 +14,10 @@ from torch import nn
 from .randomness import seed_of
 
 # The layers that OSEDiff and the released GDPO code adapt; conv_in of the UNet is trained whole.
-UNET_TARGETS = r"(.*\.)?(to_q|to_k|to_v|to_out\.0|conv|conv1|conv2|conv_shortcut|conv_out|"
+UNET_TARGETS = (
+    r"(.*\.)?(to_q|to_k|to_v|to_out\.0|conv|conv1|conv2|conv_shortcut|conv_out|"
     r"proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2)"
+)
 VAE_ENCODER_TARGETS = (
     r"encoder\.(.*\.)?(conv|conv1|conv2|conv_in|conv_out|conv_shortcut|to_q|to_k|to_v|to_out\.0)|quant_conv"
 )
