@@ -1,0 +1,1 @@
+"""Training: `python -m gdpo.train naosd|gdpo --config F.yaml [--any.key value]`."""

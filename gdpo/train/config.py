@@ -1,0 +1,252 @@
+"""The options of training: dataclasses, read from YAML and overridden on the command line.
+
+Leaf names follow diffusers' training scripts, the RL names follow TRL.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from ..degradation import DegradationConfig
+
+
+@dataclass
+class ModelConfig:
+    """Where the generator comes from and what of it is trained.
+
+    Args:
+        pretrained: a model folder (diffusers layout) or "tiny": a fresh generator of the tiny preset.
+        t_noise: timestep of the noise added to the latent; None takes what the folder remembers.
+        t_diffusion: timestep at which the UNet is called; None takes what the folder remembers.
+        full: train every weight of the UNet instead of a LoRA (naosd only; the tiny preset's way).
+        lora_rank: rank of the UNet's LoRA (and of the VAE encoder's in naosd).
+        lora_alpha: the LoRA scale is lora_alpha/lora_rank; None means equal to the rank.
+        prompt: the fixed prompt of models with cross-attention; None takes what the folder remembers.
+        gradient_checkpointing: recompute activations in the backward pass.
+        channels_last: memory format of convolution weights and activations.
+        block_out_channels: widths of a fresh tiny UNet.
+        layers_per_block: residual blocks per width of a fresh tiny UNet.
+    """
+
+    pretrained: str = "tiny"
+    t_noise: int | None = None
+    t_diffusion: int | None = None
+    full: bool = False
+    lora_rank: int = 4
+    lora_alpha: int | None = None
+    prompt: str | None = None
+    gradient_checkpointing: bool = False
+    channels_last: bool = True
+    block_out_channels: tuple[int, ...] = (64, 96, 128)
+    layers_per_block: int = 2
+
+
+@dataclass
+class DataConfig:
+    """The photos.
+
+    Args:
+        folder: a folder made by `python -m gdpo.prepare`, or any folder of pictures.
+        crop_size: side of the square HR crops.
+        num_workers: data loader processes (0: in this process).
+        captions: use the captions.jsonl of the folder as prompts instead of the fixed prompt.
+    """
+
+    folder: str = "data/crops"
+    crop_size: int = 512
+    num_workers: int = 0
+    captions: bool = False
+
+
+@dataclass
+class TrainConfig:
+    """What both methods share.
+
+    Args:
+        output_dir: the run's folder: config, metrics.jsonl, checkpoints, pictures, and the trained model at the end.
+        seed: of everything random.
+        train_batch_size: images per process and micro-batch.
+        gradient_accumulation_steps: micro-batches per optimiser step.
+        max_train_steps: optimiser steps of the whole run.
+        learning_rate: peak learning rate of AdamW.
+        lr_scheduler: after the warm-up.
+        lr_warmup_steps: linear warm-up.
+        adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon: AdamW.
+        max_grad_norm: gradients are clipped to this norm; 0 switches clipping off.
+        ema_decay: exponential moving average of the trained weights; 0 is off. The model saved is then the average.
+        mixed_precision: autocast precision of the forward passes; "auto" is bf16 on CUDA, no on a CPU.
+        checkpointing_steps: steps between checkpoints.
+        checkpoints_total_limit: how many are kept (at least 2).
+        resume_from_checkpoint: "latest", "auto" (latest if there is one), or a checkpoint folder.
+        validation_steps: steps between before/after sheets; 0 draws one at the end only.
+        validation_images: pictures on a sheet.
+        logging_steps: steps between rows of metrics.
+        report_to: tracker beside metrics.jsonl.
+        backend: of gdpo.kernels.
+    """
+
+    output_dir: str = "runs/train"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    degradation: DegradationConfig = field(default_factory=DegradationConfig)
+    train_batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    max_train_steps: int = 1000
+    learning_rate: float = 5e-5
+    lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
+    lr_warmup_steps: int = 0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 1e-2
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.0
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int = 3
+    resume_from_checkpoint: str | None = None
+    validation_steps: int = 500
+    validation_images: int = 4
+    logging_steps: int = 1
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+    backend: Literal["auto", "torch", "triton"] = "auto"
+
+    def validate(self) -> None:
+        """Raise ValueError naming the option, what it must be, and what it is."""
+        positive = (
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "max_train_steps",
+            "checkpointing_steps",
+            "logging_steps",
+        )
+        for name in positive:
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _require(
+            self.checkpoints_total_limit >= 2, "checkpoints_total_limit", "at least 2", self.checkpoints_total_limit
+        )
+        _require(self.learning_rate > 0, "learning_rate", "above 0", self.learning_rate)
+        _require(0 <= self.ema_decay < 1, "ema_decay", "in [0,1)", self.ema_decay)
+        _require(self.max_grad_norm >= 0, "max_grad_norm", "0 or more", self.max_grad_norm)
+        _require(self.validation_steps >= 0, "validation_steps", "0 or more", self.validation_steps)
+        _require(self.model.lora_rank >= 1, "model.lora_rank", "at least 1", self.model.lora_rank)
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the run that it continues: all that the weights depend on."""
+        free = {
+            "output_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
+            "validation_steps", "validation_images", "logging_steps", "report_to", "train_batch_size",
+            "gradient_accumulation_steps", "backend",
+        }  # fmt: skip
+        if self.lr_scheduler != "constant":
+            free.discard("max_train_steps")
+        own = {k: v for k, v in asdict(self).items() if k not in free}
+        own["data"] = {k: v for k, v in own["data"].items() if k != "num_workers"}
+        own["model"] = {k: v for k, v in own["model"].items() if k != "gradient_checkpointing"}
+        return own
+
+
+@dataclass
+class NAOSDConfig(TrainConfig):
+    """Noise-aware one-step diffusion: supervised training of the generator (paper: L2 + 2 LPIPS + VSD).
+
+    Args:
+        pixel: the pixel loss (the released code uses l2, the paper says l1).
+        pixel_weight, perceptual_weight, vsd_weight: weights of the three losses; 0 switches one off.
+        perceptual: "lpips" (package lpips), "vgg" (see python -m gdpo.assets vgg16) or "auto": LPIPS when installed.
+        perceptual_size: side of a random crop on which the perceptual distance is computed; 0 is the whole picture.
+        num_noises: noises drawn per picture in a step. With 2 or more, `diversity` has an effect.
+        diversity: weight of the spread term of the energy score, E d(x,y) - diversity/2 E d(x,x'), on the perceptual
+            distance: 1 rewards samples that are as spread as the truth is uncertain, 0 is the plain distance.
+        vsd_cfg: guidance scale of the VSD teacher.
+        vsd_t: range of VSD timesteps as fractions of T.
+        vsd_lora_rank, vsd_learning_rate: of the LoRA "fake" model that is trained beside.
+        negative_prompt: of the teacher's guidance; None is the paper's.
+    """
+
+    pixel: Literal["l2", "l1"] = "l2"
+    pixel_weight: float = 1.0
+    perceptual: Literal["auto", "lpips", "vgg"] = "auto"
+    perceptual_weight: float = 2.0
+    perceptual_size: int = 0
+    num_noises: int = 1
+    diversity: float = 0.0
+    vsd_weight: float = 1.0
+    vsd_cfg: float = 7.5
+    vsd_t: tuple[float, float] = (0.02, 0.5)
+    vsd_lora_rank: int = 4
+    vsd_learning_rate: float = 5e-5
+    negative_prompt: str | None = None
+
+    def validate(self) -> None:
+        super().validate()
+        for name in ("pixel_weight", "perceptual_weight", "vsd_weight", "diversity"):
+            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        _require(self.num_noises >= 1, "num_noises", "at least 1", self.num_noises)
+        _require(
+            not (self.diversity and self.num_noises < 2),
+            "diversity",
+            "0 unless num_noises is 2 or more",
+            self.diversity,
+        )
+        _require(0 <= self.vsd_t[0] < self.vsd_t[1] <= 1, "vsd_t", "an increasing pair in [0,1]", self.vsd_t)
+        if self.vsd_weight and self.model.full:
+            raise ValueError("vsd_weight must be 0 with model.full: VSD needs the pretrained UNet as its teacher")
+
+
+@dataclass
+class GDPOConfig(TrainConfig):
+    """Group direct preference optimisation of a trained generator.
+
+    Args:
+        algorithm: "gdpo" (the whole group, weighted by advantage) or "dpo" (best against worst).
+        num_generations: G, samples per picture.
+        beta: of the loss.
+        reward_funcs: names of the registry or module:function of your own; see gdpo.rewards. "region_fidelity" and
+            "region_detail" measure fidelity where the picture is smooth and detail where it is textured.
+        reward_weights: one number per reward function, relative within its kind; None weighs alike.
+        rho: "auto" weighs fidelity by the smooth and perception by the textured share of the picture (the paper);
+            a number in [0,1] fixes the smooth share.
+        texture_threshold: complexity above which a patch counts as texture.
+        texture_weighted_loss: weight the log-ratio per latent pixel by the texture mask (not in the paper).
+        shared_noise: one fresh noise for the whole group in the loss instead of one each (not in the paper): what
+            depends on the noise alone then cancels between samples, because advantages sum to zero.
+        reuse_latents: take the sampled latents as they are instead of decoding and encoding them (not in the paper).
+        sample_batch_size: pictures generated or encoded at once; 0 is all B*G.
+    """
+
+    algorithm: Literal["gdpo", "dpo"] = "gdpo"
+    num_generations: int = 6
+    beta: float = 5000.0
+    reward_funcs: list[str] = field(default_factory=lambda: ["psnr_y", "maniqa", "musiq"])
+    reward_weights: list[float] | None = None
+    rho: float | Literal["auto"] = "auto"
+    texture_threshold: float = 50.0
+    texture_weighted_loss: bool = False
+    shared_noise: bool = False
+    reuse_latents: bool = False
+    sample_batch_size: int = 0
+
+    def validate(self) -> None:
+        super().validate()
+        _require(self.num_generations >= 2, "num_generations", "at least 2 (a group is compared)", self.num_generations)
+        _require(self.beta > 0, "beta", "above 0", self.beta)
+        _require(bool(self.reward_funcs), "reward_funcs", "at least one name", self.reward_funcs)
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"reward_weights must have one number per reward function ({len(self.reward_funcs)}); "
+                f"got {len(self.reward_weights)}"
+            )
+        if self.rho != "auto":
+            _require(0 <= float(self.rho) <= 1, "rho", "'auto' or a number in [0,1]", self.rho)
+        _require(
+            not self.model.full, "model.full", "false for gdpo (the reference is the UNet with its LoRA off)", True
+        )
+        _require(self.model.pretrained != "tiny", "model.pretrained", "the folder of a trained generator", "tiny")
+
+
+def _require(ok: bool, name: str, expected: str, actual: object) -> None:
+    if not ok:
+        raise ValueError(f"{name} must be {expected}; got {actual}")

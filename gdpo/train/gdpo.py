@@ -1,0 +1,168 @@
+"""GDPO: group direct preference optimisation of a trained one-step generator (paper, section 3.2 and 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+
+from gdpo.kernels import attribute_ratios, attribute_reward, attribute_statistics, gdpo_loss
+
+from .. import lora
+from ..data import Batch
+from ..degradation import Degradation
+from ..rewards import build_rewards
+from .config import GDPOConfig
+from .setup import Prompts, base_generator, group_noise, lora_targets
+
+LUMA = (0.299, 0.587, 0.114)
+
+
+class GDPO:
+    """The method: what is trained, and one micro-batch of it."""
+
+    def __init__(self, config: GDPOConfig, accelerator: Accelerator):
+        self.config, self.accelerator = config, accelerator
+        self.generator = base_generator(config, accelerator)
+        model = config.model
+        lora.add(
+            self.generator.unet, model.lora_rank, lora_targets(self.generator), alpha=model.lora_alpha, seed=config.seed
+        )  # fmt: skip
+        self.generator.requires_grad_(False)
+        self.trained = lora.parameters(self.generator.unet)
+        for p in self.trained.values():
+            p.requires_grad_(True)
+        self.groups = {"policy": (config.learning_rate, self.trained)}
+        self.degrade = Degradation(config.degradation)
+        self.prompts = Prompts(self.generator, config.data.captions, accelerator.device)
+        self.rewards = build_rewards(config.reward_funcs, device=accelerator.device)
+
+    def step(self, batch: Batch, step: int, backward: Callable[[torch.Tensor], None]) -> dict[str, torch.Tensor]:
+        """One micro-batch: sample a group, score it, learn from the comparison. Shapes: B images, G samples each."""
+        config, generator, g = self.config, self.generator, self.config.num_generations
+        hr = batch.hr * 2 - 1  # [B,3,H,W]
+        _, lr_up = self.degrade(batch.hr, seed=config.seed, step=step, samples=batch.samples)
+        with torch.no_grad(), self.accelerator.autocast():
+            text = self._grouped(self.prompts(batch))
+            condition = self._grouped(generator.encode(lr_up * 2 - 1))  # [B*G,C,h,w], image after image
+            noise = group_noise(condition.shape, config.seed, "sample", batch.samples, g).to(condition)
+            with generator.reference():
+                x0 = self._chunked(lambda z, n, c: generator.predict(z, n, c).x0, condition, noise, text)
+            images = self._chunked(generator.decode, x0).unflatten(0, (-1, g))  # [B,G,3,H,W]
+        advantage, mask, metrics = self._advantage(images.float(), hr)
+
+        if config.algorithm == "dpo":  # best against worst: a group of two
+            best, worst = advantage.argmax(1), advantage.argmin(1)
+            keep = torch.stack([best, worst], dim=1)  # [B,2]
+            told_apart = (advantage.gather(1, keep).diff(dim=1) != 0).float()  # a tie teaches nothing
+            advantage = torch.tensor([[1.0, -1.0]], device=keep.device) * told_apart
+        else:
+            keep = torch.arange(g, device=images.device).expand(len(images), -1)
+        advantage, images = advantage.float(), _pick(images, keep)
+        x0, condition = _pick(x0.unflatten(0, (-1, g)), keep), _pick(condition.unflatten(0, (-1, g)), keep)
+        text = None if text is None else _pick(text.unflatten(0, (-1, g)), keep).flatten(0, 1)
+
+        with torch.no_grad(), self.accelerator.autocast():
+            flat = condition.flatten(0, 1)
+            if config.reuse_latents:
+                latents = x0.flatten(0, 1)
+            else:
+                latents = self._chunked(generator.encode, images.flatten(0, 1))
+            fresh = group_noise(latents.shape, config.seed, "loss", batch.samples, g).to(latents).unflatten(0, (-1, g))
+            fresh = fresh[:, :1].expand_as(fresh) if config.shared_noise else fresh
+            fresh = _pick(fresh, keep).flatten(0, 1)
+            with generator.reference():
+                ref_pred = self._chunked(
+                    lambda z, n, c, d: generator.predict(z, n, c, d).noise_pred, latents, fresh, text, flat
+                )
+        with self.accelerator.autocast():
+            pred = generator.predict(latents, fresh, text, flat).noise_pred
+        k = keep.shape[1]
+        loss, margin = gdpo_loss(
+            pred.float().unflatten(0, (-1, k)),
+            fresh.float().unflatten(0, (-1, k)),
+            ref_pred.float().unflatten(0, (-1, k)),
+            advantage,
+            beta=config.beta,
+            weight=self._loss_weight(mask, latents),
+            backend=config.backend,
+        )
+        backward(loss)
+        metrics |= {
+            "loss": loss,
+            "rewards/margins": margin.mean(),
+            "rewards/accuracies": (margin > 0).float().mean(),
+        }
+        return {k: v.detach() for k, v in metrics.items()}
+
+    @torch.no_grad()
+    def _advantage(self, images: torch.Tensor, hr: torch.Tensor):
+        """Scores of samples [B,G,3,H,W] -> advantage [B,G], texture mask [B,H,W], metrics for the log."""
+        config = self.config
+        gray = ((hr + 1) / 2 * hr.new_tensor(LUMA)[:, None, None]).sum(1)
+        smooth, texture, mask = attribute_ratios(gray, threshold=config.texture_threshold, backend=config.backend)
+        if config.rho == "auto":
+            smooth, texture = (smooth * 100).round() / 100, (texture * 100).round() / 100  # as the released code
+        else:
+            smooth = torch.full_like(smooth, float(config.rho))
+            texture = 1 - smooth
+        statistics = attribute_statistics(images, hr, mask, backend=config.backend)
+        scores = {r.name: r.score(images, hr, statistics) for r in self.rewards}  # [B,G] each, higher is better
+        kinds = {k: [scores[r.name] for r in self.rewards if r.kind == k] for k in ("fidelity", "perceptual")}
+        fidelity, perceptual = (
+            torch.stack(kinds[k], dim=-1) if kinds[k] else images.new_zeros(*images.shape[:2], 1)
+            for k in ("fidelity", "perceptual")
+        )
+        advantage = attribute_reward(fidelity, perceptual, smooth, texture, backend=config.backend)
+        metrics = {f"rewards/{name}/mean": s.mean() for name, s in scores.items()}
+        metrics |= {f"rewards/{name}/std": s.std(dim=1).mean() for name, s in scores.items()}
+        metrics["frac_reward_zero_std"] = (advantage == 0).all(dim=1).float().mean()
+        metrics["texture_share"] = texture.mean()
+        return advantage, mask, metrics
+
+    def _grouped(self, x: torch.Tensor | None) -> torch.Tensor | None:
+        """[B,...] -> [B*G,...], the G copies of an image side by side (so that prompts and images stay together)."""
+        return None if x is None else x.repeat_interleave(self.config.num_generations, dim=0)
+
+    def _chunked(self, run: Callable[..., torch.Tensor], *inputs: torch.Tensor | None) -> torch.Tensor:
+        """Run over the first dimension in pieces of sample_batch_size."""
+        size = self.config.sample_batch_size
+        n = next(len(x) for x in inputs if x is not None)
+        if not size or size >= n:
+            return run(*inputs)
+        starts = range(0, n, size)
+        return torch.cat([run(*(None if x is None else x[i : i + size] for x in inputs)) for i in starts])
+
+    def _loss_weight(self, mask: torch.Tensor, latents: torch.Tensor) -> torch.Tensor | None:
+        """The texture mask at the latent's resolution, or None (the paper)."""
+        if not self.config.texture_weighted_loss:
+            return None
+        share = F.adaptive_avg_pool2d(mask.float()[:, None], latents.shape[-2:])[:, 0]
+        return share + 1e-3  # a picture without texture keeps a uniform weight
+
+    @torch.no_grad()
+    def preview(self, batch: Batch) -> list[tuple[str, torch.Tensor]]:
+        """Columns of the before/after sheet for held-out pictures: the same noise before and after."""
+        generator = self.generator.eval()
+        lr, _ = self.degrade(batch.hr, seed=self.config.seed, step=0, samples=batch.samples)
+        bicubic = self.degrade.upsample(lr) * 2 - 1
+        with self.accelerator.autocast():
+            latents, text = generator.encode(bicubic), self.prompts(batch)
+            noise = group_noise(latents.shape, self.config.seed, "preview", batch.samples, 1).to(latents)
+            with generator.reference():
+                before = generator.decode(generator.predict(latents, noise, text).x0)
+            after = generator.decode(generator.predict(latents, noise, text).x0)
+        generator.train()
+        return [("bicubic", bicubic), ("before", before), ("GDPO", after), ("HR", batch.hr * 2 - 1)]
+
+    def save(self, folder: Path) -> None:
+        """Write the base with the policy's LoRA beside it, so that `gdpo.merge --strength` can choose how much."""
+        self.generator.save_pretrained(folder)
+
+
+def _pick(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """x [B,G,...], keep [B,K] -> [B,K,...]."""
+    return x[torch.arange(len(x), device=x.device)[:, None], keep]

@@ -1,0 +1,73 @@
+"""Before/after sheets and training curves, as PNG."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from engine.files import atomic_path
+
+_BAR = 18
+
+
+def sheet(columns: list[tuple[str, torch.Tensor]], path: Path) -> None:
+    """Write a sheet: a row per picture, a titled column per version.
+
+    Args:
+        columns: (title, images [B,3,H,W] in [-1,1]), all of one shape.
+    """
+    first = columns[0][1]
+    b, _, h, w = first.shape
+    page = Image.new("RGB", (len(columns) * (w + 4) - 4, b * (h + 4) + _BAR - 4), "white")
+    draw = ImageDraw.Draw(page)
+    for x, (title, images) in enumerate(columns):
+        draw.text((x * (w + 4) + 2, 3), title, fill="black")
+        pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        for y in range(b):
+            page.paste(Image.fromarray(pixels[y]), (x * (w + 4), y * (h + 4) + _BAR))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as staged:
+        page.save(staged)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Rows of metrics.jsonl; a line cut by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def curves(metrics: Path, path: Path) -> None:
+    """Draw every metric of metrics.jsonl over the steps, with a running mean."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(metrics)
+    hidden = {"step", "step_time", "learning_rate"}
+    names = sorted({k for r in rows for k in r} - hidden, key=lambda k: (k != "loss", not k.startswith("reward"), k))
+    if not names:
+        return
+    across = min(3, len(names))
+    down = -(-len(names) // across)
+    figure = Figure(figsize=(5 * across, 3 * down), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, name in zip(np.atleast_1d(figure.subplots(down, across, squeeze=False)).flat, names):
+        points = [(r["step"], r[name]) for r in rows if name in r]
+        x, y = np.array([p[0] for p in points]), np.array([p[1] for p in points], float)
+        axes.plot(x, y, color="0.75", linewidth=0.8)
+        window = max(1, len(y) // 25)
+        if window > 1:
+            smooth = np.convolve(y, np.ones(window) / window, mode="valid")
+            axes.plot(x[window - 1 :], smooth, color="C0")
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel("step", fontsize=8)
+    with atomic_path(path) as staged:
+        figure.savefig(staged, dpi=90)

@@ -1,0 +1,90 @@
+"""What both methods need before their first step: the generator on its device, the text, the noise."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+
+from .. import lora
+from ..data import Batch, CropDataset, loader
+from ..generator import OneStepGenerator
+from ..prompts import PromptEncoder
+from ..randomness import normal
+from ..tiny import TinyUNet, TinyUNetConfig
+from .config import TrainConfig
+
+
+def precision(config: TrainConfig) -> str:
+    """The autocast precision: "auto" is bf16 on a GPU that has it, else none."""
+    if config.mixed_precision != "auto":
+        return config.mixed_precision
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+
+
+def base_generator(config: TrainConfig, accelerator: Accelerator) -> OneStepGenerator:
+    """Load (or make) the generator with earlier LoRA weights merged: the frozen base that training starts from.
+
+    The base is held once, in the training precision when only a LoRA is trained on it.
+    """
+    model = config.model
+    if model.pretrained == "tiny":
+        shape = TinyUNetConfig(block_out_channels=model.block_out_channels, layers_per_block=model.layers_per_block)
+        generator = OneStepGenerator.tiny(
+            shape, seed=config.seed, t_noise=model.t_noise, t_diffusion=model.t_diffusion
+        ).requires_grad_(False)
+    else:
+        generator = OneStepGenerator.from_pretrained(model.pretrained, model.t_noise, model.t_diffusion).merge_lora()
+    if model.prompt is not None and generator.uses_text:
+        generator.prompt, generator.prompt_embeds = model.prompt, None
+    if config.data.crop_size % generator.multiple:
+        raise ValueError(
+            f"data.crop_size must be a multiple of {generator.multiple} for this model; got {config.data.crop_size}"
+        )
+    if not model.full:
+        generator.to({"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32))
+    if model.gradient_checkpointing:
+        generator.unet.enable_gradient_checkpointing()
+    if model.channels_last:
+        generator.to(memory_format=torch.channels_last)
+    return generator.to(accelerator.device).train()
+
+
+def validation_batch(config: TrainConfig) -> Batch | None:
+    """The held-out pictures of the before/after sheets: the folder's val split, or its first crops if it has none."""
+    if not config.validation_images:
+        return None
+    dataset = CropDataset(config.data.folder, "val", config.data.crop_size)
+    samples = list(range(min(config.validation_images, len(dataset))))
+    return next(iter(loader(dataset, [samples], seed=0, num_workers=0)))
+
+
+def lora_targets(generator: OneStepGenerator) -> str:
+    """Which layers of the generator's UNet a LoRA adapts."""
+    return lora.TINY_TARGETS if isinstance(generator.unet, TinyUNet) else lora.UNET_TARGETS
+
+
+class Prompts:
+    """Prompt embeddings of a batch: the fixed prompt, or the captions; each distinct text is encoded once."""
+
+    def __init__(self, generator: OneStepGenerator, captions: bool, device: torch.device):
+        self.generator, self.captions = generator, captions
+        self.encoder: PromptEncoder | None = generator.prompt_encoder
+        if self.encoder is not None:
+            self.encoder.device = device
+        if captions and not generator.uses_text:
+            raise ValueError("data.captions is set, but this model has no cross-attention and takes no text")
+
+    def __call__(self, batch: Batch) -> torch.Tensor | None:
+        """-> [B,L,D], or None for a model without text."""
+        if not self.generator.uses_text:
+            return None
+        if not self.captions or self.encoder is None:
+            return self.generator.text_embeds(len(batch.samples))
+        if batch.captions is None:
+            raise ValueError("data.captions is set, but the data folder has no captions.jsonl")
+        return self.encoder([f"{c}, {self.generator.prompt}" for c in batch.captions])
+
+
+def group_noise(shape: torch.Size, seed: int, stream: str, samples: list[int], group: int) -> torch.Tensor:
+    """Noise [B*group,C,h,w]: each picture a function of (seed, stream, global sample number, group index)."""
+    return torch.stack([normal(shape[1:], seed, stream, s, g) for s in samples for g in range(group)])

@@ -1,0 +1,120 @@
+"""A save that dies at any fsync, rename or write leaves the previous checkpoint as the newest valid one."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+import torch
+
+from gdpo.train import checkpoint as ck
+
+
+def make(step: int) -> ck.Checkpoint:
+    tensors = {"trainable": {"w": torch.full((64,), float(step))}, "optimizer": {"w/exp_avg": torch.ones(64) * step}}
+    return ck.Checkpoint(tensors, {"step": step})
+
+
+def test_round_trip_and_retention(tmp_path):
+    for step in (1, 2, 3, 4):
+        ck.save(tmp_path, make(step), keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-0000003", "checkpoint-0000004"]
+    _, found, passed_over = ck.newest_valid(tmp_path)
+    assert found.state["step"] == 4 and passed_over == []
+    assert torch.equal(found.tensors["trainable"]["w"], torch.full((64,), 4.0))
+
+
+def dying(real, deadly: int):
+    """`real`, but the process is gone at the call of that number, as after SIGKILL."""
+    count = iter(range(1, deadly + 1))
+
+    def call(*a, **k):
+        if next(count) == deadly:
+            os._exit(9)
+        return real(*a, **k)
+
+    return call
+
+
+@pytest.mark.parametrize("operation", ["fsync", "replace"])
+def test_dying_at_every_fsync_and_rename(tmp_path, monkeypatch, operation):
+    """Count the calls of a whole save, then die at each of them in turn, in a forked child."""
+    real = getattr(os, operation)
+    calls = [0]
+    monkeypatch.setattr(os, operation, lambda *a, **k: (calls.__setitem__(0, calls[0] + 1), real(*a, **k))[1])
+    ck.save(tmp_path / "count", make(1), keep=2)
+    ck.save(tmp_path / "count", make(2), keep=2)
+    ck.save(tmp_path / "count", make(3), keep=2)
+    monkeypatch.setattr(os, operation, real)
+    assert calls[0] >= 3
+    for deadly in range(1, calls[0] + 1):
+        root = tmp_path / f"{operation}{deadly}"
+        pid = os.fork()
+        if pid == 0:
+            setattr(os, operation, dying(real, deadly))
+            for step in (1, 2, 3):
+                ck.save(root, make(step), keep=2)
+            os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 9
+        ck.clean(root)
+        visible = list(root.iterdir()) if root.is_dir() else []
+        assert all(p.name.startswith("checkpoint-") for p in visible)
+        for folder in visible:
+            ck.load(folder)  # whatever is visible is whole
+        if len(visible) == 0:
+            with pytest.raises(FileNotFoundError, match="no valid checkpoint"):
+                ck.newest_valid(root)
+
+
+def test_full_disk_at_any_write(tmp_path, monkeypatch):
+    ck.save(tmp_path, make(1), keep=2)
+    real_save = ck.save_file
+    for failing in ("trainable.safetensors", "optimizer.safetensors", "state.json", "manifest.json"):
+
+        def save_file(tensors, path, failing=failing):
+            if path.name == failing:
+                path.write_bytes(b"half")
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            real_save(tensors, path)
+
+        def write_text(self, text, *a, failing=failing, **k):
+            if self.name == failing:
+                raise OSError(errno.ENOSPC, "No space left on device", str(self))
+            return self.write_bytes(text.encode())
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ck, "save_file", save_file)
+            patch.setattr("pathlib.Path.write_text", write_text)
+            with pytest.raises(OSError, match="No space left"):
+                ck.save(tmp_path, make(2), keep=2)
+        assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-0000001"]
+    assert ck.newest_valid(tmp_path)[1].state["step"] == 1
+
+
+@pytest.mark.parametrize("name", ["trainable.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_damage_is_found_and_named(tmp_path, name, damage):
+    ck.save(tmp_path, make(1), keep=2)
+    newest = ck.save(tmp_path, make(2), keep=2)
+    content = bytearray((newest / name).read_bytes())
+    if damage == "truncate":
+        (newest / name).write_bytes(content[: len(content) // 2])
+    elif damage == "remove":
+        (newest / name).unlink()
+    else:
+        content[len(content) // 2] ^= 0x10
+        (newest / name).write_bytes(content)
+    folder, found, passed_over = ck.newest_valid(tmp_path)
+    assert found.state["step"] == 1 and folder.name == "checkpoint-0000001"
+    assert len(passed_over) == 1 and "checkpoint-0000002" in passed_over[0]
+
+
+def test_a_path_in_the_manifest_cannot_leave_the_folder(tmp_path):
+    folder = ck.save(tmp_path, make(1), keep=2)
+    (tmp_path / "outside").write_text("x")
+    manifest = (folder / "manifest.json").read_text().replace('"state.json"', '"../outside"')
+    (folder / "manifest.json").write_text(manifest)
+    with pytest.raises(ValueError, match="missing"):
+        ck.load(folder)

@@ -1,0 +1,55 @@
+"""Run training through the real command line, on a miniature of the tiny preset."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "--model.block_out_channels=[8,16]",
+    "--model.layers_per_block=1",
+    "--data.crop_size=64",
+    "--logging_steps=1",
+    "--validation_images=2",
+]
+NAOSD = ["naosd", "--model.full=true", "--vsd_weight=0", "--perceptual_weight=0", "--learning_rate=1e-3", *SMALL]
+GDPO = [
+    "gdpo",
+    "--num_generations=3",
+    "--model.lora_rank=2",
+    "--learning_rate=1e-3",
+    "--reward_funcs=[psnr_y,niqe]",
+    *SMALL,
+]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", **extra}
+
+
+def command(*arguments: str, processes: int = 1) -> list[str]:
+    launch = (
+        ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"] if processes > 1 else []
+    )
+    return [sys.executable, *launch, "-m", "gdpo.train", *map(str, arguments)]
+
+
+def train(
+    *arguments, check: bool = True, processes: int = 1, timeout: float = 300, **extra
+) -> subprocess.CompletedProcess:
+    """Run `python -m gdpo.train ...` from the repository root."""
+    done = subprocess.run(
+        command(*arguments, processes=processes),
+        cwd=ROOT,
+        env=environment(**extra),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+    )
+    if check and done.returncode:
+        raise AssertionError(f"exit {done.returncode}\n{done.stdout}\n{done.stderr[-4000:]}")
+    return done
