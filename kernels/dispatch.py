@@ -1,0 +1,64 @@
+"""Which implementation runs: the definition in torch, or the Triton kernel; and Triton as an optional import."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the torch backend does without
+    triton = tl = None
+
+BACKENDS = ("auto", "torch", "triton")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def jit(function: Callable[..., None]) -> Any:
+    """`triton.jit`, or the bare function where Triton is not installed (it is never launched then)."""
+    return function if triton is None else triton.jit(function)
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in the interpreter, on the CPU (TRITON_INTERPRET=1)."""
+    return triton is not None and bool(triton.knobs.runtime.interpret)
+
+
+def obstacle(*tensors: Tensor | None) -> str | None:
+    """Why the Triton kernels cannot run on these tensors, with the remedy; None where they can."""
+    if triton is None:
+        return "Triton is not installed: pip install triton (Linux), or pass backend='torch'"
+    present = [t for t in tensors if t is not None]
+    device = present[0].device
+    if device.type != "cuda" and not interpreted():
+        there = "move the tensors with .cuda()" if torch.cuda.is_available() else "none is available here"
+        return f"it needs an NVIDIA GPU and the tensors are on {device} ({there}), or pass backend='torch'"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs compute capability 8.0 (A100) or newer: pass backend='torch'"
+    for t in present:
+        if t.is_floating_point() and t.dtype not in DTYPES:
+            return f"it takes float32, float16 and bfloat16, not {t.dtype}: convert, or pass backend='torch'"
+    return None
+
+
+def use_triton(backend: str, *tensors: Tensor | None) -> bool:
+    """Choose. "auto" takes Triton where it can run; "triton" says why it cannot.
+
+    Raises:
+        ValueError: an unknown backend.
+        RuntimeError: backend="triton" where the kernels cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    if backend == "torch":
+        return False
+    if backend == "auto" and tensors[0] is not None and tensors[0].device.type != "cuda":
+        return False  # also under the interpreter, which is for tests
+    reason = obstacle(*tensors)
+    if reason and backend == "triton":
+        raise RuntimeError(f"backend='triton' cannot run: {reason}")
+    return reason is None
