@@ -1,0 +1,82 @@
+"""Colour alignment: give a restored picture the colours of its input.
+
+Samples are 16-bit integers throughout, and so are the sums: they do not depend on the order of addition, so that bands,
+threads and languages agree to the bit.
+- AdaIN (the default of the method): mean and deviation of each channel become those of the upsampled input; one table
+  of 2^16 entries per channel.
+- wavelet: the low frequencies (below a five-level a-trous [1 2 1]/4 wavelet) become those of the upsampled input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+METHODS = ("adain", "wavelet", "none")
+FULL = 65535
+_EPSILON = 1e-5  # added to a variance of samples in [0,1], as the released code does
+_DILATIONS = (1, 2, 4, 8, 16)
+HALO = sum(_DILATIONS)  # how many rows away the low-pass of a row reaches
+
+
+@dataclass
+class Moments:
+    """Exact running sums of 16-bit samples, per channel."""
+
+    count: int = 0
+    total: np.ndarray = field(default_factory=lambda: np.zeros(3, np.uint64))
+    squares: np.ndarray = field(default_factory=lambda: np.zeros(3, np.uint64))
+
+    def add(self, samples: np.ndarray) -> None:
+        """samples [3,h,w] uint16."""
+        self.count += samples.shape[1] * samples.shape[2]
+        for channel, plane in enumerate(samples):
+            flat = plane.ravel().astype(np.uint64)
+            self.total[channel] += flat.sum()
+            self.squares[channel] += (flat * flat).sum()
+
+    def mean_and_deviation(self) -> tuple[np.ndarray, np.ndarray]:
+        """float64 [3] each, of samples scaled to [0,1]."""
+        mean = self.total.astype(np.float64) / self.count
+        variance = np.maximum(self.squares.astype(np.float64) / self.count - mean * mean, 0.0)
+        return mean / FULL, np.sqrt(variance / FULL**2 + _EPSILON)
+
+
+def adain_tables(result: Moments, target: Moments) -> np.ndarray:
+    """uint16 [3, 65536]: what each sample of the result becomes, given the moments of the result and of the target."""
+    (mean, deviation), (target_mean, target_deviation) = result.mean_and_deviation(), target.mean_and_deviation()
+    samples = np.arange(FULL + 1) / FULL
+    aligned = (samples - mean[:, None]) / deviation[:, None] * target_deviation[:, None] + target_mean[:, None]
+    return np.floor(np.clip(aligned, 0.0, 1.0) * FULL + 0.5).astype(np.uint16)
+
+
+def lowpass(planes: np.ndarray) -> np.ndarray:
+    """Five a-trous passes of [1 2 1]/4 along rows and columns, edges replicated. [C,H,W] int32 -> float32."""
+    out = planes.astype(np.float32)
+    for dilation in _DILATIONS:
+        for axis in (1, 2):
+            index = np.arange(out.shape[axis])
+            before = np.take(out, np.maximum(index - dilation, 0), axis=axis)
+            before += np.take(out, np.minimum(index + dilation, len(index) - 1), axis=axis)
+            out = out * np.float32(0.5) + before * np.float32(0.25)
+    return out
+
+
+def wavelet_band(result: np.ndarray, target: Callable[[int, int], np.ndarray], rows: tuple[int, int]) -> np.ndarray:
+    """Rows of the result with the low frequencies of the target.
+
+    Args:
+        result: [H,W,3] uint16, the whole restored picture.
+        target: (first, last) -> uint16 [3, rows, W], rows of the upsampled input.
+        rows: which rows to return.
+
+    Returns:
+        uint16 [rows, W, 3].
+    """
+    first, last = max(rows[0] - HALO, 0), min(rows[1] + HALO, len(result))
+    difference = target(first, last).astype(np.int32) - result[first:last].transpose(2, 0, 1)
+    low = lowpass(difference)[:, rows[0] - first : rows[1] - first].transpose(1, 2, 0)
+    aligned = np.floor(result[rows[0] : rows[1]] + low + np.float32(0.5))
+    return np.clip(aligned, 0, FULL).astype(np.uint16)
