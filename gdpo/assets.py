@@ -130,7 +130,7 @@ def _call(command: list[str], folder: Path, what: str) -> None:
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith(("ERROR:", "E:"))] or lines or ["it gave no reason"]
-        raise RuntimeError(f"{what} failed; is there a network? {Path(command[0]).name} said: {errors[-1]}")
+        raise RuntimeError(f"{what} failed; is there a network? It said: {errors[0]}")
 
 
 def _wheel(requirement: str, folder: Path) -> zipfile.ZipFile:
