@@ -157,9 +157,10 @@ class NAOSDConfig(TrainConfig):
         pixel_weight, perceptual_weight, vsd_weight: weights of the three losses; 0 switches one off.
         perceptual: "lpips" (package lpips), "vgg" (see python -m gdpo.assets vgg16) or "auto": LPIPS when installed.
         perceptual_size: side of a random crop on which the perceptual distance is computed; 0 is the whole picture.
-        num_noises: noises drawn per picture in a step. With 2 or more, `diversity` has an effect.
-        diversity: weight of the spread term of the energy score, E d(x,y) - diversity/2 E d(x,x'), on the perceptual
-            distance: 1 rewards samples that are as spread as the truth is uncertain, 0 is the plain distance.
+        perceptual_blocks: VGG blocks that the energy score compares, 1 to 5; fewer are cheaper.
+        num_noises: noises drawn per picture in a step.
+        diversity: above 0 the perceptual distance is the energy score on VGG features (gdpo.train.energy) with this
+            weight of its spread term; needs num_noises of 2 or more. 1 is the proper score, 0 the plain distance.
         vsd_cfg: guidance scale of the VSD teacher.
         vsd_t: range of VSD timesteps as fractions of T.
         vsd_lora_rank, vsd_learning_rate: of the LoRA "fake" model that is trained beside.
@@ -171,6 +172,7 @@ class NAOSDConfig(TrainConfig):
     perceptual: Literal["auto", "lpips", "vgg"] = "auto"
     perceptual_weight: float = 2.0
     perceptual_size: int = 0
+    perceptual_blocks: int = 3
     num_noises: int = 1
     diversity: float = 0.0
     vsd_weight: float = 1.0

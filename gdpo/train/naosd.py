@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from ..degradation import Degradation
 from ..features import load_perceptual
 from ..randomness import uniform
 from .config import NAOSDConfig
+from .energy import EnergyScore
 from .setup import Prompts, base_generator, group_noise, lora_targets
 from .vsd import VSD
 
@@ -30,9 +32,10 @@ class NAOSD:
         self.config, self.accelerator = config, accelerator
         self.generator = base_generator(config, accelerator)
         self.degrade = Degradation(config.degradation)
-        self.perceptual = None
+        self.perceptual: Any = None
         if config.perceptual_weight:
-            self.perceptual = load_perceptual(config.perceptual).to(accelerator.device)
+            score = EnergyScore(config.perceptual_blocks) if config.diversity else load_perceptual(config.perceptual)
+            self.perceptual = score.to(accelerator.device)
         self._make_trainable()
         self.prompts = Prompts(self.generator, config.data.captions, accelerator.device)
         self.groups = {"generator": (config.learning_rate, self.trained)}
@@ -92,14 +95,14 @@ class NAOSD:
         loss, metrics = config.pixel_weight * pixel, {config.pixel: pixel}
         if self.perceptual is not None:
             restored, target = self._crop(restored, samples, k), self._crop(target, samples, k)
-            perceptual = self.perceptual(restored, target).mean()
-            metrics["perceptual"] = perceptual
-            loss = loss + config.perceptual_weight * perceptual
             if config.diversity:
-                grouped = restored.unflatten(0, (-1, k))
-                spread = self.perceptual(grouped[:, :-1].flatten(0, 1), grouped[:, 1:].flatten(0, 1)).mean()
-                metrics["spread"] = spread
+                perceptual, spread = self.perceptual(restored.unflatten(0, (-1, k)), target[::k])
                 loss = loss - 0.5 * config.diversity * config.perceptual_weight * spread
+                metrics["spread"] = spread
+            else:
+                perceptual = self.perceptual(restored, target).mean()
+            loss = loss + config.perceptual_weight * perceptual
+            metrics["perceptual"] = perceptual
         return loss, metrics
 
     def _crop(self, images: torch.Tensor, samples: list[int], k: int) -> torch.Tensor:
