@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .dispatch import use_triton
+from .dispatch import jit, tl, use_triton
 
 SIDE = 64  # of the resized patch
 BINS = 256  # the upper half of the 512: a magnitude is not negative
@@ -54,12 +54,11 @@ def _patch_entropy_reference(patches: Tensor) -> Tensor:
     sobel = torch.tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]], dtype=patches.dtype, device=patches.device)
     kernels = torch.stack((sobel, sobel.T))[:, None]
     gradient = F.conv2d(F.pad(resized, (1, 1, 1, 1), mode="replicate"), kernels)
-    magnitude = gradient.square().sum(1).sqrt().reshape(n, -1)
-    bins = (magnitude * BINS_PER_UNIT).floor().long()
-    inside = (bins < BINS).long()  # beyond 5.5 nothing is counted; it takes a gray outside [0,1]
+    scaled = gradient.square().sum(1).sqrt().reshape(n, -1) * BINS_PER_UNIT
+    inside = scaled < BINS  # beyond 5.5 nothing is counted; it takes a gray outside [0,1]
+    bins = torch.where(inside, scaled, 0).floor().long()
     histogram = torch.zeros(n, BINS, dtype=torch.long, device=patches.device)
-    histogram.scatter_add_(1, bins.clamp_max(BINS - 1), inside)
-    return _entropy(histogram, patches.dtype)
+    return _entropy(histogram.scatter_add_(1, bins, inside.long()), patches.dtype)
 
 
 @functools.lru_cache(maxsize=64)
@@ -103,7 +102,8 @@ def _complexity(gray: Tensor, patch_size: int, patch_entropy) -> Tensor:
     for rows, columns, ph, pw in _groups(h, w, patch_size):
         region = gray[:, rows, columns]
         m, n = region.shape[1] // ph, region.shape[2] // pw
-        values = patch_entropy(_to_patches(region, ph, pw)) * (ph * pw)
+        patches = _to_patches(region, ph, pw)
+        values = patch_entropy(patches) * (ph * pw) + 0 * patches.sum((1, 2))  # NaN stays NaN
         out[:, rows, columns].view(b, m, ph, n, pw).copy_(values.view(b, m, 1, n, 1))
     return out
 
@@ -113,24 +113,126 @@ def complexity_map_reference(gray: Tensor, patch_size: int) -> Tensor:
     return _complexity(gray, patch_size, _patch_entropy_reference)
 
 
-def _ratios(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[B,H,W] -> smooth [B], texture [B]: shares of the area in whole hundredths (ties to even), which sum to 1."""
+def _ratios(complexity: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """[B,H,W] -> smooth [B], texture [B], mask: shares of the area in whole hundredths (ties to even), sum 1."""
+    mask = complexity > threshold
     percent = (mask.sum((1, 2)).double() * 100 / mask[0].numel()).round()
-    return ((100 - percent) / 100).to(dtype), (percent / 100).to(dtype)
+    percent = torch.where(complexity.isnan().flatten(1).any(1), torch.nan, percent)
+    return ((100 - percent) / 100).to(complexity.dtype), (percent / 100).to(complexity.dtype), mask
 
 
 def attribute_ratios_reference(gray: Tensor, patch_size: int, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """The definition, in fp64 for fp64 gray and in fp32 otherwise. Arguments as in `attribute_ratios`."""
-    complexity = complexity_map_reference(gray, patch_size)
-    mask = complexity > threshold
-    return *_ratios(mask, complexity.dtype), mask
+    return _ratios(complexity_map_reference(gray, patch_size), threshold)
+
+@jit
+def _bilinear(position, sample, size):
+    """Weight of `sample` in the pixel at `position` of `size` samples resized to 64."""
+    source = (position.to(tl.float32) + 0.5) * size.to(tl.float32) * 0.015625 - 0.5
+    source = tl.minimum(tl.maximum(source, 0.0), size.to(tl.float32) - 1)
+    return tl.maximum(1 - tl.abs(source - sample.to(tl.float32)), 0.0)
 
 
-def _check(gray: Tensor, patch_size: int) -> None:
+@jit
+def _sobel_pair(position, sample, size):
+    """The two factors of Sobel after the resize: [1,2,1] and [-1,0,1], borders replicated."""
+    before = _bilinear(tl.maximum(position - 1, 0), sample, size)
+    here = _bilinear(position, sample, size)
+    after = _bilinear(tl.minimum(position + 1, 63), sample, size)
+    return before + 2 * here + after, after - before
+
+
+@jit
+def _complexity_fwd_kernel(
+    gray_ptr, map_ptr, mask_ptr, area_ptr, stride_b, stride_h, stride_w, height, width, patches_x, threshold,
+    PATCH: tl.constexpr, K: tl.constexpr, BINS_PER_UNIT: tl.constexpr, RATIOS: tl.constexpr,
+):
+    """One patch a program. Writes the map, or (RATIOS) the mask and the patch's textured area, -1 for NaN."""
+    index, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    y0, x0 = index // patches_x * PATCH, index % patches_x * PATCH
+    ph, pw = tl.minimum(height - y0, PATCH), tl.minimum(width - x0, PATCH)
+
+    k = tl.arange(0, K)
+    inside = (k[:, None] < ph) & (k[None, :] < pw)
+    y, x = (y0 + k[:, None]).to(tl.int64), (x0 + k[None, :]).to(tl.int64)
+    gray = tl.load(gray_ptr + b * stride_b + y * stride_h + x * stride_w, mask=inside, other=0.0).to(tl.float32)
+
+    # Resize and Sobel are separable and linear: the gradient of the resized patch P is S P D^T and D P S^T.
+    pixel = tl.arange(0, 64)
+    smooth_y, derive_y = _sobel_pair(pixel[:, None], k[None, :], ph)
+    smooth_x, derive_x = _sobel_pair(pixel[None, :], k[:, None], pw)
+    dx = tl.dot(smooth_y, tl.dot(gray, derive_x, input_precision="ieee"), input_precision="ieee")
+    dy = tl.dot(derive_y, tl.dot(gray, smooth_x, input_precision="ieee"), input_precision="ieee")
+    scaled = tl.reshape(tl.sqrt(dx * dx + dy * dy) * BINS_PER_UNIT, (4096,))
+    counted = scaled < 256
+    histogram = tl.histogram(tl.where(counted, scaled, 0.0).to(tl.int32), 256, mask=counted).to(tl.float32)
+
+    p = histogram / (tl.sum(histogram) + 1e-5)
+    area = ph * pw
+    complexity = -tl.sum(p * tl.log2(p + 1e-10)) * area.to(tl.float32) + 0 * tl.sum(gray)
+    out = b * height * width + y * width + x
+    if RATIOS:
+        textured = complexity > threshold
+        tl.store(mask_ptr + out, tl.where(inside, textured.to(tl.int8), 0), mask=inside)
+        area = tl.where(complexity == complexity, tl.where(textured, area, 0), -1)
+        tl.store(area_ptr + b * tl.num_programs(0) + index, area)
+    else:
+        tl.store(map_ptr + out, tl.where(inside, complexity, 0.0), mask=inside)
+
+
+@jit
+def _ratios_fwd_kernel(area_ptr, smooth_ptr, texture_ptr, patches, pixels, BLOCK: tl.constexpr):
+    """One picture a program: the patches' areas -> shares in whole hundredths, ties to even."""
+    b = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.int64)
+    least = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, patches, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        area = tl.load(area_ptr + b * patches + i, mask=i < patches, other=0)
+        total += area
+        least = tl.minimum(least, area)
+    doubled = 200 * tl.sum(total) + pixels
+    percent = doubled // (2 * pixels)
+    percent -= ((doubled % (2 * pixels) == 0) & (percent % 2 == 1)).to(tl.int64)
+    poison = tl.where(tl.min(least) < 0, float("nan"), 0.0)
+    tl.store(smooth_ptr + b, ((100 - percent).to(tl.float64) / 100).to(tl.float32) + poison)
+    tl.store(texture_ptr + b, (percent.to(tl.float64) / 100).to(tl.float32) + poison)
+
+
+TRITON_PATCH_LIMIT = 64  # a larger patch's products do not fit a program
+
+
+def _launch(gray: Tensor, patch_size: int, threshold: float | None) -> tuple[Tensor, ...]:
+    """threshold None: (map,); else smooth, texture, mask."""
+    b, h, w = gray.shape
+    ratios = threshold is not None
+    grid_y, grid_x = -(-h // patch_size), -(-w // patch_size)
+    out = torch.empty(b, h, w, dtype=torch.bool if ratios else torch.float32, device=gray.device)
+    area = torch.empty(b, grid_y * grid_x, dtype=torch.int32, device=gray.device) if ratios else out
+    with torch.cuda.device_of(gray):
+        _complexity_fwd_kernel[(grid_y * grid_x, b)](
+            gray, out, out.view(torch.int8) if ratios else out, area, *gray.stride(), h, w, grid_x, threshold or 0.0,
+            PATCH=patch_size, K=max(16, 1 << (patch_size - 1).bit_length()), BINS_PER_UNIT=BINS_PER_UNIT,
+            RATIOS=ratios, num_warps=4,
+        )  # fmt: skip
+        if not ratios:
+            return (out,)
+        smooth, texture = torch.empty(2, b, dtype=torch.float32, device=gray.device).unbind()
+        _ratios_fwd_kernel[(b,)](area, smooth, texture, grid_y * grid_x, h * w, BLOCK=1024, num_warps=4)
+    return smooth, texture, out
+
+
+def _plan(gray: Tensor, patch_size: int, backend: str) -> str:
+    """Which implementation: "triton", "fast" (the CPU's) or "reference"."""
     checks.tensor("gray", gray, "B,H,W")
     if not isinstance(patch_size, int) or patch_size < 1:
         raise ValueError(f"patch_size must be an int >= 1; got {patch_size!r}")
     checks.between("gray", gray, 0.0, 1.0, "divide 8-bit values by 255")
+    if backend == "triton" and patch_size > TRITON_PATCH_LIMIT:
+        raise ValueError(f"patch_size must be at most {TRITON_PATCH_LIMIT} with backend='triton'; got {patch_size}")
+    if use_triton(backend, gray) and patch_size <= TRITON_PATCH_LIMIT:
+        return "triton"
+    return "fast" if backend == "auto" and gray.device.type == "cpu" else "reference"
 
 
 @torch.no_grad()
@@ -149,11 +251,10 @@ def complexity_map(gray: Tensor, patch_size: int = 10, *, backend: str = "auto")
         TypeError, ValueError: a wrong type or rank, values outside [0,1], NaN (see `checks`).
         RuntimeError: backend="triton" where it cannot run.
     """
-    _check(gray, patch_size)
-    if backend == "torch":
-        return complexity_map_reference(gray, patch_size)
-    use_triton(backend, gray)
-    return _complexity(gray, patch_size, _patch_entropy_fast if gray.device.type == "cpu" else _patch_entropy_reference)
+    plan = _plan(gray, patch_size, backend)
+    if plan == "triton":
+        return _launch(gray, patch_size, None)[0]
+    return _complexity(gray, patch_size, _patch_entropy_fast if plan == "fast" else _patch_entropy_reference)
 
 
 @torch.no_grad()
@@ -176,9 +277,9 @@ def attribute_ratios(
         TypeError, ValueError: a wrong type or rank, values outside [0,1], NaN (see `checks`).
         RuntimeError: backend="triton" where it cannot run.
     """
-    _check(gray, patch_size)
-    if backend == "torch":
-        return attribute_ratios_reference(gray, patch_size, threshold)
-    use_triton(backend, gray)
-    mask = _complexity(gray, patch_size, _patch_entropy_fast) > threshold
-    return *_ratios(mask, torch.promote_types(gray.dtype, torch.float32)), mask
+    plan = _plan(gray, patch_size, backend)
+    if plan == "triton":
+        smooth, texture, mask = _launch(gray, patch_size, float(threshold))
+        return smooth, texture, mask
+    entropy = _patch_entropy_fast if plan == "fast" else _patch_entropy_reference
+    return _ratios(_complexity(gray, patch_size, entropy), threshold)

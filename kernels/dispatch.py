@@ -28,25 +28,24 @@ def interpreted() -> bool:
     return triton is not None and bool(triton.knobs.runtime.interpret)
 
 
-def obstacle(*tensors: Tensor | None) -> str | None:
-    """Why the Triton kernels cannot run on these tensors, with the remedy; None where they can."""
+@torch._dynamo.assume_constant_result
+def _obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why the Triton kernels cannot run there on these types, with the remedy; None where they can."""
     if triton is None:
         return "Triton is not installed: pip install triton (Linux), or pass backend='torch'"
-    present = [t for t in tensors if t is not None]
-    device = present[0].device
     if device.type != "cuda" and not interpreted():
-        there = "move the tensors with .cuda()" if torch.cuda.is_available() else "none is available here"
-        return f"it needs an NVIDIA GPU and the tensors are on {device} ({there}), or pass backend='torch'"
+        there = "move the tensors with .cuda()" if torch.cuda.is_available() else "this machine has none"
+        return f"it needs an NVIDIA GPU and the tensors are on {device} ({there}); or pass backend='torch'"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs compute capability 8.0 (A100) or newer: pass backend='torch'"
-    for t in present:
-        if t.is_floating_point() and t.dtype not in DTYPES:
-            return f"it takes float32, float16 and bfloat16, not {t.dtype}: convert, or pass backend='torch'"
+    for dtype in dtypes:
+        if dtype.is_floating_point and dtype not in DTYPES:
+            return f"it takes float32, float16 and bfloat16, not {dtype}: convert, or pass backend='torch'"
     return None
 
 
 def use_triton(backend: str, *tensors: Tensor | None) -> bool:
-    """Choose. "auto" takes Triton where it can run; "triton" says why it cannot.
+    """Choose. "auto" takes Triton on a GPU where it can run; "triton" says why it cannot.
 
     Raises:
         ValueError: an unknown backend.
@@ -54,11 +53,11 @@ def use_triton(backend: str, *tensors: Tensor | None) -> bool:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
-    if backend == "torch":
-        return False
-    if backend == "auto" and tensors[0] is not None and tensors[0].device.type != "cuda":
-        return False  # also under the interpreter, which is for tests
-    reason = obstacle(*tensors)
+    present = [t for t in tensors if t is not None]
+    device = present[0].device
+    if backend == "torch" or (backend == "auto" and device.type != "cuda"):
+        return False  # "auto" leaves the interpreter to the tests
+    reason = _obstacle(device, tuple(t.dtype for t in present))
     if reason and backend == "triton":
         raise RuntimeError(f"backend='triton' cannot run: {reason}")
     return reason is None

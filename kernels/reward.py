@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .dispatch import use_triton
+from .dispatch import jit, tl, use_triton
 
 EPSILON = 1e-8
 
@@ -35,6 +35,54 @@ def attribute_reward_reference(fidelity: Tensor, perceptual: Tensor, smooth: Ten
     reward = reward + texture.to(dtype)[:, None] * _group_scores(perceptual.to(dtype))
     centred = reward - reward[:, :1]  # exactly 0 for a tie: rounding of the mean would count as much as 1e-8 does
     return (centred - centred.mean(1, keepdim=True)) / (centred.std(1, keepdim=True) + EPSILON)
+
+
+@jit
+def _group_scores_of(metrics_ptr, b, group, count, GROUP: tl.constexpr, COUNT: tl.constexpr):
+    """The mean of a picture's min-max normalised metrics, [GROUP]; 0 for a tie and for no metric."""
+    g, m = tl.arange(0, GROUP)[:, None], tl.arange(0, COUNT)[None, :]
+    inside = (g < group) & (m < count)
+    x = tl.load(metrics_ptr + (b * group + g) * count + m, mask=inside, other=0.0).to(tl.float32)
+    low = tl.min(tl.where(inside, x, float("inf")), 0, keep_dims=True)
+    high = tl.max(tl.where(inside, x, float("-inf")), 0, keep_dims=True)
+    span = tl.where(high > low, high - low, 1.0)
+    scaled = tl.where(inside, tl.div_rn(x - low, span), 0.0)
+    return tl.sum(scaled, 1) / tl.maximum(count, 1).to(tl.float32)
+
+
+@jit
+def _attribute_reward_fwd_kernel(
+    fidelity_ptr, perceptual_ptr, smooth_ptr, texture_ptr, advantage_ptr, group, n_fidelity, n_perceptual, epsilon,
+    GROUP: tl.constexpr, FIDELITY: tl.constexpr, PERCEPTUAL: tl.constexpr,
+):
+    """One picture a program."""
+    b = tl.program_id(0).to(tl.int64)
+    smooth, texture = tl.load(smooth_ptr + b).to(tl.float32), tl.load(texture_ptr + b).to(tl.float32)
+    reward = smooth * _group_scores_of(fidelity_ptr, b, group, n_fidelity, GROUP, FIDELITY)
+    reward += texture * _group_scores_of(perceptual_ptr, b, group, n_perceptual, GROUP, PERCEPTUAL)
+    g = tl.arange(0, GROUP)
+    inside = g < group
+    centred = reward - tl.sum(tl.where(g == 0, reward, 0.0))
+    centred -= tl.sum(tl.where(inside, centred, 0.0)) / group.to(tl.float32)
+    variance = tl.sum(tl.where(inside, centred * centred, 0.0)) / (group - 1).to(tl.float32)
+    tl.store(advantage_ptr + b * group + g, tl.div_rn(centred, tl.sqrt_rn(variance) + epsilon), mask=inside)
+
+
+def _launch(fidelity: Tensor, perceptual: Tensor, smooth: Tensor, texture: Tensor) -> Tensor:
+    b, g, f = fidelity.shape
+    p = perceptual.shape[2]
+    advantage = torch.empty(b, g, dtype=torch.float32, device=fidelity.device)
+    with torch.cuda.device_of(fidelity):
+        _attribute_reward_fwd_kernel[(b,)](
+            fidelity.contiguous(), perceptual.contiguous(), smooth.contiguous(), texture.contiguous(), advantage,
+            g, f, p, EPSILON, GROUP=_power_of_two(g), FIDELITY=_power_of_two(f), PERCEPTUAL=_power_of_two(p),
+            num_warps=1,
+        )  # fmt: skip
+    return advantage
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
 
 
 @torch.no_grad()
@@ -66,5 +114,6 @@ def attribute_reward(
         raise ValueError("fidelity and perceptual must hold at least one metric together; got F=0 and P=0")
     checks.same_device(fidelity=fidelity, perceptual=perceptual, smooth=smooth, texture=texture)
     checks.finite(fidelity=fidelity, perceptual=perceptual, smooth=smooth, texture=texture)
-    use_triton(backend, fidelity, perceptual, smooth, texture)
+    if use_triton(backend, fidelity, perceptual, smooth, texture):
+        return _launch(fidelity, perceptual, smooth, texture)
     return attribute_reward_reference(fidelity, perceptual, smooth, texture)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .dispatch import use_triton
+from .dispatch import jit, tl, use_triton
 
 # For RGB in [-1,1], x = 2 rgb - 1: half of each coefficient; the constant falls out of every difference.
 LUMA = (65.481 / 510, 128.553 / 510, 24.966 / 510)
@@ -99,6 +99,134 @@ def attribute_statistics_reference(samples: Tensor, target: Tensor, mask: Tensor
     )
 
 
+@jit
+def _luma_at(ptr, offset, stride_c, inside, R: tl.constexpr, G: tl.constexpr, B: tl.constexpr):
+    r = tl.load(ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(ptr + offset + stride_c, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(ptr + offset + 2 * stride_c, mask=inside, other=0.0).to(tl.float32)
+    return R * r + G * g + B * b
+
+
+@jit
+def _luma_and_detail(
+    ptr, y, x, stride_c, stride_h, stride_w, height, width, R: tl.constexpr, G: tl.constexpr, B: tl.constexpr
+):
+    """Luma of a tile and the magnitude of its forward differences. The neighbours come from the cache."""
+    offset = y * stride_h + x * stride_w
+    inside = (y < height) & (x < width)
+    has_right, has_below = inside & (x + 1 < width), inside & (y + 1 < height)
+    luma = _luma_at(ptr, offset, stride_c, inside, R, G, B)
+    dx = tl.where(has_right, _luma_at(ptr, offset + stride_w, stride_c, has_right, R, G, B) - luma, 0.0)
+    dy = tl.where(has_below, _luma_at(ptr, offset + stride_h, stride_c, has_below, R, G, B) - luma, 0.0)
+    return luma, tl.sqrt(dx * dx + dy * dy)
+
+
+@jit
+def _store_four(ptr, tiles, a, b, c, d):
+    """Sums of four tiles of values, [..., 4, tiles]."""
+    tl.store(ptr, tl.sum(a))
+    tl.store(ptr + tiles, tl.sum(b))
+    tl.store(ptr + 2 * tiles, tl.sum(c))
+    tl.store(ptr + 3 * tiles, tl.sum(d))
+
+
+@jit
+def _attribute_statistics_fwd_kernel(
+    samples_ptr, target_ptr, mask_ptr, partial_ptr, group, height, width, tiles_x,
+    sample_b, sample_g, sample_c, sample_h, sample_w, target_b, target_c, target_h, target_w, mask_b, mask_h, mask_w,
+    R: tl.constexpr, G: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):
+    """A tile a program: the target's luma stays in registers while the group's samples pass by, each read once."""
+    tile, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tiles = tl.num_programs(0)
+    y = tile // tiles_x * ROWS + tl.arange(0, ROWS)[:, None]
+    x = tile % tiles_x * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = (y < height) & (x < width)
+
+    textured = tl.load(mask_ptr + b * mask_b + y * mask_h + x * mask_w, mask=inside, other=0).to(tl.float32)
+    smooth = inside.to(tl.float32) - textured
+    target, detail = _luma_and_detail(
+        target_ptr + b * target_b, y, x, target_c, target_h, target_w, height, width, R, G, B
+    )
+    partial = partial_ptr + b * (group + 1) * 4 * tiles + tile
+    _store_four(partial, tiles, smooth, textured, detail * smooth, detail * textured)
+    source = samples_ptr + b * sample_b
+    for _ in range(0, group):
+        luma, detail = _luma_and_detail(source, y, x, sample_c, sample_h, sample_w, height, width, R, G, B)
+        error = (luma - target) * (luma - target)
+        partial += 4 * tiles
+        _store_four(partial, tiles, error * smooth, error * textured, detail * smooth, detail * textured)
+        source += sample_g
+
+
+@jit
+def _attribute_statistics_reduce_kernel(partial_ptr, out_ptr, group, tiles, BLOCK: tl.constexpr):
+    """One sample a program, in a fixed order: sums of tiles -> the seven fields, [7,B,G]."""
+    g, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    field, i = tl.arange(0, 4)[:, None], tl.arange(0, BLOCK)[None, :]
+    common = tl.zeros((4, BLOCK), tl.float32)
+    own = tl.zeros((4, BLOCK), tl.float32)
+    shared_ptr = partial_ptr + b * (group + 1) * 4 * tiles
+    own_ptr = shared_ptr + (g + 1) * 4 * tiles
+    for start in range(0, tiles, BLOCK):
+        there = start + i < tiles
+        common += tl.load(shared_ptr + field * tiles + start + i, mask=there, other=0.0)
+        own += tl.load(own_ptr + field * tiles + start + i, mask=there, other=0.0)
+    # Rows: smooth pixels, textured pixels, target detail there; and of the sample: errors there, detail there.
+    common_sums, own_sums = tl.sum(common, 1), tl.sum(own, 1)
+    k = tl.arange(0, 4)
+    n_smooth = tl.sum(tl.where(k == 0, common_sums, 0.0))
+    n_texture = tl.sum(tl.where(k == 1, common_sums, 0.0))
+    out = out_ptr + b * group + g
+    field_stride = tl.num_programs(1).to(tl.int64) * group
+    _store_means(out, field_stride, own_sums, 0, n_smooth, n_texture, True)
+    _store_means(out + 3 * field_stride, field_stride, own_sums, 2, n_smooth, n_texture, False)
+    _store_means(out + 5 * field_stride, field_stride, common_sums, 2, n_smooth, n_texture, False)
+
+
+@jit
+def _store_means(out, field_stride, sums, FIRST: tl.constexpr, n_smooth, n_texture, WHOLE: tl.constexpr):
+    """sums[FIRST], sums[FIRST + 1] over smooth and textured pixels -> their means, after the whole picture's (WHOLE).
+
+    A kind without a pixel takes the whole picture's mean.
+    """
+    k = tl.arange(0, 4)
+    in_smooth = tl.sum(tl.where(k == FIRST, sums, 0.0))
+    in_texture = tl.sum(tl.where(k == FIRST + 1, sums, 0.0))
+    whole = tl.div_rn(in_smooth + in_texture, n_smooth + n_texture)
+    smooth = tl.where(n_smooth > 0, tl.div_rn(in_smooth, tl.maximum(n_smooth, 1.0)), whole)
+    texture = tl.where(n_texture > 0, tl.div_rn(in_texture, tl.maximum(n_texture, 1.0)), whole)
+    if WHOLE:
+        tl.store(out, whole)
+        out += field_stride
+    tl.store(out, smooth)
+    tl.store(out + field_stride, texture)
+
+
+COLUMNS = 128
+
+
+def _tile_rows(images: int, height: int, width: int) -> int:
+    """High tiles share more rows with themselves; low ones give every multiprocessor work where pictures are few."""
+    return 16 if images * height * width >= 16 * COLUMNS * 512 else 4
+
+
+def _launch(samples: Tensor, target: Tensor, mask: Tensor) -> AttributeStatistics:
+    b, g, _, h, w = samples.shape
+    rows = _tile_rows(b, h, w)
+    tiles_x = -(-w // COLUMNS)
+    tiles = -(-h // rows) * tiles_x
+    partial = samples.new_empty(b, g + 1, 4, tiles, dtype=torch.float32)
+    out = samples.new_empty(len(AttributeStatistics._fields), b, g, dtype=torch.float32)
+    with torch.cuda.device_of(samples):
+        _attribute_statistics_fwd_kernel[(tiles, b)](
+            samples, target, mask.view(torch.uint8), partial, g, h, w, tiles_x,
+            *samples.stride(), *target.stride(), *mask.stride(), *LUMA, ROWS=rows, COLUMNS=COLUMNS, num_warps=4,
+        )  # fmt: skip
+        _attribute_statistics_reduce_kernel[(g, b)](partial, out, g, tiles, BLOCK=256, num_warps=4)
+    return AttributeStatistics(*out)
+
+
 @torch.no_grad()
 def attribute_statistics(
     samples: Tensor, target: Tensor, mask: Tensor, *, backend: str = "auto"
@@ -124,5 +252,6 @@ def attribute_statistics(
     checks.same_device(samples=samples, target=target, mask=mask)
     checks.between("samples", samples, -1.0, 1.0, "clamp, or convert with 2 * rgb - 1")
     checks.between("target", target, -1.0, 1.0, "clamp, or convert with 2 * rgb - 1")
-    use_triton(backend, samples, target, mask)
+    if use_triton(backend, samples, target, mask):
+        return _launch(samples, target, mask)
     return attribute_statistics_reference(samples, target, mask)
