@@ -1,0 +1,100 @@
+"""ONNX Runtime, on the CPU or an NVIDIA GPU: threads set, results bound to buffers that persist."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from engine.backends import Options, check_inputs, output_shape
+from engine.manifest import FolderError, Manifest
+
+_KEPT_SHAPES = 8  # result buffers kept, one for each shape
+
+
+def open_session(manifest: Manifest, folder: Path, graph: str, options: Options) -> OnnxRuntimeSession:
+    """Load a graph. The bytes that were hashed are the bytes that ONNX Runtime parses."""
+    import onnxruntime
+
+    if manifest.backend == "onnxruntime" and _minor(manifest.backend_version) != _minor(onnxruntime.__version__):
+        raise FolderError(
+            f"{folder}: optimised by ONNX Runtime {manifest.backend_version}, here is {onnxruntime.__version__}; "
+            f"build it again: python -m engine.build ONNX_FOLDER --backend onnxruntime --out {folder}"
+        )
+    model, data = manifest.read(folder, graph)
+    try:
+        return OnnxRuntimeSession(manifest, graph, model, data, options)
+    except Exception as error:  # ONNX Runtime's own exceptions have no common base
+        if isinstance(error, (FolderError, MemoryError)) or not type(error).__module__.startswith("onnxruntime"):
+            raise
+        raise FolderError(f"{folder / manifest.graphs[graph].file}: ONNX Runtime refuses it ({error})") from error
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def session_options(threads: int):
+    """Settings of every session in this project."""
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    settings.inter_op_num_threads = 1
+    settings.log_severity_level = 3  # errors; they are raised as well
+    # Tiles come in many shapes over a long folder: an arena and memory patterns would keep the peak of each.
+    settings.enable_mem_pattern = False
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return settings
+
+
+class OnnxRuntimeSession:
+    """A loaded graph."""
+
+    def __init__(self, manifest: Manifest, graph: str, model: bytes, data: Mapping[str, bytes], options: Options):
+        import onnxruntime
+
+        self.manifest, self.entry = manifest, manifest.graphs[graph]
+        kind, _, index = (options.device or "cpu").partition(":")
+        providers: list = ["CPUExecutionProvider"]
+        if kind == "cuda":
+            if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+                raise RuntimeError(
+                    "device cuda: this ONNX Runtime has no CUDA provider; pip install onnxruntime-gpu instead of "
+                    "onnxruntime, or use --device cpu"
+                )
+            providers = [("CUDAExecutionProvider", {"device_id": int(index or 0)}), *providers]
+        elif kind != "cpu":
+            raise ValueError(f"device must be cpu, cuda or cuda:N; got {options.device!r}")
+        settings = session_options(options.threads)
+        if data:
+            names = list(data)
+            settings.add_external_initializers_from_files_in_memory(
+                names, list(data.values()), [len(data[n]) for n in names]
+            )
+        self._session = onnxruntime.InferenceSession(model, settings, providers=providers)
+        self._data = data  # ONNX Runtime reads the weights where they are
+        self._buffers: dict[tuple[int, ...], np.ndarray] = {}
+        found = [i.name for i in self._session.get_inputs()]
+        if sorted(found) != sorted(t.name for t in self.entry.inputs):
+            raise FolderError(f"{self.entry.file}: inputs are {', '.join(found)}, not what the manifest says")
+
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        check_inputs(self.entry, self.manifest, inputs)
+        binding = self._session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        result = self._buffer(inputs)
+        binding.bind_output(self.entry.output.name, "cpu", 0, np.float32, result.shape, result.ctypes.data)
+        self._session.run_with_iobinding(binding)
+        return result
+
+    def _buffer(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        shape = output_shape(self.entry, self.manifest.geometry, inputs)
+        if shape not in self._buffers:
+            while len(self._buffers) >= _KEPT_SHAPES:
+                self._buffers.pop(next(iter(self._buffers)))
+            self._buffers[shape] = np.empty(shape, np.float32)
+        return self._buffers[shape]
