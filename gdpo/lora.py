@@ -27,7 +27,7 @@ TINY_TARGETS = r"conv_in|downs\.\d+|ups\.\d+|.*\.(conv1|conv2)|head\.(up1|up2|ou
 def add(
     model: Any,
     rank: int,
-    targets: str,
+    targets: str | list[str],
     *,
     alpha: int | None = None,
     train_whole: tuple[str, ...] = (),
@@ -38,7 +38,7 @@ def add(
 
     Args:
         rank: of every adapted layer.
-        targets: a regular expression that full module names must match.
+        targets: a regular expression that full module names must match, or the names themselves.
         alpha: the scale is alpha/rank; None means alpha = rank.
         train_whole: modules to copy and train as they are, beside the LoRA.
         seed: of the random A matrices.

@@ -37,3 +37,21 @@ def staged_folder(target: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(staged, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
+
+
+def check_target(target: str | os.PathLike[str], overwrite: bool, *sources: str | os.PathLike[str]) -> Path:
+    """The path of a model folder about to be written, or an error that names what is in the way.
+
+    Raises:
+        FileExistsError: it exists, and overwrite is off or what is there is no model folder.
+        ValueError: it is one of the sources.
+    """
+    path = Path(target)
+    for source in map(Path, sources):
+        if path.exists() and source.exists() and path.samefile(source):
+            raise ValueError(f"{path}: the output folder must not be an input; give another")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; give another folder, or --overwrite")
+    if path.exists() and not (path / "unet" / "config.json").is_file():
+        raise FileExistsError(f"{path} exists and is no model folder, so it will not be overwritten; give another")
+    return path

@@ -1,0 +1,207 @@
+"""The authors' released weights as a model folder: `python -m gdpo.convert RELEASED --base SD_FOLDER --out FOLDER`.
+
+RELEASED is either of the two released forms:
+- the LoRA file (a torch.save of a dict): the folder is --base with the LoRA live in unet_lora/ and vae_lora/, so that
+  `gdpo.merge --strength` can choose how much of it. A stage-one (NAOSD) file belongs on Stable Diffusion 2.1-base, a
+  stage-two (GDPO) file on the NAOSD model that it was trained from;
+- the merged folder (unet/, vae/): the folder is these two with schedule and text encoder of --base.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse.typing import PositiveInt
+
+from engine.cli import Parser, run
+
+from . import lora
+from .codecs import load_codec
+from .generator import OneStepGenerator
+from .prompts import PromptEncoder
+from .released import ReleasedLora, read_released
+from .storage import check_target
+
+RELEASED_ALPHA = 8  # peft's default, which the authors' code left: the scale is 8 / rank
+
+
+def convert(
+    released: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    *,
+    lora_alpha: int = RELEASED_ALPHA,
+    t_noise: int | None = None,
+    t_diffusion: int | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the model folder `out` of released weights, whole or not at all. No pickle is executed.
+
+    Args:
+        released: the LoRA file, or a diffusers folder with unet/ and perhaps vae/.
+        out: the folder to make.
+        base: the diffusers folder to complete them from; a released folder that is complete needs none.
+        lora_alpha: the LoRA's scale is lora_alpha / rank.
+        t_noise, t_diffusion: timesteps to remember; None means the paper's 250 and 100.
+        overwrite: replace an `out` that holds a model.
+
+    Raises:
+        FileNotFoundError, FileExistsError, ValueError: naming what was wrong, expected, and what to do.
+    """
+    released = Path(released)
+    target = check_target(out, overwrite, released, *([] if base is None else [base]))
+    if released.is_dir():
+        generator = _from_folder(released, None if base is None else Path(base), t_noise, t_diffusion)
+    else:
+        unet, vae = read_released(released)
+        if base is None:
+            raise ValueError(f"{released} is a LoRA file: --base must name the model folder that it belongs on")
+        generator = OneStepGenerator.from_pretrained(base, t_noise, t_diffusion).merge_lora()
+        _note_another_base(released, generator.unet, unet, stage_two=vae is None)
+        _attach(released, generator.unet, unet, lora_alpha)
+        if vae is not None:
+            _attach(released, generator.vae, vae, lora_alpha)
+    generator.save_pretrained(target)
+
+
+def _attach(file: Path, model: Any, released: ReleasedLora, alpha: int) -> None:
+    """Add the released LoRA to a model, live. A conv_in that was trained whole and has a LoRA becomes one weight."""
+    if model is None:
+        raise ValueError(f"{file} has a LoRA for a VAE, but the base has no VAE: it is the base of another model")
+    layers = dict(model.named_modules())
+    for name, (a, b) in released.pairs.items():
+        _check_pair(file, name, layers.get(name), released.rank, a, b)
+    whole = ("conv_in",) if released.conv_in else ()
+    targets = [name for name in released.pairs if name not in whole]
+    if whole:
+        _check_conv_in(file, layers.get("conv_in"), released.conv_in)
+    lora.add(model, released.rank, targets, alpha=alpha, train_whole=whole)
+    own = lora.parameters(model)
+    with torch.no_grad():
+        for name in targets:
+            for side, value in zip("AB", released.pairs[name]):
+                own.pop(f"{name}.lora_{side}.default.weight").copy_(value)
+        for leaf, value in released.conv_in.items():
+            trained = value.double()
+            if leaf == "weight" and "conv_in" in released.pairs:
+                a, b = released.pairs["conv_in"]
+                trained = trained + alpha / released.rank * _product(a.double(), b.double())
+            own.pop(f"conv_in.modules_to_save.default.{leaf}").copy_(trained)
+    assert not own, f"not filled: {sorted(own)[:3]}"
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """B A of a convolution's pair: [rank,in,k,k], [out,rank,1,1] -> [out,in,k,k]."""
+    return (b.flatten(1) @ a.flatten(1)).unflatten(1, a.shape[1:])
+
+
+def _check_pair(file: Path, name: str, layer: Any, rank: int, a: torch.Tensor, b: torch.Tensor) -> None:
+    expected: tuple[tuple[int, ...], tuple[int, ...]]
+    if isinstance(layer, torch.nn.Linear):
+        expected = (rank, layer.in_features), (layer.out_features, rank)
+    elif isinstance(layer, torch.nn.Conv2d):
+        expected = (rank, layer.in_channels, *layer.kernel_size), (layer.out_channels, rank, 1, 1)
+    else:
+        raise ValueError(f"{file}: it adapts {name[:80]!r}, a layer that the base has not: it is another model's")
+    if (tuple(a.shape), tuple(b.shape)) != expected:
+        raise ValueError(
+            f"{file}: the LoRA of {name} must have the shapes {expected[0]} and {expected[1]} on this base; "
+            f"got {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise ValueError(f"{file}: the LoRA of {name} holds values that are not finite")
+
+
+def _check_conv_in(file: Path, layer: Any, released: dict[str, torch.Tensor]) -> None:
+    expected = {name: tuple(p.shape) for name, p in layer.named_parameters()}
+    got = {name: tuple(value.shape) for name, value in released.items()}
+    if got != expected:
+        raise ValueError(f"{file}: conv_in must have the shapes {expected} on this base; got {got}")
+    if not all(value.isfinite().all() for value in released.values()):
+        raise ValueError(f"{file}: conv_in holds values that are not finite")
+
+
+def _note_another_base(file: Path, unet: Any, released: ReleasedLora, stage_two: bool) -> None:
+    """Stage two leaves conv_in as it was, so its copy tells whether the base is the one it was trained from."""
+    theirs = released.conv_in.get("weight")
+    ours = unet.conv_in.weight
+    if stage_two and theirs is not None and theirs.shape == ours.shape:
+        distance = float((theirs - ours).norm() / ours.norm())
+        if distance > 0.01:  # half precision alone gives 0.0003
+            print(
+                f"note: conv_in of {file} is not that of --base (relative distance {distance:.2g}): a stage-two LoRA "
+                "belongs on the NAOSD model that it was trained from",
+                file=sys.stderr,
+            )
+
+
+def _from_folder(released: Path, base: Path | None, t_noise: int | None, t_diffusion: int | None) -> OneStepGenerator:
+    """A merged release: its unet/ and vae/, the rest from the base."""
+    from diffusers import UNet2DConditionModel
+
+    for part in ("unet", "vae", "scheduler", "text_encoder", "tokenizer"):
+        if not (released / part).is_dir() and (part == "unet" or base is None):
+            remedy = "" if part == "unet" else "; name a --base that has it"
+            raise FileNotFoundError(f"{released / part}: no such folder{remedy}")
+
+    def home(part: str) -> Path:
+        return released if (released / part).is_dir() or base is None else base
+
+    unet = UNet2DConditionModel.from_pretrained(str(released / "unet"), local_files_only=True)
+    codec: Any = load_codec(home("vae") / "vae")
+    text_home = home("text_encoder")
+    schedule_file = home("scheduler") / "scheduler" / "scheduler_config.json"
+    width_file = text_home / "text_encoder" / "config.json"
+    for file in (schedule_file, width_file):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file; a model folder needs it")
+    width = json.loads(width_file.read_text()).get("hidden_size")
+    if (unet.config.in_channels, unet.config.cross_attention_dim) != (codec.channels, width):
+        raise ValueError(
+            f"{released / 'unet'} takes {unet.config.in_channels} channels and text of width "
+            f"{unet.config.cross_attention_dim}; the VAE gives {codec.channels} and the text encoder {width}: they are "
+            "parts of different models"
+        )
+    return OneStepGenerator(
+        unet,
+        codec,
+        json.loads(schedule_file.read_text()),
+        t_noise=t_noise,
+        t_diffusion=t_diffusion,
+        prompt_encoder=PromptEncoder(text_home),
+    )
+
+
+def main() -> None:
+    parser = Parser(prog="python -m gdpo.convert", description="The authors' released weights as a model folder.")
+    parser.add_argument("released", type=str, help="the LoRA file (.pkl) or the merged folder")
+    parser.add_argument("--base", type=str | None, help="the diffusers folder that it belongs on")
+    parser.add_argument("--out", type=str, required=True, help="the model folder to make")
+    parser.add_argument(
+        "--lora-alpha", type=PositiveInt, default=RELEASED_ALPHA, help="the LoRA's scale is this / rank"
+    )
+    parser.add_argument("--t-noise", type=int | None, help="timestep of the added noise (default: 250)")
+    parser.add_argument("--t-diffusion", type=int | None, help="timestep given to the UNet (default: 100)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an --out that holds a model")
+    args = parser.parse_args()
+    convert(
+        args.released,
+        args.out,
+        args.base,
+        lora_alpha=args.lora_alpha,
+        t_noise=args.t_noise,
+        t_diffusion=args.t_diffusion,
+        overwrite=args.overwrite,
+    )
+    live = any((Path(args.out) / name).is_dir() for name in ("unet_lora", "vae_lora"))
+    hint = f" (its LoRA is live; to fold it in: python -m gdpo.merge {args.out} --out FOLDER)" if live else ""
+    print(f"{args.out}: {args.released} converted{hint}")
+
+
+if __name__ == "__main__":
+    run(main)
