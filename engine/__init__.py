@@ -1,1 +1,20 @@
-"""The engine: export a generator to ONNX, build it for a backend, upscale pictures with it."""
+"""The engine: export a generator to ONNX, build it for a backend, upscale pictures with it.
+
+from engine import Upscaler
+sr = Upscaler.load().upscale(rgb_uint8_hwc, seed=0)
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from engine.upscaler import Upscaler
+
+__all__ = ["Upscaler"]
+
+
+def __getattr__(name: str):
+    if name != "Upscaler":
+        raise AttributeError(f"module 'engine' has no attribute {name!r}; it has Upscaler")
+    from engine.upscaler import Upscaler
+
+    return Upscaler

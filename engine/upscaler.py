@@ -1,0 +1,298 @@
+"""Upscaler: any picture, in bounded memory, the same by seed on every backend.
+
+LR -> resampled x4, mirrored beyond its edges -> tiles -> encode -> one step with noise from (seed, position) -> decode
+-> blended -> colours aligned -> cropped. Between tiles and colours a picture is held at 16 bit.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from engine import color as colors
+from engine import manifest as manifests
+from engine.backends import MODULES, Options, Session, open_session
+from engine.manifest import FolderError, Manifest
+from engine.noise import noise_field
+from engine.resample import resize, resize_window
+from engine.tiles import Axis, blend, cover
+
+Progress = Callable[[int, int], None]
+SHIPPED = Path(__file__).parent / "data" / "tiny"
+DEMO = Path("runs/demo/engine")
+MAX_OUTPUT_PIXELS = 1_000_000_000
+_BAND = 256  # output rows aligned and quantised at a time
+
+
+def default_model() -> Path:
+    """The folder of the model that ships with the project, else the one that `make demo` trained here.
+
+    Raises:
+        FolderError: there is neither.
+    """
+    for folder in (SHIPPED, DEMO):
+        if (folder / "manifest.json").is_file():
+            return folder
+    raise FolderError(f"no model: {SHIPPED} is not there and neither is {DEMO}; run `make demo`, or name one (--model)")
+
+
+class Upscaler:
+    """A loaded engine folder. Not thread-safe: use one per thread.
+
+    Attributes:
+        manifest: of the folder.
+        backend: that runs it.
+    """
+
+    def __init__(self, manifest: Manifest, sessions: dict[str, Session], backend: str):
+        self.manifest, self.sessions, self.backend = manifest, sessions, backend
+
+    @classmethod
+    def load(
+        cls,
+        model: str | os.PathLike[str] | None = None,
+        backend: str = "auto",
+        device: str | None = None,
+        *,
+        threads: int = 0,
+        trust_plan: bool = False,
+        bf16: bool = False,
+    ) -> Upscaler:
+        """Load an engine folder.
+
+        Args:
+            model: a folder that engine.export or engine.build wrote; None takes the shipped tiny model. With backend
+                "torch": a generator's folder.
+            backend: "auto" is the one that the folder was built for. An exported folder also runs on "openvino".
+            device: "cpu", "cuda", "cuda:N"; None lets the backend choose.
+            threads: of a CPU backend; 0 lets it choose.
+            trust_plan: load a TensorRT plan that this user did not build. A plan is executable code.
+            bf16: let OpenVINO and torch compute in bfloat16.
+
+        Raises:
+            FolderError: the folder is missing, stale, damaged, foreign or not trusted.
+            RuntimeError: the backend is not installed or cannot run here.
+        """
+        options = Options(device, threads, trust_plan, bf16)
+        if backend == "torch":
+            from engine.backends.torch import open_generator
+
+            if model is None:
+                raise ValueError("backend torch needs a generator's folder; name it")
+            manifest, session = open_generator(Path(model), options)
+            return cls(manifest, {"generator": session}, backend)
+        folder = Path(model) if model is not None else default_model()
+        manifest = manifests.load(folder)
+        if backend == "auto":
+            backend = manifest.backend
+        if backend not in MODULES:
+            raise ValueError(f"backend must be auto, torch or one of {', '.join(MODULES)}; got {backend!r}")
+        portable = manifest.backend == "onnx" and backend in ("onnx", "onnxruntime", "openvino")
+        if backend != manifest.backend and not portable:
+            if manifest.backend == "onnx":
+                fix = f"build it first: python -m engine.build {folder} --backend {backend} --out DIR"
+            else:
+                fix = "build the exported folder for it: python -m engine.build ONNX_FOLDER --out DIR"
+            raise FolderError(f"{folder} is for {manifest.backend}, not {backend}; {fix} --backend {backend}")
+        sessions = {name: open_session(backend, manifest, folder, name, options) for name in manifest.graphs}
+        return cls(manifest, sessions, backend)
+
+    def upscale(
+        self,
+        rgb: np.ndarray,
+        seed: int = 0,
+        tile: int | None = None,
+        *,
+        scale: float = 4.0,
+        color: str = "adain",
+        batch: int | None = None,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """Upscale one picture.
+
+        Args:
+            rgb: [H,W,3] uint8 or uint16.
+            seed: of the noise, 0 <= seed < 2^64. The same seed, picture and tile give the same result.
+            tile: longest side of a tile in INPUT pixels; None or 0 lets the model's profile choose.
+            scale: of the result. The model makes x4; other factors resize that.
+            color: "adain", "wavelet" or "none".
+            batch: tiles handed to the backend at once; None takes the profile's usual batch.
+            progress: called with (tiles done, tiles in all); what it raises cancels.
+
+        Returns:
+            [round(H*scale), round(W*scale), 3], dtype as rgb.
+
+        Raises:
+            ValueError: an argument is not what it should be; the message names it.
+            FloatingPointError: the model gave a value that is not finite; the message names the tile.
+        """
+        if not (isinstance(rgb, np.ndarray) and rgb.ndim == 3 and rgb.shape[2] == 3 and rgb.size):
+            raise ValueError(f"rgb must be a numpy array [H,W,3]; got {getattr(rgb, 'shape', type(rgb).__name__)}")
+        if rgb.dtype not in (np.uint8, np.uint16):
+            raise ValueError(f"rgb must be uint8 or uint16; got {rgb.dtype}")
+        if color not in colors.METHODS:
+            raise ValueError(f"color must be one of {', '.join(colors.METHODS)}; got {color!r}")
+        target = output_size(rgb.shape[0], rgb.shape[1], scale)
+        picture = _Run(self, rgb, seed, tile, batch, progress).restore()
+        native = self.manifest.geometry.scale
+        resized = target != (rgb.shape[0] * native, rgb.shape[1] * native)
+        aligned = _align(picture, rgb, color, np.dtype(np.uint16) if resized else rgb.dtype)
+        if resized:
+            aligned = resize(aligned, target)
+        return aligned if aligned.dtype == rgb.dtype else _to_8_bit(aligned)
+
+
+def output_size(height: int, width: int, scale: float) -> tuple[int, int]:
+    """The size of a result.
+
+    Raises:
+        ValueError: a scale that is no positive number, or a result of more than a gigapixel.
+    """
+    if not 0.05 <= scale <= 64:
+        raise ValueError(f"scale must be between 0.05 and 64; got {scale}")
+    size = max(round(height * scale), 1), max(round(width * scale), 1)
+    largest = max(size[0] * size[1], 16 * height * width)
+    if largest > MAX_OUTPUT_PIXELS:
+        raise ValueError(
+            f"{width}x{height} upscaled is {largest / 1e6:.0f} megapixels; at most {MAX_OUTPUT_PIXELS / 1e6:.0f} fit"
+        )
+    return size
+
+
+class _Run:
+    """One picture on its way through the model."""
+
+    def __init__(
+        self, up: Upscaler, rgb: np.ndarray, seed: int, tile: int | None, batch: int | None, progress: Progress | None
+    ):
+        self.up, self.rgb, self.seed, self.progress = up, rgb, seed, progress
+        self.geometry, profile = up.manifest.geometry, up.manifest.profile
+        unit, self.batch = self.geometry.factor, profile.batch[1] if batch is None else batch
+        if not profile.batch[0] <= self.batch <= profile.batch[2]:
+            raise ValueError(f"batch must be {profile.batch[0]} to {profile.batch[2]} for this model; got {batch}")
+        longest = profile.tile[1]
+        if tile:
+            longest = tile * self.geometry.scale // self.geometry.multiple * self.geometry.multiple
+            if not profile.tile[0] <= longest <= profile.tile[2]:
+                low, high = (-(-side // self.geometry.scale) for side in (profile.tile[0], profile.tile[2]))
+                raise ValueError(f"tile must be {low} to {high} input pixels for this model; got {tile}")
+        self.size = (rgb.shape[0] * self.geometry.scale, rgb.shape[1] * self.geometry.scale)
+        multiple = self.geometry.multiple // unit
+        # A short overlap for short tiles: at most a quarter.
+        overlap = min(self.geometry.overlap // unit, longest // unit // 4 // multiple * multiple)
+
+        def axis(side: int) -> Axis:
+            # At least the profile's least tile: a smaller picture is mirrored until it fills one.
+            padded = max(-(-side // unit), profile.tile[0] // unit)
+            return cover(padded, longest // unit, overlap, multiple, fixed=profile.static)
+
+        self.rows, self.columns = axis(self.size[0]), axis(self.size[1])
+        stages = len(up.sessions)
+        self.done, self.total = 0, len(self.rows.starts) * len(self.columns.starts) * stages
+
+    def restore(self) -> np.ndarray:
+        """uint16 [4H,4W,3], colours not aligned yet."""
+        run = self._whole
+        if "generator" not in self.up.sessions:
+            latent = self._field(self._stage("encoder", "image", self._image))
+            noised = self._stage("unet", "latent", self._cut(latent), noise=self._noise)
+            run = self._stage("decoder", "x0", self._cut(self._field(noised)))
+        height, width = self.size
+        out = np.empty((height, width, 3), np.uint16)
+        for first, band in blend(self.rows, self.columns, 3, self.geometry.factor, run, self.batch):
+            rows = min(band.shape[1], height - first)
+            if rows > 0:
+                out[first : first + rows] = _quantise(band[:, :rows, :width]).transpose(1, 2, 0)
+        return out
+
+    def _image(self, top: int, left: int) -> np.ndarray:
+        """The upsampled input of a tile, [3,h,w] in [-1,1]."""
+        f = self.geometry.factor
+        rows, columns = (top * f, (top + self.rows.tile) * f), (left * f, (left + self.columns.tile) * f)
+        full = np.float32(np.iinfo(self.rgb.dtype).max)
+        window = resize_window(self.rgb, self.size, rows, columns)
+        return np.clip(window * (np.float32(2) / full) - np.float32(1), -1, 1)
+
+    def _noise(self, top: int, left: int) -> np.ndarray:
+        rows, columns = (top, top + self.rows.tile), (left, left + self.columns.tile)
+        return noise_field(self.seed, self.geometry.channels, rows, columns)
+
+    def _whole(self, places: list[tuple[int, int]]) -> np.ndarray:
+        image = np.stack([self._image(*p) for p in places])
+        return self._call("generator", {"image": image, "noise": np.stack([self._noise(*p) for p in places])}, places)
+
+    def _stage(self, name: str, key: str, source: Callable[[int, int], np.ndarray], **more: Callable):
+        def run(places: list[tuple[int, int]]) -> np.ndarray:
+            inputs = {k: np.stack([cut(*p) for p in places]) for k, cut in ({key: source} | more).items()}
+            return self._call(name, inputs, places)
+
+        return run
+
+    def _field(self, run: Callable[[list[tuple[int, int]]], np.ndarray]) -> np.ndarray:
+        """Run a stage on every tile and blend the latents into one field, which covers the last tiles' ends too."""
+        ends = [axis.starts[-1] + axis.tile for axis in (self.rows, self.columns)]
+        rows, columns = (Axis(end, a.tile, a.starts, a.overlap) for end, a in zip(ends, (self.rows, self.columns)))
+        field = np.empty((self.geometry.channels, *ends), np.float32)
+        for first, band in blend(rows, columns, len(field), 1, run, self.batch):
+            field[:, first : first + band.shape[1]] = band
+        return field
+
+    def _cut(self, field: np.ndarray) -> Callable[[int, int], np.ndarray]:
+        return lambda top, left: field[:, top : top + self.rows.tile, left : left + self.columns.tile]
+
+    def _call(self, name: str, inputs: dict[str, np.ndarray], places: list[tuple[int, int]]) -> np.ndarray:
+        result = self.up.sessions[name](inputs)
+        # A sum is finite only if every value is, and costs a tenth of np.isfinite().all(); overflow cannot reach it.
+        for tile, (top, left) in zip(result, places):
+            if not np.isfinite(np.sum(tile, dtype=np.float64)):
+                f = self.geometry.factor
+                raise FloatingPointError(
+                    f"the {name} gave a value that is not finite in the tile at row {top * f}, column {left * f} "
+                    f"({self.rows.tile * f}x{self.columns.tile * f} output pixels); try another precision"
+                )
+        self.done += len(places)
+        if self.progress:
+            self.progress(self.done, self.total)
+        return result
+
+
+def _quantise(planes: np.ndarray) -> np.ndarray:
+    """[-1,1] float32 -> 16 bit, halves rounded up."""
+    scaled = (np.clip(planes, -1, 1) + np.float32(1)) * np.float32(colors.FULL / 2) + np.float32(0.5)
+    return scaled.astype(np.uint16)
+
+
+def _upsampled(rgb: np.ndarray, size: tuple[int, int], first: int, last: int) -> np.ndarray:
+    """Rows of the upsampled input, uint16 [3, rows, W]: what colours are aligned to."""
+    unit = np.float32(colors.FULL / np.iinfo(rgb.dtype).max)
+    window = resize_window(rgb, size, (first, last), (0, size[1])) * unit + np.float32(0.5)
+    return np.clip(window, 0, colors.FULL).astype(np.uint16)
+
+
+def _align(picture: np.ndarray, rgb: np.ndarray, color: str, dtype: np.dtype) -> np.ndarray:
+    """Align the colours of [H,W,3] uint16 to the input's and convert to `dtype`, band by band."""
+    height, width = picture.shape[:2]
+    out = np.empty(picture.shape, dtype) if color == "wavelet" or dtype != picture.dtype else picture
+    bands = [(top, min(top + _BAND, height)) for top in range(0, height, _BAND)]
+    tables = None
+    if color == "adain":
+        result, target = colors.Moments(), colors.Moments()
+        for first, last in bands:
+            result.add(picture[first:last].transpose(2, 0, 1))
+            target.add(_upsampled(rgb, (height, width), first, last))
+        tables = colors.adain_tables(result, target)
+    for first, last in bands:
+        band = picture[first:last]
+        if tables is not None:
+            band = np.stack([tables[c][band[..., c]] for c in range(3)], axis=2)
+        elif color == "wavelet":
+            band = colors.wavelet_band(picture, lambda a, b: _upsampled(rgb, (height, width), a, b), (first, last))
+        out[first:last] = band if dtype == np.uint16 else _to_8_bit(band)
+    return out
+
+
+def _to_8_bit(samples: np.ndarray) -> np.ndarray:
+    return ((samples.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
