@@ -11,7 +11,9 @@ from scipy import special
 
 from gdpo.degradation.draw import KernelDraw
 
-SIDE = 21  # every kernel is padded to this side: one convolution for all, and the same sums whoever else is in the batch
+SIDE = (
+    21  # every kernel is padded to this side: one convolution for all, and the same sums whoever else is in the batch
+)
 RADIUS = SIDE // 2
 # The CPU's depthwise convolution works on blocks of 16 channels (8 without AVX-512) and is six times slower otherwise.
 _CHANNEL_BLOCK = 16

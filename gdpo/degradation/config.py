@@ -1,7 +1,7 @@
 """What a degradation may do: the passes, the presets, and what a user may change in them.
 
-`realesrgan` holds the values of the paper's configuration (second-order Real-ESRGAN, arXiv 2107.10833), `light` one mild
-pass for small models and fairly clean photos, `bicubic` nothing but the classic antialiased resize.
+`realesrgan` holds the values of the paper's configuration (second-order Real-ESRGAN, arXiv 2107.10833), `light` one
+mild pass for small models and fairly clean photos, `bicubic` nothing but the classic antialiased resize.
 """
 
 from __future__ import annotations
@@ -164,7 +164,9 @@ class DegradationConfig:
         check_probability("final_sinc_probability", recipe.final_sinc_probability)
         check_modes("upsample_modes", recipe.upsample_modes)
         if self.preset == "bicubic" and (sinc or modes):
-            raise ValueError("preset 'bicubic' is one fixed resize; final_sinc_probability and upsample_modes must be unset")
+            raise ValueError(
+                "preset 'bicubic' is one fixed resize; final_sinc_probability and upsample_modes must be unset"
+            )
         return recipe
 
 
@@ -175,7 +177,8 @@ def _change(old: Pass, changes: Mapping[str, Any], name: str) -> Pass:
     known = [f.name for f in fields(Pass)]
     if unknown := [str(key) for key in changes if key not in known]:
         raise ValueError(f"{name} has no value named {', '.join(unknown)}; it has {', '.join(known)}")
-    new = replace(old, **{key: tuple(v) if isinstance(v, list) else v for key, v in changes.items()})
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in changes.items()}
+    new = replace(old, **values)
     new.validate(name)
     return new
 

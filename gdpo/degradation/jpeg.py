@@ -1,8 +1,9 @@
 """JPEG compression, there and back: libjpeg through Pillow on the CPU, and the same steps in torch on any device.
 
-The torch form follows libjpeg's defaults (ITU-T T.81, JFIF): fixed-point colour conversion, 4:2:0 by 2x2 means, DCT of
-8x8 blocks, the standard tables scaled by quality, and back with the triangle ("fancy") chroma filter. It differs in the
-DCT alone, exact here and 13-bit fixed point there, which now and then rounds a coefficient or a pixel the other way.
+The torch form follows the defaults of libjpeg(-turbo) step by step, in whole numbers that its floats hold exactly:
+colour conversion in 16-bit fixed point, 4:2:0 by 2x2 means, the 13-bit DCT of 8x8 blocks with its rounding between rows
+and columns, the standard tables scaled by quality, and back with the triangle ("fancy") chroma filter. No pixel that
+differs from Pillow's is known.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+
+SMALLEST = 5  # up to 4 pixels wide, libjpeg doubles the chroma by repetition: not worth a second way here
 
 # ITU-T T.81, tables K.1 and K.2.
 _LUMA_TABLE = (
@@ -40,7 +43,7 @@ def jpeg(images: Sequence[torch.Tensor], qualities: Sequence[int], method: str) 
     """Compress and decompress each image at its quality (4:2:0).
 
     Args:
-        images: fp32 [1,3,h,w] each, sizes may differ; clipped to [0,1] and rounded to 8 bit first.
+        images: fp32 [1,3,h,w] each, sizes may differ, w at least SMALLEST; clipped to [0,1] and rounded to 8 bit first.
         qualities: 1..100, as many.
         method: "pillow", "torch", or "auto": pillow for images on the CPU.
 
@@ -68,6 +71,7 @@ def _through_torch(images: Sequence[torch.Tensor], qualities: Sequence[int]) -> 
     """All images at once, on a canvas of the largest size in whole 16x16 units, their last pixels repeated."""
     device = images[0].device
     sizes = [tuple(image.shape[2:]) for image in images]
+    assert min(w for _, w in sizes) >= SMALLEST
     height, width = (-(-max(size[axis] for size in sizes) // 16) * 16 for axis in (0, 1))
     canvas = torch.cat([F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]), mode="replicate") for x in images])
     luma, chroma = _to_ycc((canvas * 255).round().clamp(0, 255))
@@ -120,13 +124,20 @@ def _repeat_edges(planes: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> tor
 def _quantised(planes: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
     """What is left of [B,C,H,W] (0..255) after quantising the DCT of its 8x8 blocks by tables [B,8,8]."""
     b, c, h, w = planes.shape
-    dct = _dct(planes.device)  # float64: no TF32 and no autocast, whatever the caller has switched on
+    dct = _dct(planes.device)  # float64: exact, and no TF32 or autocast, whatever the caller has switched on
     blocks = (planes - 128).reshape(b, c, h // 8, 8, w // 8, 8).transpose(3, 4).double()
     steps = tables[:, None, None, None]
-    coefficients = dct @ blocks @ dct.T / steps
-    coefficients = (coefficients.abs() + 0.5).floor().copysign(coefficients)  # halves away from zero
-    pixels = (dct.T @ (coefficients * steps) @ dct + 128.5).floor().clamp(0, 255)
+    rows = _descaled(blocks @ dct.T, 11)  # 13 fractional bits in the matrix, 2 kept between the two directions
+    coefficients = _descaled(dct @ rows, 15)  # 8 times the orthonormal ones
+    levels = ((coefficients.abs() / (8 * steps)) + 0.5).floor().copysign(coefficients)  # halves away from zero
+    columns = _descaled(dct.T @ (levels * steps), 11)
+    pixels = (_descaled(columns @ dct, 18) + 128).clamp(0, 255)
     return pixels.float().transpose(3, 4).reshape(b, c, h, w)
+
+
+def _descaled(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """values / 2^bits, rounded, halves up."""
+    return (values / 2**bits + 0.5).floor()
 
 
 def _doubled(planes: torch.Tensor) -> torch.Tensor:
@@ -143,11 +154,22 @@ def _doubled(planes: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=4)
 def _dct(device: torch.device) -> torch.Tensor:
-    """The orthonormal DCT-II of 8 points, float64 [8,8]."""
-    k = torch.arange(8, dtype=torch.float64)
-    matrix = torch.cos((2 * k + 1) * k[:, None] * torch.pi / 16) / 2
-    matrix[0] /= 2**0.5
-    return matrix.to(device)
+    """libjpeg's DCT-II of 8 points, float64 [8,8]: sqrt(8) * 2^13 times the orthonormal one, in whole numbers.
+
+    Some differ by one from the nearest: libjpeg adds each up from constants that are rounded on their own.
+    """
+    half = (  # the left half of each row; even rows are even functions, odd rows odd ones
+        (8192, 8192, 8192, 8192),
+        (11363, 9633, 6437, 2260),
+        (10703, 4433, -4433, -10703),
+        (9633, -2259, -11362, -6436),
+        (8192, -8192, -8192, 8192),
+        (6437, -11362, 2261, 9633),
+        (4433, -10704, 10704, -4433),
+        (2260, -6436, 9633, -11363),
+    )
+    rows = [[*row, *(value * (-1) ** k for value in reversed(row))] for k, row in enumerate(half)]
+    return torch.tensor(rows, dtype=torch.float64).to(device)
 
 
 def _tables(base: tuple[tuple[int, ...], ...], qualities: Sequence[int], device: torch.device) -> torch.Tensor:

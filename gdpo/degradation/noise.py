@@ -26,7 +26,7 @@ def draw_field(draw: NoiseDraw, height: int, width: int, *key: int | str) -> tor
 def add_noise(image: torch.Tensor, draw: NoiseDraw, field: torch.Tensor) -> torch.Tensor:
     """image + noise, clipped to [0,1].
 
-    Gaussian: sigma/255 * field. Poisson, as Real-ESRGAN: with u the image (or its luma, for gray noise) rounded to 8 bit
+    Gaussian: sigma/255 * field. Poisson, as Real-ESRGAN: with u the image (its luma, for gray noise) rounded to 8 bit
     and v the number of its distinct values rounded up to a power of two, strength * (Poisson(u v)/v - u).
 
     Args:
@@ -58,7 +58,9 @@ def _poisson_noise(levels: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor
     exponent = (2 ** torch.arange(_EXPONENTS - 1, device=levels.device) < present.sum()).sum()  # ceil(log2), exactly
     row = exponent * 256 + index
     uniforms = uniforms.flatten()
-    position = (row * _COUNTS - 1).flatten()  # just before the row; a bisection moves it to the last count that is too low
+    position = (
+        row * _COUNTS - 1
+    ).flatten()  # just before the row; a bisection moves it to the last count that is too low
     start = position.clone()
     for power in range(_COUNTS.bit_length() - 2, -1, -1):
         step = 1 << power

@@ -10,7 +10,7 @@ import torch
 from gdpo.degradation.blur import RADIUS, blur
 from gdpo.degradation.config import DegradationConfig
 from gdpo.degradation.draw import PassDraw, draw_sample
-from gdpo.degradation.jpeg import jpeg
+from gdpo.degradation.jpeg import SMALLEST, jpeg
 from gdpo.degradation.noise import add_noise, draw_field
 from gdpo.degradation.resize import resize
 
@@ -24,12 +24,12 @@ class Degradation:
         lr, lr_up = degrade(hr, seed=0, samples=range(first, first + len(hr)))
 
     What happens to a sample is a function of (seed, sample) alone: neither the other samples of the batch nor the step,
-    process or device change it. On one CPU the pixels are the same to the bit, too; between a CPU and a GPU they differ
-    by rounding, and by what `jpeg` says about the JPEG there.
+    process or device change it. On a CPU the pixels are the same to the bit, too; on a GPU the last bit of a float may
+    differ from the CPU's and turn the rounding of a pixel before JPEG.
 
     Differs from Real-ESRGAN: sizes, filters, noise and order are drawn for each sample (there: for a batch); JPEG
-    qualities are whole numbers and the pixels are rounded to 8 bit before JPEG, as real files are; resizes map pixels by
-    the ratio of the whole sizes; the HR image is not sharpened first.
+    qualities are whole numbers and the pixels are rounded to 8 bit before JPEG, as real files are; resizes map pixels
+    by the ratio of the whole sizes; the HR image is not sharpened first.
     """
 
     def __init__(self, config: DegradationConfig | None = None):
@@ -62,7 +62,7 @@ class Degradation:
             return self._degrade(hr.float(), seed, [int(sample) for sample in samples])
 
     def upsample(self, lr: torch.Tensor) -> torch.Tensor:
-        """lr [B,3,h,w] in [0,1] resized to [B,3,h*scale,w*scale] as inference does: bicubic a=-0.5, clipped to [0,1]."""
+        """lr [B,3,h,w] in [0,1] to [B,3,h*scale,w*scale] as inference does it: bicubic a=-0.5, clipped to [0,1]."""
         size = (lr.shape[2] * self.config.scale, lr.shape[3] * self.config.scale)
         with torch.autocast(lr.device.type, enabled=False):
             return resize(lr.float(), size, "bicubic_antialias").clamp(0, 1)
@@ -103,11 +103,13 @@ class Degradation:
         return [next(compressed) if due else image for image, due in zip(images, now)]
 
     def _smallest_side(self) -> int:
-        """The least side of an HR image: a border can only be reflected into an image that is larger than the border."""
+        """The least side of an HR image that every draw can work on."""
         passes, scale = self.recipe.passes, self.config.scale
-        needed = [scale, *(math.ceil((RADIUS + 1) / before.resize_range[0]) for before in passes[:-1])]
-        if passes:
+        needed = [scale]
+        if passes:  # a border can only be reflected into an image that is larger than the border
             needed.append(RADIUS + 1)
+            needed.append(scale * math.ceil(SMALLEST / passes[-1].resize_range[0]))
+        needed += [math.ceil((RADIUS + 1) / before.resize_range[0]) for before in passes[:-1]]
         if self.recipe.final_sinc_probability:
             needed.append((RADIUS + 1) * scale)
         return max(needed)
