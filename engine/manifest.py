@@ -24,7 +24,8 @@ from engine.files import atomic_write
 FORMAT = 1
 BACKENDS = ("onnx", "onnxruntime", "tensorrt", "tensorrt-rtx")  # "onnx": as exported, run by ONNX Runtime
 PLANS = ("tensorrt", "tensorrt-rtx")
-_MAX_BYTES = 1 << 20
+_MAX_BYTES = 1 << 20  # of a manifest
+_MAX_MODEL_BYTES = 1 << 36
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 _DTYPES = ("float32", "float16")
 
@@ -128,7 +129,7 @@ class Manifest:
     def read(self, folder: Path, graph: str) -> tuple[bytes, dict[str, bytes]]:
         """The bytes of a graph's file and of its data files, checked against their hashes."""
         entry = self.graphs[graph]
-        return _read(folder, entry.file, entry.sha256), {n: _read(folder, n, h) for n, h in entry.data.items()}
+        return read_file(folder, entry.file, entry.sha256), {n: read_file(folder, n, h) for n, h in entry.data.items()}
 
 
 def load(folder: str | os.PathLike[str]) -> Manifest:
@@ -240,14 +241,14 @@ def _regular(path: Path, limit: int) -> bytes:
     if not _is_file(path):
         raise FolderError(f"{path}: missing, or not a regular file; build the folder again")
     with open(path, "rb") as f:
-        content = f.read(limit + 1)
-    if len(content) > limit:
-        raise FolderError(f"{path}: larger than {limit} bytes")
-    return content
+        if os.fstat(f.fileno()).st_size > limit:
+            raise FolderError(f"{path}: larger than {limit} bytes")
+        return f.read()
 
 
-def _read(folder: Path, name: str, expected: str) -> bytes:
-    content = _regular(folder / name, 1 << 36)
+def read_file(folder: Path, name: str, expected: str) -> bytes:
+    """The bytes of a folder's file, which must have the expected SHA-256."""
+    content = _regular(folder / name, _MAX_MODEL_BYTES)
     found = hashlib.sha256(content).hexdigest()
     if found != expected:
         raise FolderError(

@@ -1,0 +1,236 @@
+"""Fold what does not change between pictures into constants, and cut a generator into the graphs that are exported.
+
+The timestep is fixed, so is the prompt. Hence the time embedding and its projections become a bias (or a scale and a
+bias) of a convolution, and the keys and values of cross-attention become constants: an exported UNet holds no text
+encoder, no time-embedding perceptron, no key and value projections of the prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gdpo.generator import OneStepGenerator
+from gdpo.tiny import ResBlock, TinyUNet
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class _FoldedResBlock(nn.Module):
+    """A ResBlock of the tiny UNet whose FiLM is folded into its first convolution."""
+
+    def __init__(self, block: ResBlock, time: torch.Tensor):
+        super().__init__()
+        self.conv1, self.conv2, self.skip = block.conv1, block.conv2, block.skip
+        scale, shift = block.time(time)[0].chunk(2)
+        bias = self.conv1.bias
+        assert bias is not None  # nn.Conv2d's default
+        self.conv1.weight.mul_((1 + scale)[:, None, None, None])
+        bias.mul_(1 + scale).add_(shift)
+
+    def forward(self, x: torch.Tensor, time: None) -> torch.Tensor:
+        return self.skip(x) + self.conv2(F.leaky_relu(self.conv1(x), 0.1))
+
+
+class _FixedCrossAttention(nn.Module):
+    """An attention processor of diffusers whose keys and values are constants, [1, heads, L, D]."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+
+    def __init__(self, attention: Any, prompt: torch.Tensor):
+        super().__init__()
+        heads = attention.heads
+        for name, projection in (("key", attention.to_k), ("value", attention.to_v)):
+            projected = projection(prompt)
+            self.register_buffer(name, projected.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous())
+
+    def forward(self, attn: Any, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        batch = hidden_states.shape[0]  # len() would fix the batch of an export
+        key, value = self.key.expand(batch, -1, -1, -1), self.value.expand(batch, -1, -1, -1)
+        out = F.scaled_dot_product_attention(query, key, value)
+        return attn.to_out[0](out.transpose(1, 2).flatten(2)) / attn.rescale_output_factor
+
+
+class _NoTimeEmbedding(nn.Module):
+    """Stands in for the perceptron whose results are folded away."""
+
+    def forward(self, *args, **kwargs) -> None:
+        return None
+
+
+@torch.no_grad()
+def fold(generator: OneStepGenerator) -> OneStepGenerator:
+    """Merge the LoRA and fold timestep and prompt into the weights, in place.
+
+    Raises:
+        ValueError: a UNet with an architecture that is not known to fold (class or label conditioning, other
+            processors); the message names it.
+    """
+    generator.merge_lora()
+    unet: Any = generator.unet
+    if isinstance(generator.unet, TinyUNet):
+        time = unet._time(generator.t_diffusion, next(unet.parameters()))
+        for blocks in [*unet.encoder, *unet.decoder]:
+            for i, block in enumerate(blocks):
+                blocks[i] = _FoldedResBlock(block, time)
+        del unet.time_in, unet.time_out
+        unet._time = lambda timestep, sample: None
+        return generator
+    _fold_diffusers(generator)
+    return generator
+
+
+def _fold_diffusers(generator: OneStepGenerator) -> None:
+    from diffusers.models.resnet import ResnetBlock2D
+
+    unet = generator.unet
+    odd = [k for k in ("class_embed_type", "addition_embed_type", "time_cond_proj_dim") if unet.config.get(k)]
+    if odd or unet.config.get("encoder_hid_dim_type"):
+        raise ValueError(
+            f"unet/config.json: {', '.join(odd) or 'encoder_hid_dim_type'} is set; this UNet does not fold"
+        )
+    parameter = next(unet.parameters())
+    sample = torch.zeros(1, dtype=parameter.dtype, device=parameter.device)
+    time = unet.time_embedding(unet.get_time_embed(sample, generator.t_diffusion))
+    prompt = generator.text_embeds(1).to(parameter.dtype)
+    modules: list[tuple[str, Any]] = list(unet.named_modules())
+    for name, module in modules:
+        if isinstance(module, ResnetBlock2D) and module.time_emb_proj is not None:
+            if module.time_embedding_norm != "default":
+                raise ValueError(f"{name}: time_embedding_norm {module.time_embedding_norm!r} does not fold")
+            module.conv1.bias.add_(module.time_emb_proj(module.nonlinearity(time))[0])
+            module.time_emb_proj, module.time_embedding_norm = None, "folded"
+        elif name.endswith("attn2"):
+            if module.norm_cross or module.norm_q is not None or module.residual_connection:
+                raise ValueError(f"{name}: cross-attention with extra normalisation does not fold")
+            module.set_processor(_FixedCrossAttention(module, prompt))
+            module.to_k = module.to_v = nn.Identity()
+    unet.time_embedding = _NoTimeEmbedding()
+
+
+def cast(generator: OneStepGenerator, precision: str) -> OneStepGenerator:
+    """Convert the weights, in place. In fp16 the up-blocks of a KL decoder stay fp32: their activations overflow."""
+    for module in (generator.unet, generator.codec):
+        nn.Module.to(module, DTYPES[precision])  # diffusers' own `to` warns about what this does on purpose
+    decoder: Any = getattr(generator.vae, "decoder", None)
+    if precision == "fp16" and hasattr(decoder, "up_blocks"):
+        for part in (decoder.up_blocks, decoder.conv_norm_out, decoder.conv_out):
+            part.float()
+    return generator
+
+
+class Encoder(nn.Module):
+    """image [B,3,H,W] in [-1,1] -> latent [B,C,h,w], float32 at both ends whatever is inside."""
+
+    def __init__(self, generator: OneStepGenerator, precision: str):
+        super().__init__()
+        self.codec, self.dtype = generator.codec, DTYPES[precision]
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.codec.encode(image.to(self.dtype)).float()
+
+
+class Step(nn.Module):
+    """latent, noise [B,C,h,w] -> x0: the one diffusion step of a folded generator."""
+
+    def __init__(self, generator: OneStepGenerator, precision: str):
+        super().__init__()
+        self.unet, self.dtype = generator.unet, DTYPES[precision]
+        self.t = generator.t_diffusion
+        self.residual = generator.parametrization == "residual"
+        self.signal, self.noise = math.sqrt(generator.a_n), math.sqrt(generator.b_n)
+        self.scale, self.shift = 1 / math.sqrt(generator.a_d), math.sqrt(generator.b_d / generator.a_d)
+
+    def forward(self, latent: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        noisy = self.signal * latent + self.noise * noise
+        if self.residual:
+            return latent + self.unet(torch.cat([noisy, latent], dim=1).to(self.dtype), self.t).sample.float()
+        predicted = self.unet(noisy.to(self.dtype), self.t, encoder_hidden_states=None).sample.float()
+        return self.scale * noisy - self.shift * predicted
+
+
+class Decoder(nn.Module):
+    """x0 [B,C,h,w] -> output [B,3,H,W] in [-1,1]."""
+
+    def __init__(self, generator: OneStepGenerator, precision: str):
+        super().__init__()
+        self.codec, self.dtype = generator.codec, DTYPES[precision]
+
+    def forward(self, x0: torch.Tensor) -> torch.Tensor:
+        return self.codec.decode(x0.to(self.dtype)).float().clamp(-1, 1)
+
+
+class Whole(nn.Module):
+    """image [B,3,H,W], noise [B,C,h,w] -> output [B,3,H,W]."""
+
+    def __init__(self, generator: OneStepGenerator, precision: str):
+        super().__init__()
+        self.encoder, self.step = Encoder(generator, precision), Step(generator, precision)
+        self.decoder = Decoder(generator, precision)
+
+    def forward(self, image: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.step(self.encoder(image), noise))
+
+
+class ImageToImage(nn.Module):
+    """picture [1,3,h,w] in [0,1] -> [1,3,4h,4w] in [0,1]: resampling, noise and AdaIN inside, for other front ends.
+
+    The picture is mirrored to the size that the model needs. The noise is a constant that repeats beyond its size.
+    """
+
+    noise: torch.Tensor
+    kernel: torch.Tensor
+
+    def __init__(self, generator: OneStepGenerator, precision: str, noise: torch.Tensor, scale: int = 4):
+        super().__init__()
+        self.whole, self.scale = Whole(generator, precision), scale
+        self.multiple, self.factor = generator.multiple // scale, generator.codec.factor
+        self.register_buffer("noise", noise)
+        self.register_buffer("kernel", upsampling_kernel(scale))
+
+    def forward(self, picture: torch.Tensor) -> torch.Tensor:
+        height, width = picture.shape[2:]
+        padded = [-(-side // self.multiple) * self.multiple for side in (height, width)]
+        # Two samples more on every side: the cubic's reach.
+        rows, columns = (_mirror(torch.arange(p + 4) - 2, n) for p, n in zip(padded, (height, width)))
+        source = picture[:, :, rows][:, :, :, columns]
+        phases = F.conv2d(source.flatten(0, 1)[:, None], self.kernel)
+        image = F.pixel_shuffle(phases, self.scale)[:, 0][None].clamp(0, 1)
+        latent = [p * self.scale // self.factor for p in padded]
+        y, x = (torch.arange(n) % size for n, size in zip(latent, self.noise.shape[2:]))
+        result = (self.whole(image * 2 - 1, self.noise[:, :, y][:, :, :, x]) + 1) / 2
+        result, image = (t[:, :, : height * self.scale, : width * self.scale] for t in (result, image))
+        return (_standardised(result) * _deviation(image) + image.mean((2, 3), keepdim=True)).clamp(0, 1)
+
+
+def _deviation(x: torch.Tensor) -> torch.Tensor:
+    return ((x - x.mean((2, 3), keepdim=True)).square().mean((2, 3), keepdim=True) + 1e-5).sqrt()
+
+
+def _standardised(x: torch.Tensor) -> torch.Tensor:
+    return (x - x.mean((2, 3), keepdim=True)) / _deviation(x)
+
+
+def _mirror(index: torch.Tensor, size: int) -> torch.Tensor:
+    period = 2 * torch.ones(size, dtype=torch.int64).sum()  # a tensor: the exporter has no remainder by a symbol
+    index = torch.remainder(index, period)
+    return torch.minimum(index, period - 1 - index)
+
+
+def upsampling_kernel(scale: int) -> torch.Tensor:
+    """The project's bicubic for a whole factor as one convolution: [scale^2, 1, 5, 5], a phase of the result each."""
+    from engine.resample import taps
+
+    first, weights = taps(16, 16 * scale)
+    line = torch.zeros(scale, 5)
+    for phase in range(scale):
+        start = int(first[8 * scale + phase]) - 8 + 2
+        for k, weight in enumerate(weights[8 * scale + phase][: 5 - start]):
+            line[phase, start + k] = float(weight)
+    return (line[:, None, :, None] * line[None, :, None, :]).reshape(scale * scale, 1, 5, 5)
