@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .dispatch import jit, tl, use_triton
+from .dispatch import jit, options, tl, use_triton
 
 SIDE = 64  # of the resized patch
 BINS = 256  # the upper half of the 512: a magnitude is not negative
@@ -125,12 +125,13 @@ def attribute_ratios_reference(gray: Tensor, patch_size: int, threshold: float) 
     """The definition, in fp64 for fp64 gray and in fp32 otherwise. Arguments as in `attribute_ratios`."""
     return _ratios(complexity_map_reference(gray, patch_size), threshold)
 
+
 @jit
 def _bilinear(position, sample, size):
     """Weight of `sample` in the pixel at `position` of `size` samples resized to 64."""
-    source = (position.to(tl.float32) + 0.5) * size.to(tl.float32) * 0.015625 - 0.5
-    source = tl.minimum(tl.maximum(source, 0.0), size.to(tl.float32) - 1)
-    return tl.maximum(1 - tl.abs(source - sample.to(tl.float32)), 0.0)
+    source = (position + 0.5) * size * 0.015625 - 0.5
+    source = tl.minimum(tl.maximum(source, 0.0), size - 1.0)
+    return tl.maximum(1 - tl.abs(source - sample), 0.0)
 
 
 @jit
@@ -144,33 +145,53 @@ def _sobel_pair(position, sample, size):
 
 @jit
 def _complexity_fwd_kernel(
-    gray_ptr, map_ptr, mask_ptr, area_ptr, stride_b, stride_h, stride_w, height, width, patches_x, threshold,
-    PATCH: tl.constexpr, K: tl.constexpr, BINS_PER_UNIT: tl.constexpr, RATIOS: tl.constexpr,
+    gray_ptr,
+    map_ptr,
+    mask_ptr,
+    area_ptr,
+    stride_b,
+    stride_h,
+    stride_w,
+    height,
+    width,
+    patches_x,
+    threshold,
+    PATCH: tl.constexpr,
+    K: tl.constexpr,
+    BINS_PER_UNIT: tl.constexpr,
+    RATIOS: tl.constexpr,
 ):
     """One patch a program. Writes the map, or (RATIOS) the mask and the patch's textured area, -1 for NaN."""
     index, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     y0, x0 = index // patches_x * PATCH, index % patches_x * PATCH
     ph, pw = tl.minimum(height - y0, PATCH), tl.minimum(width - x0, PATCH)
 
-    k = tl.arange(0, K)
-    inside = (k[:, None] < ph) & (k[None, :] < pw)
-    y, x = (y0 + k[:, None]).to(tl.int64), (x0 + k[None, :]).to(tl.int64)
-    gray = tl.load(gray_ptr + b * stride_b + y * stride_h + x * stride_w, mask=inside, other=0.0).to(tl.float32)
+    column, pixel = tl.arange(0, K), tl.arange(0, 64)
+    source_ptr = gray_ptr + b * stride_b + (x0 + column).to(tl.int64) * stride_w
 
-    # Resize and Sobel are separable and linear: the gradient of the resized patch P is S P D^T and D P S^T.
-    pixel = tl.arange(0, 64)
-    smooth_y, derive_y = _sobel_pair(pixel[:, None], k[None, :], ph)
-    smooth_x, derive_x = _sobel_pair(pixel[None, :], k[:, None], pw)
-    dx = tl.dot(smooth_y, tl.dot(gray, derive_x, input_precision="ieee"), input_precision="ieee")
-    dy = tl.dot(derive_y, tl.dot(gray, smooth_x, input_precision="ieee"), input_precision="ieee")
+    # Resize and Sobel are separable and linear: the gradient of the resized patch P is S P D^T and D P S^T, a sum over
+    # the rows of P, so that one row at a time is in registers and nothing is in memory.
+    smooth_x, derive_x = _sobel_pair(pixel[:, None], column[None, :], pw)
+    dx = tl.zeros((64, 64), tl.float32)
+    dy = tl.zeros((64, 64), tl.float32)
+    poison = tl.zeros((K,), tl.float32)
+    for k in range(PATCH):
+        there = column < tl.where(ph > k, pw, 0)
+        row = tl.load(source_ptr + (y0 + k).to(tl.int64) * stride_h, mask=there, other=0.0).to(tl.float32)
+        poison += 0 * row
+        smooth_y, derive_y = _sobel_pair(pixel, k, ph)
+        dx += smooth_y[:, None] * tl.sum(derive_x * row[None, :], 1)[None, :]
+        dy += derive_y[:, None] * tl.sum(smooth_x * row[None, :], 1)[None, :]
     scaled = tl.reshape(tl.sqrt(dx * dx + dy * dy) * BINS_PER_UNIT, (4096,))
     counted = scaled < 256
     histogram = tl.histogram(tl.where(counted, scaled, 0.0).to(tl.int32), 256, mask=counted).to(tl.float32)
 
     p = histogram / (tl.sum(histogram) + 1e-5)
     area = ph * pw
-    complexity = -tl.sum(p * tl.log2(p + 1e-10)) * area.to(tl.float32) + 0 * tl.sum(gray)
-    out = b * height * width + y * width + x
+    complexity = -tl.sum(p * tl.log2(p + 1e-10)) * area.to(tl.float32) + tl.sum(poison)
+    y, x = y0 + column[:, None], x0 + column[None, :]
+    inside = (column[:, None] < ph) & (column[None, :] < pw)
+    out = b * height * width + y.to(tl.int64) * width + x
     if RATIOS:
         textured = complexity > threshold
         tl.store(mask_ptr + out, tl.where(inside, textured.to(tl.int8), 0), mask=inside)
@@ -208,17 +229,18 @@ def _launch(gray: Tensor, patch_size: int, threshold: float | None) -> tuple[Ten
     ratios = threshold is not None
     grid_y, grid_x = -(-h // patch_size), -(-w // patch_size)
     out = torch.empty(b, h, w, dtype=torch.bool if ratios else torch.float32, device=gray.device)
+    raw = out.view(torch.int8) if ratios else out
     area = torch.empty(b, grid_y * grid_x, dtype=torch.int32, device=gray.device) if ratios else out
     with torch.cuda.device_of(gray):
         _complexity_fwd_kernel[(grid_y * grid_x, b)](
-            gray, out, out.view(torch.int8) if ratios else out, area, *gray.stride(), h, w, grid_x, threshold or 0.0,
+            gray, raw, raw, area, *gray.stride(), h, w, grid_x, threshold or 0.0,
             PATCH=patch_size, K=max(16, 1 << (patch_size - 1).bit_length()), BINS_PER_UNIT=BINS_PER_UNIT,
-            RATIOS=ratios, num_warps=4,
+            RATIOS=ratios, **options(8 if patch_size <= 16 else 16, registers=128),
         )  # fmt: skip
         if not ratios:
             return (out,)
         smooth, texture = torch.empty(2, b, dtype=torch.float32, device=gray.device).unbind()
-        _ratios_fwd_kernel[(b,)](area, smooth, texture, grid_y * grid_x, h * w, BLOCK=1024, num_warps=4)
+        _ratios_fwd_kernel[(b,)](area, smooth, texture, grid_y * grid_x, h * w, BLOCK=1024, **options(4))
     return smooth, texture, out
 
 

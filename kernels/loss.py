@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .dispatch import jit, tl, use_triton
+from .dispatch import jit, options, tl, use_triton
 
 
 def gdpo_loss_reference(
@@ -47,8 +47,18 @@ def _pixel_weight(weight_ptr, b, i, n, channels, CHANNELS_LAST: tl.constexpr):
 
 @jit
 def _gdpo_loss_fwd_kernel(
-    pred_ptr, noise_ptr, ref_ptr, weight_ptr, partial_ptr, n, group, channels,
-    BLOCK: tl.constexpr, STEPS: tl.constexpr, WEIGHTED: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    pred_ptr,
+    noise_ptr,
+    ref_ptr,
+    weight_ptr,
+    partial_ptr,
+    n,
+    group,
+    channels,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
 ):
     """A chunk of STEPS * BLOCK elements of one sample a program: the chunk's sums of w * difference, and of w."""
     chunk, sample = tl.program_id(0), tl.program_id(1)
@@ -74,8 +84,20 @@ def _gdpo_loss_fwd_kernel(
 
 @jit
 def _gdpo_loss_reduce_kernel(
-    partial_ptr, advantage_ptr, loss_ptr, margin_ptr, scale_ptr, images, group, chunks, n, beta,
-    IMAGES: tl.constexpr, GROUP: tl.constexpr, CHUNKS: tl.constexpr, WEIGHTED: tl.constexpr,
+    partial_ptr,
+    advantage_ptr,
+    loss_ptr,
+    margin_ptr,
+    scale_ptr,
+    images,
+    group,
+    chunks,
+    n,
+    beta,
+    IMAGES: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
 ):
     """One program, in a fixed order: margins, the loss, and scale = d margin / d pred over (pred - noise)."""
     g, c = tl.arange(0, GROUP), tl.arange(0, CHUNKS)
@@ -111,10 +133,24 @@ def _gdpo_loss_reduce_kernel(
 
 @jit
 def _gdpo_loss_bwd_kernel(
-    pred_ptr, noise_ptr, weight_ptr, margin_ptr, scale_ptr, grad_loss_ptr, grad_margin_ptr, grad_ptr,
-    n, images, group, channels,
-    BLOCK: tl.constexpr, STEPS: tl.constexpr, WEIGHTED: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    FROM_LOSS: tl.constexpr, FROM_MARGIN: tl.constexpr,
+    pred_ptr,
+    noise_ptr,
+    weight_ptr,
+    margin_ptr,
+    scale_ptr,
+    grad_loss_ptr,
+    grad_margin_ptr,
+    grad_ptr,
+    n,
+    images,
+    group,
+    channels,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    FROM_LOSS: tl.constexpr,
+    FROM_MARGIN: tl.constexpr,
 ):
     """A chunk of one sample a program: grad = (d loss / d margin) * scale * w * (pred - noise)."""
     chunk, sample = tl.program_id(0), tl.program_id(1)
@@ -173,12 +209,12 @@ def _forward(
     with torch.cuda.device_of(pred):
         _gdpo_loss_fwd_kernel[(chunks, samples)](
             pred, noise, ref_pred, pred if weight is None else weight, partial, n, group, channels,
-            BLOCK=BLOCK, STEPS=steps, WEIGHTED=weight is not None, CHANNELS_LAST=last, num_warps=8,
+            BLOCK=BLOCK, STEPS=steps, WEIGHTED=weight is not None, CHANNELS_LAST=last, **options(8),
         )  # fmt: skip
         _gdpo_loss_reduce_kernel[(1,)](
             partial, advantage.contiguous(), loss, margin, scale, images, group, chunks, n, beta,
             IMAGES=max(1, min(_power_of_two(images), 8192 // (group_width * chunk_width))), GROUP=group_width,
-            CHUNKS=chunk_width, WEIGHTED=weight is not None, num_warps=8,
+            CHUNKS=chunk_width, WEIGHTED=weight is not None, **options(8),
         )  # fmt: skip
     return loss, margin, scale
 
@@ -205,7 +241,7 @@ def _backward(
             margin if grad_loss is None else grad_loss,
             margin if grad_margin is None else grad_margin.contiguous(), grad, n, images, group, channels,
             BLOCK=BLOCK, STEPS=steps, WEIGHTED=weight is not None, CHANNELS_LAST=last,
-            FROM_LOSS=grad_loss is not None, FROM_MARGIN=grad_margin is not None, num_warps=8,
+            FROM_LOSS=grad_loss is not None, FROM_MARGIN=grad_margin is not None, **options(8),
         )  # fmt: skip
     return grad
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .dispatch import jit, tl, use_triton
+from .dispatch import jit, options, tl, use_triton
 
 EPSILON = 1e-8
 
@@ -52,8 +52,18 @@ def _group_scores_of(metrics_ptr, b, group, count, GROUP: tl.constexpr, COUNT: t
 
 @jit
 def _attribute_reward_fwd_kernel(
-    fidelity_ptr, perceptual_ptr, smooth_ptr, texture_ptr, advantage_ptr, group, n_fidelity, n_perceptual, epsilon,
-    GROUP: tl.constexpr, FIDELITY: tl.constexpr, PERCEPTUAL: tl.constexpr,
+    fidelity_ptr,
+    perceptual_ptr,
+    smooth_ptr,
+    texture_ptr,
+    advantage_ptr,
+    group,
+    n_fidelity,
+    n_perceptual,
+    epsilon,
+    GROUP: tl.constexpr,
+    FIDELITY: tl.constexpr,
+    PERCEPTUAL: tl.constexpr,
 ):
     """One picture a program."""
     b = tl.program_id(0).to(tl.int64)
@@ -76,7 +86,7 @@ def _launch(fidelity: Tensor, perceptual: Tensor, smooth: Tensor, texture: Tenso
         _attribute_reward_fwd_kernel[(b,)](
             fidelity.contiguous(), perceptual.contiguous(), smooth.contiguous(), texture.contiguous(), advantage,
             g, f, p, EPSILON, GROUP=_power_of_two(g), FIDELITY=_power_of_two(f), PERCEPTUAL=_power_of_two(p),
-            num_warps=1,
+            **options(1),
         )  # fmt: skip
     return advantage
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .dispatch import jit, tl, use_triton
+from .dispatch import jit, options, tl, use_triton
 
 # For RGB in [-1,1], x = 2 rgb - 1: half of each coefficient; the constant falls out of every difference.
 LUMA = (65.481 / 510, 128.553 / 510, 24.966 / 510)
@@ -108,54 +108,102 @@ def _luma_at(ptr, offset, stride_c, inside, R: tl.constexpr, G: tl.constexpr, B:
 
 
 @jit
+def _right_neighbours(luma, following, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Each column's right neighbour, given `following`, the column right of every four. Stays in registers."""
+    even, odd = tl.split(tl.reshape(luma, (ROWS, COLUMNS // 4, 2, 2)))
+    _, second = tl.split(even)
+    first, third = tl.split(odd)
+    return tl.reshape(tl.join(tl.join(first, third), tl.join(second, following)), (ROWS, COLUMNS))
+
+
+@jit
 def _luma_and_detail(
-    ptr, y, x, stride_c, stride_h, stride_w, height, width, R: tl.constexpr, G: tl.constexpr, B: tl.constexpr
+    ptr,
+    y,
+    left,
+    stride_c,
+    stride_h,
+    stride_w,
+    height,
+    width,
+    R: tl.constexpr,
+    G: tl.constexpr,
+    B: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Luma of a tile and the magnitude of its forward differences. The neighbours come from the cache."""
+    """Luma of a tile and the magnitude of its forward differences. The row below comes from the cache."""
+    x = left + tl.arange(0, COLUMNS)[None, :]
     offset = y * stride_h + x * stride_w
     inside = (y < height) & (x < width)
-    has_right, has_below = inside & (x + 1 < width), inside & (y + 1 < height)
     luma = _luma_at(ptr, offset, stride_c, inside, R, G, B)
-    dx = tl.where(has_right, _luma_at(ptr, offset + stride_w, stride_c, has_right, R, G, B) - luma, 0.0)
-    dy = tl.where(has_below, _luma_at(ptr, offset + stride_h, stride_c, has_below, R, G, B) - luma, 0.0)
+    next_x = left + 4 * tl.arange(0, COLUMNS // 4)[None, :] + 4
+    following = _luma_at(ptr, y * stride_h + next_x * stride_w, stride_c, (y < height) & (next_x < width), R, G, B)
+    dx = _right_neighbours(luma, following, ROWS, COLUMNS) - luma
+    has_below = (y + 1 < height) & (x < width)
+    dy = _luma_at(ptr, offset + stride_h, stride_c, has_below, R, G, B) - luma
+    dx, dy = tl.where(x + 1 < width, dx, 0.0), tl.where(has_below, dy, 0.0)
     return luma, tl.sqrt(dx * dx + dy * dy)
 
 
 @jit
-def _store_four(ptr, tiles, a, b, c, d):
-    """Sums of four tiles of values, [..., 4, tiles]."""
-    tl.store(ptr, tl.sum(a))
-    tl.store(ptr + tiles, tl.sum(b))
-    tl.store(ptr + 2 * tiles, tl.sum(c))
-    tl.store(ptr + 3 * tiles, tl.sum(d))
+def _sum_four(a, b, c, d, PIXELS: tl.constexpr):
+    """Sums of four tiles, [4], in one reduction."""
+    return tl.sum(tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (PIXELS, 4)), 0)
 
 
 @jit
 def _attribute_statistics_fwd_kernel(
-    samples_ptr, target_ptr, mask_ptr, partial_ptr, group, height, width, tiles_x,
-    sample_b, sample_g, sample_c, sample_h, sample_w, target_b, target_c, target_h, target_w, mask_b, mask_h, mask_w,
-    R: tl.constexpr, G: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    samples_ptr,
+    target_ptr,
+    mask_ptr,
+    partial_ptr,
+    group,
+    height,
+    width,
+    tiles_x,
+    sample_b,
+    sample_g,
+    sample_c,
+    sample_h,
+    sample_w,
+    target_b,
+    target_c,
+    target_h,
+    target_w,
+    mask_b,
+    mask_h,
+    mask_w,
+    R: tl.constexpr,
+    G: tl.constexpr,
+    B: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """A tile a program: the target's luma stays in registers while the group's samples pass by, each read once."""
     tile, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     tiles = tl.num_programs(0)
     y = tile // tiles_x * ROWS + tl.arange(0, ROWS)[:, None]
-    x = tile % tiles_x * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    left = tile % tiles_x * COLUMNS
+    x = left + tl.arange(0, COLUMNS)[None, :]
     inside = (y < height) & (x < width)
 
     textured = tl.load(mask_ptr + b * mask_b + y * mask_h + x * mask_w, mask=inside, other=0).to(tl.float32)
     smooth = inside.to(tl.float32) - textured
     target, detail = _luma_and_detail(
-        target_ptr + b * target_b, y, x, target_c, target_h, target_w, height, width, R, G, B
+        target_ptr + b * target_b, y, left, target_c, target_h, target_w, height, width, R, G, B, ROWS, COLUMNS
     )
-    partial = partial_ptr + b * (group + 1) * 4 * tiles + tile
-    _store_four(partial, tiles, smooth, textured, detail * smooth, detail * textured)
+    PIXELS: tl.constexpr = ROWS * COLUMNS
+    partial = partial_ptr + b * (group + 1) * 4 * tiles + tl.arange(0, 4) * tiles + tile
+    tl.store(partial, _sum_four(smooth, textured, detail * smooth, detail * textured, PIXELS))
     source = samples_ptr + b * sample_b
     for _ in range(0, group):
-        luma, detail = _luma_and_detail(source, y, x, sample_c, sample_h, sample_w, height, width, R, G, B)
+        luma, detail = _luma_and_detail(
+            source, y, left, sample_c, sample_h, sample_w, height, width, R, G, B, ROWS, COLUMNS
+        )
         error = (luma - target) * (luma - target)
         partial += 4 * tiles
-        _store_four(partial, tiles, error * smooth, error * textured, detail * smooth, detail * textured)
+        tl.store(partial, _sum_four(error * smooth, error * textured, detail * smooth, detail * textured, PIXELS))
         source += sample_g
 
 
@@ -206,14 +254,14 @@ def _store_means(out, field_stride, sums, FIRST: tl.constexpr, n_smooth, n_textu
 COLUMNS = 128
 
 
-def _tile_rows(images: int, height: int, width: int) -> int:
-    """High tiles share more rows with themselves; low ones give every multiprocessor work where pictures are few."""
-    return 16 if images * height * width >= 16 * COLUMNS * 512 else 4
+def _tile(images: int, height: int, width: int) -> tuple[int, int]:
+    """(rows, warps), 8 pixels a thread. High tiles share more rows; low ones keep a GPU busy with few pictures."""
+    return (8, 4) if images * height * width >= 8 * COLUMNS * 1024 else (4, 2)
 
 
 def _launch(samples: Tensor, target: Tensor, mask: Tensor) -> AttributeStatistics:
     b, g, _, h, w = samples.shape
-    rows = _tile_rows(b, h, w)
+    rows, warps = _tile(b, h, w)
     tiles_x = -(-w // COLUMNS)
     tiles = -(-h // rows) * tiles_x
     partial = samples.new_empty(b, g + 1, 4, tiles, dtype=torch.float32)
@@ -221,9 +269,10 @@ def _launch(samples: Tensor, target: Tensor, mask: Tensor) -> AttributeStatistic
     with torch.cuda.device_of(samples):
         _attribute_statistics_fwd_kernel[(tiles, b)](
             samples, target, mask.view(torch.uint8), partial, g, h, w, tiles_x,
-            *samples.stride(), *target.stride(), *mask.stride(), *LUMA, ROWS=rows, COLUMNS=COLUMNS, num_warps=4,
+            *samples.stride(), *target.stride(), *mask.stride(), *LUMA, ROWS=rows, COLUMNS=COLUMNS,
+            **options(warps, registers=128),
         )  # fmt: skip
-        _attribute_statistics_reduce_kernel[(g, b)](partial, out, g, tiles, BLOCK=256, num_warps=4)
+        _attribute_statistics_reduce_kernel[(g, b)](partial, out, g, tiles, BLOCK=256, **options(4))
     return AttributeStatistics(*out)
 
 

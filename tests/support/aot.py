@@ -1,0 +1,184 @@
+"""Compile the kernels as the public functions launch them, for GPUs that need not be there, and report what came out.
+
+    python -m tests.support.aot 80 90 100        one JSON line a kernel, variant and target
+
+The launches are recorded on meta tensors, so grids, tile sizes and what Triton specialises on (alignment, ones) are
+those of real calls, at sizes that fit no memory here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported: its decorators look
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gdpo.kernels import complexity, loss, reward, statistics
+
+TYPES = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32",
+    torch.int8: "*i8", torch.uint8: "*u8",
+}  # fmt: skip
+
+
+class Recorder:
+    """Stands in for a kernel and keeps what it is launched with."""
+
+    def __init__(self, name: str, kernel: Any, launches: list[dict[str, Any]]):
+        self.name, self.kernel, self.launches = name, kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **named: Any) -> None:
+            constants = [p.name for p in self.kernel.params if p.is_constexpr]
+            options = {name: named.pop(name) for name in named.keys() - constants}
+            values = dict(zip(self.kernel.arg_names, args)) | named
+            self.launches.append(
+                {"name": self.name, "kernel": self.kernel, "values": values, "constants": constants, "options": options}
+            )
+
+        return launch
+
+
+def record(call: Callable[[], object], modules=(complexity, loss, reward, statistics)) -> list[dict[str, Any]]:
+    """What `call` launches, without launching it."""
+    launches: list[dict[str, Any]] = []
+    kernels = [(m, n, k) for m in modules for n, k in vars(m).items() if n.endswith("_kernel")]
+    try:
+        for module, name, kernel in kernels:
+            setattr(module, name, Recorder(name, kernel, launches))
+        call()
+    finally:
+        for module, name, kernel in kernels:
+            setattr(module, name, kernel)
+    return launches
+
+
+def compile_launch(launch: dict[str, Any], capability: int) -> Any:
+    """Compile one recorded launch with the specialisation that the JIT would choose."""
+    names = launch["kernel"].arg_names
+    signature, constants, attributes = {}, {}, {}
+    for position, name in enumerate(names):
+        value = launch["values"][name]
+        if name in launch["constants"] or (isinstance(value, int) and value == 1):
+            signature[name], constants[(position,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            if value.storage_offset() * value.element_size() % 16 == 0:  # allocations are aligned
+                attributes[(position,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=launch["kernel"], signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch["options"])
+
+
+def _assemble(ptx: str) -> str:
+    """ptxas -v's words. Triton ships two assemblers, and which reads this PTX depends on its version."""
+    knobs = triton.knobs.nvidia
+    arch = re.search(r"^\.target (\w+)", ptx, re.M).group(1)
+    log = ""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        for tool in (knobs.ptxas, getattr(knobs, "ptxas_blackwell", None)):
+            if tool is None:
+                continue
+            done = subprocess.run(
+                [tool.path, "-v", f"--gpu-name={arch}", source, "-o", Path(folder, "kernel.cubin")],
+                capture_output=True, text=True,
+            )  # fmt: skip
+            log = done.stdout + done.stderr
+            if done.returncode == 0:
+                return log
+    raise RuntimeError(f"ptxas failed: {log[:500]}")
+
+
+def figures(compiled: Any) -> dict[str, int]:
+    """Registers, spilled bytes, shared memory and 128-bit global accesses of a compiled kernel."""
+    ptx = compiled.asm["ptx"]
+    log = _assemble(ptx)
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, log)
+        if found is None:
+            raise RuntimeError(f"ptxas did not say {pattern!r}: {log[:500]}")
+        return int(found.group(1))
+
+    return {
+        "cubin_bytes": len(compiled.asm["cubin"]),
+        "registers": number(r"Used (\d+) registers"),
+        "spilled_bytes": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+        "shared_bytes": compiled.metadata.shared,
+        "loads": len(re.findall(r"ld\.global", ptx)),
+        "loads_128bit": len(re.findall(r"ld\.global\S*\.v4\.[bfu]32|ld\.global\S*\.v2\.[bfu]64", ptx)),
+        "stores_128bit": len(re.findall(r"st\.global\S*\.v4\.[bfu]32|st\.global\S*\.v2\.[bfu]64", ptx)),
+    }
+
+
+def _new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _loss(b: int, g: int, side: int, dtype: torch.dtype, weighted: bool, channels: int = 4) -> None:
+    pred, noise, ref = (_new(b, g, channels, side, side, dtype=dtype) for _ in range(3))
+    weight = _new(b, side, side) if weighted else None
+    _, margin, scale = loss._forward(pred, noise, ref, _new(b, g), weight, 5000.0)
+    loss._backward(pred, noise, weight, margin, scale, _new(), None)
+
+
+def _statistics(b: int, g: int, side: int, dtype: torch.dtype) -> None:
+    mask = _new(b, side, side, dtype=torch.bool)
+    statistics._launch(_new(b, g, 3, side, side, dtype=dtype), _new(b, 3, side, side, dtype=dtype), mask)
+
+
+def _chosen(kernel: str, variant: str) -> bool:
+    """The reductions at the end do not depend on the samples' type: once a size will do."""
+    return "reduce" not in kernel or "float16" not in variant
+
+
+def cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """(variant, call): the sizes of training, the large ones, odd ones, and every type."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        yield f"training {name}", lambda dtype=dtype: _loss(1, 6, 64, dtype, False)
+        yield f"large {name}", lambda dtype=dtype: _loss(16, 16, 128, dtype, False)
+        yield f"training {name}", lambda dtype=dtype: _statistics(1, 6, 512, dtype)
+        yield f"large {name}", lambda dtype=dtype: _statistics(16, 16, 1024, dtype)
+    yield "weighted float32", lambda: _loss(16, 16, 128, torch.float32, True)
+    yield "odd float32", lambda: _loss(3, 2, 7, torch.float32, True, channels=1)
+    yield "odd float32", lambda: _statistics(1, 1, 37, torch.float32)
+    for patch in (10, 64):
+        yield f"patch {patch}", lambda patch=patch: complexity._launch(_new(1, 512, 512), patch, 50.0)
+    yield "map", lambda: complexity._launch(_new(1, 512, 512), 10, None)
+    yield "one pixel", lambda: complexity._launch(_new(1, 1, 1), 10, 50.0)
+    yield "paper", lambda: reward._launch(_new(1, 6, 1), _new(1, 6, 2), _new(1), _new(1))
+    yield "large", lambda: reward._launch(_new(16, 16, 3), _new(16, 16, 0), _new(16), _new(16))
+
+
+def main() -> None:
+    targets = [int(a) for a in sys.argv[1:]] or [80, 90, 100]
+    for variant, call in cases():
+        launches = [launch for launch in record(call) if _chosen(launch["name"], variant)]
+        for launch, capability in itertools.product(launches, targets):
+            row = {"kernel": launch["name"], "variant": variant, "capability": capability}
+            print(json.dumps(row | figures(compile_launch(launch, capability))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
