@@ -36,7 +36,7 @@ def main() -> None:
     from gdpo.assets import asset
 
     say("2/6 crops")
-    run("gdpo.prepare", asset("photos-small"), "--out", RUNS / "crops", "--size", 256, "--stride", 256, "--halve", "true")
+    run("gdpo.prepare", asset("photos-small"), "--out", RUNS / "crops", "--size=256", "--stride=256", "--halve=true")
 
     say("3/6 NAOSD: a one-step generator from scratch")
     resume = ("--resume_from_checkpoint", "auto")
@@ -69,7 +69,7 @@ Done in {(time.monotonic() - started) / 60:.1f} minutes. Look at
   {naosd}/sheets, {gdpo}/sheets               before/after sheets of training
   {naosd}/curves.png, {gdpo}/curves.png       losses and rewards
   {RUNS}/evaluation                           the table and the contact sheet
-A model trained for minutes shows that everything works, not what the method can do: see the README for the real recipe."""
+A model trained for minutes shows that everything works, not what the method can do: the README has the real recipe."""
     )
 
 

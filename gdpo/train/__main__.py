@@ -30,7 +30,7 @@ def parser() -> Parser:
 def main() -> None:
     arguments: Namespace = parser().parse_args()
     method = arguments.method
-    values = parser().instantiate_classes(arguments)[method]
+    values = parser().instantiate(arguments)[method]
     config = CONFIGS[method](**{k: v for k, v in vars(values).items() if k != "config"})
     config.validate()
     train(method, config)
@@ -47,6 +47,7 @@ def train(method: str, config: TrainConfig) -> None:
 
     torch.manual_seed(config.seed)
     accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),  # else accelerate ignores a launcher on a machine without GPU
         mixed_precision=precision(config),
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.output_dir,

@@ -31,9 +31,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def command(*arguments: str, processes: int = 1) -> list[str]:
-    launch = (
-        ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"] if processes > 1 else []
-    )
+    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"] if processes > 1 else []
     return [sys.executable, *launch, "-m", "gdpo.train", *map(str, arguments)]
 
 
