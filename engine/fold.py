@@ -99,9 +99,9 @@ def _fold_diffusers(generator: OneStepGenerator) -> None:
     sample = torch.zeros(1, dtype=parameter.dtype, device=parameter.device)
     time = unet.time_embedding(unet.get_time_embed(sample, generator.t_diffusion))
     prompt = generator.text_embeds(1).to(parameter.dtype)
-    modules: list[tuple[str, Any]] = list(unet.named_modules())
-    for name, module in modules:
-        if isinstance(module, ResnetBlock2D) and module.time_emb_proj is not None:
+    blocks: tuple[Any, ...] = (ResnetBlock2D,)
+    for name, module in list(unet.named_modules()):
+        if isinstance(module, blocks) and module.time_emb_proj is not None:
             if module.time_embedding_norm != "default":
                 raise ValueError(f"{name}: time_embedding_norm {module.time_embedding_norm!r} does not fold")
             module.conv1.bias.add_(module.time_emb_proj(module.nonlinearity(time))[0])

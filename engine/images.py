@@ -62,7 +62,7 @@ class Picture:
     dpi: tuple[float, float] | None = None
     text: dict[str, str] = field(default_factory=dict)
 
-    def withoutread_metadata(self) -> Picture:
+    def without_metadata(self) -> Picture:
         """The same picture with its colour profile (a part of its colours) but no other metadata."""
         return replace(self, exif=None, xmp=None, dpi=None, text={})
 
