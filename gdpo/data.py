@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import re
-import signal
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -133,7 +133,7 @@ def loader(dataset: CropDataset, sample_lists: Iterable[list[int]], seed: int, n
         num_workers=num_workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_leave_group,
         generator=torch.Generator(),  # else the loader would draw from the global one
     )
     yield from batches
@@ -157,10 +157,9 @@ def _collate(items: list[dict]) -> Batch:
     )
 
 
-def _ignore_signals(worker: int) -> None:
-    """Ctrl-C and a batch system's SIGTERM reach the whole group: the main process saves and ends its workers itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _leave_group(worker: int) -> None:
+    """Ctrl-C and a launcher's SIGTERM go to the process group: the main process saves, then ends its workers itself."""
+    os.setsid()
 
 
 def natural(name: str) -> list:
