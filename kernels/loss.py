@@ -157,7 +157,9 @@ def _gdpo_loss_bwd_kernel(
     b = sample // group
     upstream = 0.0
     if FROM_LOSS:
-        sigmoid = 1 / (1 + tl.exp(tl.load(margin_ptr + b)))
+        margin = tl.load(margin_ptr + b)
+        t = tl.exp(-tl.abs(margin))  # at most 1
+        sigmoid = tl.where(margin > 0, t, 1.0) / (1 + t)
         upstream -= tl.load(grad_loss_ptr).to(tl.float32) * sigmoid / images
     if FROM_MARGIN:
         upstream += tl.load(grad_margin_ptr + b).to(tl.float32)
@@ -174,11 +176,12 @@ def _gdpo_loss_bwd_kernel(
 
 
 BLOCK = 2048
+BUSY = 1024  # programs that keep a GPU busy
 
 
 def _chunking(samples: int, n: int) -> tuple[int, int]:
     """(chunks, steps): long chunks where there is work for every multiprocessor anyway, short ones where not."""
-    steps = 4 if samples * n >= 4 * BLOCK * 1024 else 1
+    steps = 4 if samples * n >= 4 * BLOCK * BUSY else 1
     return -(-n // (BLOCK * steps)), steps
 
 

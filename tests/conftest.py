@@ -1,8 +1,12 @@
 """Fixtures that several folders of tests share."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Triton reads this when it decorates a kernel: without a GPU its kernels run in the interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists() else "1")
 
 
 @pytest.fixture(scope="session")
