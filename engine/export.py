@@ -21,7 +21,7 @@ from torch import nn
 
 from engine import cli, fold
 from engine.files import sha256
-from engine.manifest import Geometry, Graph, Manifest, Profile, Tensor
+from engine.manifest import Geometry, Graph, Manifest, Profile, Tensor, check_target
 from engine.noise import noise_field
 from gdpo.generator import OneStepGenerator
 from gdpo.storage import staged_folder
@@ -109,6 +109,7 @@ def export_generator(
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
     if not 18 <= opset <= 23:
         raise ValueError(f"opset must be 18 to 23; got {opset}")
+    check_target(out)
     generator = generator.eval().requires_grad_(False)
     geometry = geometry_of(generator)
     profile = profile or profile_of(geometry, batch=1, max_batch=8, tile=512, max_tile=1024, static=False)
@@ -334,5 +335,9 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":
+def console() -> None:
     cli.run(main)
+
+
+if __name__ == "__main__":
+    console()

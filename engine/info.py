@@ -63,5 +63,9 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":
+def console() -> None:
     cli.run(main)
+
+
+if __name__ == "__main__":
+    console()

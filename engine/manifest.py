@@ -161,6 +161,16 @@ def load(folder: str | os.PathLike[str]) -> Manifest:
         raise FolderError(f"{folder / 'manifest.json'}: not a manifest of an engine folder ({error!r})") from None
 
 
+def check_target(out: Path) -> None:
+    """Refuse to replace what is no engine folder.
+
+    Raises:
+        FolderError: `out` exists, is not empty and has no manifest.json.
+    """
+    if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise FolderError(f"{out} exists and is no engine folder, so it will not be replaced; give another --out")
+
+
 def _parse(content: dict[str, Any]) -> Manifest:
     if content["format"] != FORMAT:
         raise FolderError(f"its format is {content['format']!r}, this version reads {FORMAT}; build the folder again")

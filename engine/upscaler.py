@@ -92,11 +92,11 @@ class Upscaler:
             raise ValueError(f"backend must be auto, torch or one of {', '.join(MODULES)}; got {backend!r}")
         portable = manifest.backend == "onnx" and backend in ("onnx", "onnxruntime", "openvino")
         if backend != manifest.backend and not portable:
-            if manifest.backend == "onnx":
-                fix = f"build it first: python -m engine.build {folder} --backend {backend} --out DIR"
-            else:
-                fix = "build the exported folder for it: python -m engine.build ONNX_FOLDER --out DIR"
-            raise FolderError(f"{folder} is for {manifest.backend}, not {backend}; {fix} --backend {backend}")
+            source = folder if manifest.backend == "onnx" else "ONNX_FOLDER"
+            raise FolderError(
+                f"{folder} is for {manifest.backend}, not {backend}; "
+                f"build it: python -m engine.build {source} --backend {backend} --out DIR"
+            )
         sessions = {name: open_session(backend, manifest, folder, name, options) for name in manifest.graphs}
         return cls(manifest, sessions, backend)
 

@@ -1,0 +1,52 @@
+"""OpenVINO on the CPU, for exported folders: it can compute in bfloat16 where the CPU has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from engine.backends import Options, check_inputs
+from engine.manifest import FolderError, Manifest
+
+
+def open_session(manifest: Manifest, folder: Path, graph: str, options: Options) -> OpenVinoSession:
+    """Load an exported graph.
+
+    Raises:
+        RuntimeError: OpenVINO is not installed.
+        FolderError: a folder with weights beside the model, which OpenVINO reads by path, past the hash check.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise RuntimeError(
+            f"backend openvino is not installed here ({error}); pip install 'gdpo-sr[openvino]'"
+        ) from None
+    if options.device not in (None, "cpu"):
+        raise ValueError(f"device must be cpu for openvino; got {options.device!r}")
+    model, data = manifest.read(folder, graph)
+    if data:
+        raise FolderError(f"{folder}: its weights are in files beside the model; use the onnxruntime backend")
+    core = openvino.Core()
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "bf16" if options.bf16 else "f32",
+    }
+    if options.threads:
+        settings["INFERENCE_NUM_THREADS"] = str(options.threads)
+    return OpenVinoSession(core.compile_model(core.read_model(model), "CPU", settings), manifest, graph)
+
+
+class OpenVinoSession:
+    """A compiled graph."""
+
+    def __init__(self, compiled, manifest: Manifest, graph: str):
+        self._request = compiled.create_infer_request()
+        self.manifest, self.entry = manifest, manifest.graphs[graph]
+
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        check_inputs(self.entry, self.manifest, inputs)
+        results = self._request.infer({k: np.ascontiguousarray(v) for k, v in inputs.items()}, share_inputs=True)
+        return results[self.entry.output.name]
