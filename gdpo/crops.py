@@ -1,0 +1,154 @@
+"""From one photo to its crops: convert to 8-bit sRGB, halve, cut, measure texture, hash. Used by `gdpo.prepare`."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms
+
+from engine.images import ImageError, Picture
+
+from .kernels import attribute_ratios
+
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # BT.601
+_BATCH = 32  # crops whose texture is measured at a time
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A square part of a photo: top left corner in the halved photo, share of textured area, pixels [S,S,3] uint8."""
+
+    y: int
+    x: int
+    texture: float
+    pixels: np.ndarray
+
+
+@dataclass
+class Photo:
+    """A photo as crops are cut from it.
+
+    Attributes:
+        pixels: [H,W,3] uint8, sRGB.
+        opaque: [H,W] bool, or None where all of it is.
+        converted: what was changed on the way, in words.
+    """
+
+    pixels: np.ndarray
+    opaque: np.ndarray | None = None
+    converted: list[str] = field(default_factory=list)
+
+
+def convert(picture: Picture, halvings: int) -> Photo:
+    """Any picture -> 8-bit sRGB, `halvings` times halved by area averaging (in its own bit depth; rounded once).
+
+    Args:
+        halvings: 0 to 4.
+
+    Raises:
+        ImageError: its colour profile cannot be used.
+    """
+    converted = []
+    opaque = None
+    if picture.gray:
+        converted.append("gray: three equal channels")
+    if picture.pixels.dtype == np.uint16:
+        converted.append("16 bit: rounded to 8")
+    if picture.alpha is not None and (picture.alpha < np.iinfo(picture.alpha.dtype).max).any():
+        converted.append("transparent parts: left out")
+        opaque = _block_sums(picture.alpha[..., None] == np.iinfo(picture.alpha.dtype).max, halvings)[..., 0]
+        opaque = opaque == 4**halvings
+    full = int(np.iinfo(picture.pixels.dtype).max) * 4**halvings
+    sums = _block_sums(picture.pixels, halvings).astype(np.float32)  # exact: below 2^24
+    pixels = np.rint(sums * np.float32(255 / full)).astype(np.uint8)
+    if picture.icc and not picture.gray and (to_srgb := _srgb_transform(picture.icc)):
+        converted.append("colour profile: to sRGB")
+        pixels = np.asarray(ImageCms.applyTransform(Image.fromarray(pixels), to_srgb))
+    return Photo(pixels, opaque, converted)
+
+
+def _block_sums(pixels: np.ndarray, halvings: int) -> np.ndarray:
+    """[H,W,C] -> [H >> n, W >> n, C] sums over blocks of 2^n (uint32 or as given), without what does not fill one."""
+    side = 2**halvings
+    if side == 1:
+        return pixels
+    height, width = pixels.shape[0] // side * side, pixels.shape[1] // side * side
+    total = np.zeros((height // side, width // side, pixels.shape[2]), np.uint32)
+    for dy in range(side):
+        for dx in range(side):
+            total += pixels[dy:height:side, dx:width:side]
+    return total
+
+
+def _srgb_transform(icc: bytes) -> ImageCms.ImageCmsTransform | None:
+    """The way from a colour profile to sRGB; None where it is sRGB already."""
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        if "srgb" in ImageCms.getProfileDescription(profile).lower():
+            return None
+        return ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), "RGB", "RGB")
+    except (ImageCms.PyCMSError, OSError) as error:
+        raise ImageError(f"its colour profile cannot be used ({error}); convert the picture to sRGB") from error
+
+
+def positions(length: int, size: int, stride: int) -> list[int]:
+    """Starts of windows that cover `length` from end to end, evenly, at most `stride` apart; none if it is too short.
+
+    >>> positions(1000, 256, 256)
+    [0, 248, 496, 744]
+    """
+    if length < size:
+        return []
+    steps = math.ceil((length - size) / stride)
+    return [i * (length - size) // max(steps, 1) for i in range(steps + 1)]
+
+
+def cut(photo: Photo, size: int, stride: int, min_texture: float) -> tuple[list[Crop], int]:
+    """All windows of a photo that are opaque and textured enough, row by row -> (crops, number of windows seen).
+
+    Args:
+        min_texture: least share of textured area (`gdpo.kernels.attribute_ratios`, 10x10 patches, threshold 50).
+    """
+    height, width = photo.pixels.shape[:2]
+    windows = [(y, x) for y in positions(height, size, stride) for x in positions(width, size, stride)]
+    found = []
+    for start in range(0, len(windows), _BATCH):
+        batch = windows[start : start + _BATCH]
+        if photo.opaque is not None:
+            batch = [(y, x) for y, x in batch if photo.opaque[y : y + size, x : x + size].all()]
+        if not batch:
+            continue
+        pixels = [photo.pixels[y : y + size, x : x + size] for y, x in batch]
+        gray = np.stack([p @ _LUMA for p in pixels]) / np.float32(255)
+        _, texture, _ = attribute_ratios(torch.from_numpy(gray).clamp_(0, 1))
+        kept = zip(batch, pixels, texture.double().round(decimals=2).tolist())
+        found += [Crop(y, x, share, p) for (y, x), p, share in kept if share >= min_texture]
+    return found, len(windows)
+
+
+def difference_hash(pixels: np.ndarray) -> int:
+    """dHash: is each cell of a 9x8 thumbnail darker than its right neighbour? 64 bits, alike for near-duplicates."""
+    thumbnail = Image.fromarray(pixels).convert("L").resize((9, 8), Image.Resampling.BOX)
+    cells = np.asarray(thumbnail).astype(np.int16)
+    return int.from_bytes(np.packbits(cells[:, :-1] < cells[:, 1:]).tobytes(), "big")
+
+
+def near_duplicates(hashes: list[int], distance: int) -> list[int]:
+    """For each hash, the index of the first kept one within `distance` bits, or -1 where it is kept itself.
+
+    Args:
+        distance: 0 finds equal hashes; negative finds none.
+    """
+    kept = np.zeros(len(hashes), np.uint64)
+    origin = np.zeros(len(hashes), np.int64)
+    count, found = 0, []
+    for index, value in enumerate(hashes):
+        near = np.flatnonzero(np.bitwise_count(kept[:count] ^ np.uint64(value)) <= distance)
+        found.append(int(origin[near[0]]) if near.size else -1)
+        if not near.size:
+            kept[count], origin[count], count = value, index, count + 1
+    return found

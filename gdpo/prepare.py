@@ -1,0 +1,405 @@
+"""`python -m gdpo.prepare PHOTOS... --out DIR`: from folders of photos to HR crops for training.
+
+DIR ends up with train/ and val/ (PNG crops, split by photo), manifest.jsonl (a line for each crop), summary.json,
+sheet.png (look at it), and captions.jsonl where the photos have one. Each photo is a unit of work that is recorded
+when it is done, so an interrupted run goes on where it stopped and ends with the same bytes as an uninterrupted one;
+a finished run, run again, changes nothing; new photos in the folders are added.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from engine.cli import Parser, run
+from engine.files import atomic_path, atomic_write, sha256
+from engine.images import SUFFIXES, ImageError, read_image
+
+from .crops import convert, cut, difference_hash, near_duplicates
+from .data import SPLITS, natural, read_jsonl
+
+# Pictures that read_image refuses by name; without this list they would be passed over in silence.
+_OTHER = {".gif", ".bmp", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".mpo"}
+_WORK = ".work"  # under the output folder: a record for each photo, and crops that have not found their split yet
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What determines the crops. A folder made with some settings is not continued with others.
+
+    Args:
+        size: side of the square crops.
+        stride: at most this many pixels from one crop to the next.
+        halve: halve photos by area averaging before cutting: true (once), false, or how many times (0 to 4). It
+            removes the JPEG and demosaicing artefacts of camera pictures.
+        min_texture: least share of textured area in a crop (the paper's complexity map).
+        dedupe: crops and photos whose 64-bit dHashes differ in at most so many bits are near-duplicates, of which the
+            first is kept; -1 keeps all.
+        val_fraction: share of the photos that is held out; at least one photo if it is not 0.
+    """
+
+    size: int = 256
+    stride: int = 128
+    halve: bool | int = True
+    min_texture: float = 0.3
+    dedupe: int = 3
+    val_fraction: float = 0.1
+
+    def validate(self) -> None:
+        checks = [
+            ("size", self.size >= 16, "at least 16"),
+            ("stride", self.stride >= 1, "at least 1"),
+            ("halve", 0 <= int(self.halve) <= 4, "true, false or 0 to 4"),
+            ("min_texture", 0 <= self.min_texture <= 1, "between 0 and 1"),
+            ("dedupe", -1 <= self.dedupe <= 63, "-1 to 63"),
+            ("val_fraction", 0 <= self.val_fraction < 1, "at least 0 and less than 1"),
+        ]
+        for name, good, expected in checks:
+            if not good:
+                raise ValueError(f"{name} must be {expected}; got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A photo to work on: where it is, its name in the manifest (the folder's name and the path below it)."""
+
+    path: Path
+    name: str
+
+    @property
+    def unit(self) -> str:
+        """A short name for files: readable, and unique by a hash of the whole name."""
+        stem = "".join(c if (c.isalnum() and c.isascii()) or c in "-_" else "-" for c in self.path.stem)[:40]
+        return f"{stem}-{hashlib.blake2b(self.name.encode('utf-8', 'surrogateescape'), digest_size=4).hexdigest()}"
+
+
+def find_sources(photos: list[Path], out: Path) -> tuple[list[Source], dict[str, str]]:
+    """The photos in these folders and files, in natural order, and their captions by name.
+
+    Raises:
+        ValueError: a path that is not there, two photos of one name, or an output folder inside a folder of photos.
+    """
+    sources: dict[str, Source] = {}
+    captions: dict[str, str] = {}
+    for given in photos:
+        root = given.resolve()
+        if root.is_dir():
+            if out.resolve().is_relative_to(root) or root.is_relative_to(out.resolve()):
+                raise ValueError(f"--out {out} and the folder of photos {given} must not lie inside one another")
+            files = [p for p in root.rglob("*") if p.suffix.lower() in _OTHER | SUFFIXES.keys() and p.is_file()]
+            found = {f"{root.name}/{p.relative_to(root).as_posix()}": p for p in files}
+            beside = root / "captions.jsonl"
+            prefix = f"{root.name}/"
+        elif root.is_file():
+            found, beside, prefix = {root.name: root}, root.parent / "captions.jsonl", ""
+        else:
+            raise ValueError(f"{given}: no such file or folder")
+        for name, path in found.items():
+            if "/." in f"/{name}":
+                continue  # hidden: thumbnails, the trash, editors' copies
+            if name in sources and sources[name].path != path:
+                raise ValueError(f"{sources[name].path} and {path} would both be called {name}; rename a folder")
+            sources[name] = Source(path, name)
+        if beside.is_file():
+            rows = read_jsonl(beside, "file", "caption")
+            captions |= {n: str(r["caption"]) for r in rows if (n := f"{prefix}{r['file']}") in found}
+    return sorted(sources.values(), key=lambda s: natural(s.name)), captions
+
+
+def process(source: Source, settings: Settings, work: Path) -> None:
+    """Cut one photo: crops into work/UNIT/, then the record work/UNIT.json, which says that they are there."""
+    status = source.path.stat()
+    record: dict[str, Any] = {"source": source.name, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    record |= {"skipped": None, "broken": False, "crops": []}
+    folder = work / source.unit
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        record["sha256"] = sha256(source.path)
+        picture = read_image(source.path)
+        photo = convert(picture, int(settings.halve))
+    except (ImageError, OSError) as error:
+        record |= {"skipped": str(error).removeprefix(f"{source.path}: "), "broken": True}
+    else:
+        height, width = picture.pixels.shape[:2]
+        record |= {"size": [width, height], "converted": photo.converted, "hash": difference_hash(photo.pixels)}
+        crops, seen = cut(photo, settings.size, settings.stride, settings.min_texture)
+        if not seen:
+            halved = f" after halving {int(settings.halve)} time(s)" if settings.halve else ""
+            record["skipped"] = f"{width}x{height} is too small for crops of {settings.size}{halved}"
+        elif not crops:
+            record["skipped"] = f"none of its {seen} crops has {settings.min_texture:.0%} of textured area"
+        folder.mkdir()
+        for crop in crops:
+            file = folder / f"{source.unit}-{crop.y:05d}-{crop.x:05d}.png"
+            Image.fromarray(crop.pixels).save(file, compress_level=3)
+            row = {"file": file.name, "y": crop.y, "x": crop.x, "texture": crop.texture}
+            row |= {"sha256": hashlib.sha256(crop.pixels.tobytes()).hexdigest(), "bytes": file.stat().st_size}
+            record["crops"].append(row | {"hash": difference_hash(crop.pixels)})
+    atomic_write(work / f"{source.unit}.json", json.dumps(record))
+
+
+def _start_worker() -> None:
+    """A worker computes on one core, leaves Ctrl-C to its parent, and does not outlive it."""
+    torch.set_num_threads(1)
+    os.setsid()
+    parent = parent_process()
+    assert parent is not None
+    Thread(target=lambda: (connection.wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+
+
+def process_all(todo: list[Source], settings: Settings, work: Path, workers: int) -> None:
+    """Process photos with a progress bar; an interrupt waits for the photos in hand."""
+    with tqdm(total=len(todo), unit="photo", file=sys.stderr, disable=not todo) as bar:
+        if workers <= 1:
+            for source in todo:
+                process(source, settings, work)
+                bar.update()
+            return
+        pool = ProcessPoolExecutor(min(workers, len(todo)) or 1, get_context("spawn"), _start_worker)
+        try:
+            for future in as_completed([pool.submit(process, source, settings, work) for source in todo]):
+                future.result()
+                bar.update()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class Folder:
+    """The output folder: records of what has been done, and the step from records to the finished folder."""
+
+    def __init__(self, root: Path, settings: Settings) -> None:
+        self.root, self.work, self.settings = root, root / _WORK, settings
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make or open the folder for this process alone.
+
+        Raises:
+            ValueError: it holds something else, was made with other settings, or is being written.
+        """
+        mine = self.work / "settings.json"
+        if self.root.exists() and not (self.root.is_dir() and (mine.exists() or not any(self.root.iterdir()))):
+            raise ValueError(f"{self.root} holds something else; choose a new or empty folder for --out")
+        self.work.mkdir(parents=True, exist_ok=True)
+        with open(self.work / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another gdpo.prepare is writing {self.root}; wait for it") from None
+            ours = asdict(self.settings)
+            if not mine.exists():
+                atomic_write(mine, json.dumps(ours))
+            before = json.loads(mine.read_text())
+            changed = [f"{k} {before.get(k)} (now {ours.get(k)})" for k in ours if before.get(k) != ours.get(k)]
+            if changed:
+                raise ValueError(f"{self.root} was made with {', '.join(changed)}; use these, or another --out")
+            yield
+
+    def record(self, source: Source) -> dict | None:
+        """What is known about a photo, or None where it must be (re)done: new, changed, or a crop of it is damaged."""
+        try:
+            record = json.loads((self.work / f"{source.unit}.json").read_text())
+        except (OSError, ValueError):
+            return None
+        status = source.path.stat()
+        return record if (record["bytes"], record["mtime_ns"]) == (status.st_size, status.st_mtime_ns) else None
+
+    def where(self, unit: str, crop: dict) -> Path | None:
+        """Where a crop is. Crops are not fsynced one by one: after a power failure their size gives them away."""
+        for folder in (*(self.root / split for split in SPLITS), self.work / unit):
+            file = folder / crop["file"]
+            if file.is_file() and file.stat().st_size == crop["bytes"]:
+                return file
+        return None
+
+    def todo(self, sources: list[Source]) -> list[Source]:
+        """Photos without a record; when all have one, those of which a selected crop is lost.
+
+        Crops get lost by hand, by a crash, or because they were near-duplicates of a photo that has changed since.
+        """
+        records = {source.unit: self.record(source) for source in sources}
+        if missing := [source for source in sources if records[source.unit] is None]:
+            return missing
+        kept, _, _ = self.select({unit: record for unit, record in records.items() if record})
+        lost = {unit for unit, crops in kept.items() if not all(self.where(unit, crop) for crop in crops)}
+        return [source for source in sources if source.unit in lost]
+
+    def check_strangers(self, sources: list[Source]) -> None:
+        """Refuse to go on without photos that were here before: their crops would have to be deleted."""
+        units = {source.unit for source in sources}
+        for file in sorted(self.work.glob("*.json")):
+            if file.stem in units or file.name == "settings.json":
+                continue
+            stranger = json.loads(file.read_text())
+            if stranger["crops"]:
+                raise ValueError(
+                    f"{self.root} holds crops of photos that are not among these, such as {stranger['source']}; "
+                    "name all folders of photos again, or use another --out"
+                )
+            file.unlink()  # it was skipped, and the user has taken it away
+
+    def select(self, records: dict[str, dict]) -> tuple[dict[str, list[dict]], dict[str, str], set[str]]:
+        """-> (crops to keep by unit, photos left out as near-duplicates of another photo, units held out)."""
+        usable = [unit for unit, record in records.items() if record["crops"]]
+        twins = near_duplicates([records[unit]["hash"] for unit in usable], self.settings.dedupe)
+        same = {unit: usable[twin] for unit, twin in zip(usable, twins) if twin >= 0}
+        units = [unit for unit in usable if unit not in same]
+        crops = [(unit, crop) for unit in units for crop in records[unit]["crops"]]
+        fresh = near_duplicates([crop["hash"] for _, crop in crops], self.settings.dedupe)
+        kept: dict[str, list[dict]] = {unit: [] for unit in units}
+        for (unit, crop), twin in zip(crops, fresh):
+            if twin < 0:
+                kept[unit].append(crop)
+        kept = {unit: found for unit, found in kept.items() if found}
+        # Held out are the photos with the smallest hashes: which they are depends on their bytes alone.
+        held = round(self.settings.val_fraction * len(kept)) or int(self.settings.val_fraction > 0 and len(kept) > 1)
+        order = sorted(kept, key=lambda unit: (records[unit]["sha256"], unit))
+        return kept, same, set(order[:held])
+
+    def finish(self, sources: list[Source], captions: dict[str, str]) -> dict:
+        """Move the selected crops into train/ and val/, and write manifest, captions, summary and sheet."""
+        records = {source.unit: record for source in sources if (record := self.record(source))}
+        kept, same, held_out = self.select(records)
+        manifest, places = [], []
+        for split in SPLITS:
+            for unit, crops in kept.items():
+                if (unit in held_out) != (split == "val"):
+                    continue
+                record = records[unit]
+                for crop in crops:
+                    row = {"file": f"{split}/{crop['file']}", "size": self.settings.size, "source": record["source"]}
+                    row |= {"x": crop["x"], "y": crop["y"], "scale": 0.5 ** int(self.settings.halve)}
+                    row |= {"texture": crop["texture"], "sha256": crop["sha256"], "source_sha256": record["sha256"]}
+                    manifest.append(row)
+                    places.append((self.where(unit, crop), self.root / row["file"]))
+        changed = self._place(places, _jsonl(manifest))
+        texts = [{"file": row["file"], "caption": captions.get(row["source"], "")} for row in manifest]
+        if captions:
+            _update(self.root / "captions.jsonl", _jsonl(texts))
+        names = {unit: record["source"] for unit, record in records.items()}
+        summary = {
+            "photos": {"found": len(sources), "used": len(kept), "val": len(held_out)},
+            "crops": {split: sum(row["file"].startswith(f"{split}/") for row in manifest) for split in SPLITS},
+            "near_duplicate_crops": sum(len(records[u]["crops"]) for u in records.keys() - same.keys()) - len(manifest),
+            "settings": asdict(self.settings),
+            "converted": {r["source"]: r["converted"] for r in records.values() if r.get("converted")},
+            "near_duplicate_photos": {names[unit]: names[twin] for unit, twin in same.items()},
+            "skipped": {r["source"]: r["skipped"] for r in records.values() if r["skipped"]},
+            "broken": [r["source"] for r in records.values() if r["broken"]],
+            "without_caption": [names[unit] for unit in kept if captions and names[unit] not in captions],
+        }
+        _update(self.root / "summary.json", json.dumps(summary, indent=2) + "\n")
+        if manifest and (changed or not (self.root / "sheet.png").exists()):
+            _sheet(self.root, manifest)
+        _update(self.root / "manifest.jsonl", _jsonl(manifest))  # last: it says that all is there
+        return summary
+
+    def _place(self, places: list[tuple[Path | None, Path]], manifest: str) -> bool:
+        """Put every selected crop into its place and take away all others; False if nothing was to be done."""
+        wanted = {target for _, target in places}
+        for split in SPLITS:
+            (self.root / split).mkdir(exist_ok=True)
+        unwanted = [f for split in SPLITS for f in (self.root / split).iterdir() if f not in wanted]
+        moves = [(source, target) for source, target in places if source != target]
+        path = self.root / "manifest.jsonl"
+        changed = bool(moves or unwanted) or not path.exists() or path.read_text() != manifest
+        if changed:
+            path.unlink(missing_ok=True)  # while crops move, no manifest is better than a wrong one
+        for source, target in moves:
+            assert source is not None, "todo() has seen to it"
+            os.replace(source, target)
+        for file in unwanted:
+            file.unlink()
+        for folder in self.work.iterdir():
+            if folder.is_dir():
+                shutil.rmtree(folder)
+        return changed
+
+
+def _update(path: Path, text: str) -> None:
+    if not path.exists() or path.read_text() != text:
+        atomic_write(path, text)
+
+
+def _jsonl(rows: list[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _sheet(root: Path, manifest: list[dict], columns: int = 10, rows: int = 8, side: int = 128) -> None:
+    """A picture of crops taken evenly from the whole manifest; held-out ones have a red frame."""
+    picks = [manifest[i] for i in sorted({*np.linspace(0, len(manifest) - 1, columns * rows).astype(int).tolist()})]
+    step = side + 4
+    sheet = Image.new("RGB", (min(columns, len(picks)) * step, -(-len(picks) // columns) * step), "white")
+    for i, row in enumerate(picks):
+        corner = (i % columns * step, i // columns * step)
+        if row["file"].startswith("val/"):
+            sheet.paste("red", (*corner, corner[0] + step, corner[1] + step))
+        with Image.open(root / row["file"]) as crop:
+            sheet.paste(crop.resize((side, side), Image.Resampling.BOX), (corner[0] + 2, corner[1] + 2))
+    with atomic_path(root / "sheet.png") as staged:
+        sheet.save(staged)
+
+
+def prepare(photos: list[Path], out: Path, settings: Settings, workers: int = 1) -> dict:
+    """What the command does; returns the summary.
+
+    Raises:
+        ValueError: bad arguments, or no photo gave a crop.
+    """
+    settings.validate()
+    sources, captions = find_sources(photos, out)
+    if not sources:
+        raise ValueError(f"no pictures ({' '.join(SUFFIXES)}) in {', '.join(map(str, photos))}")
+    folder = Folder(out, settings)
+    with folder.locked():
+        folder.check_strangers(sources)
+        while todo := folder.todo(sources):
+            process_all(todo, settings, folder.work, workers)
+        return folder.finish(sources, captions)
+
+
+def main() -> int:
+    parser = Parser(prog="python -m gdpo.prepare", description="Cut folders of photos into HR crops for training.")
+    parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTOS", help="folders of photos, or single photos")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to make, or to go on with")
+    parser.add_argument("--workers", type=int, default=1, help="processes to work with")
+    parser.add_class_arguments(Settings, nested_key=None)
+    options = vars(parser.instantiate(parser.parse_args()))
+    photos, out, workers = (options.pop(name) for name in ("photos", "out", "workers"))
+    summary = prepare(photos, out, Settings(**options), workers)
+    report(summary)
+    if not sum(summary["crops"].values()):
+        raise ValueError(f"none of {summary['photos']['found']} photo(s) gave a crop; the reasons are above")
+    print(f"{out}: {summary['crops']['train']} crops for training, {summary['crops']['val']} held out; see sheet.png")
+    return 1 if summary["broken"] else 0
+
+
+def report(summary: dict) -> None:
+    """On stderr: what was left out or changed, by name."""
+    lines = [f"skipped {name}: {reason}" for name, reason in summary["skipped"].items()]
+    lines += [f"left out {a}: a near-duplicate of {b}" for a, b in summary["near_duplicate_photos"].items()]
+    lines += [f"converted {name}: {'; '.join(how)}" for name, how in summary["converted"].items()]
+    lines += [f"no caption for {name}: left empty" for name in summary["without_caption"]]
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)
