@@ -64,7 +64,8 @@ def _through_pillow(image: torch.Tensor, quality: int) -> torch.Tensor:
     stream = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(stream, "JPEG", quality=quality, subsampling="4:2:0")
     decoded = np.array(Image.open(stream, formats=("JPEG",)))
-    return torch.from_numpy(decoded).to(image.device).permute(2, 0, 1)[None].float() / 255
+    planes = torch.from_numpy(decoded).to(image.device).permute(2, 0, 1).contiguous()
+    return planes[None].float() / 255
 
 
 def _through_torch(images: Sequence[torch.Tensor], qualities: Sequence[int]) -> list[torch.Tensor]:

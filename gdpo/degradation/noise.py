@@ -55,13 +55,11 @@ def _poisson_noise(levels: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor
     table = _poisson_table(levels.device)
     index = levels.long()
     present = torch.zeros(256, device=levels.device).index_fill_(0, index.flatten(), 1)
-    exponent = (2 ** torch.arange(_EXPONENTS - 1, device=levels.device) < present.sum()).sum()  # ceil(log2), exactly
-    row = exponent * 256 + index
-    uniforms = uniforms.flatten()
-    position = (
-        row * _COUNTS - 1
-    ).flatten()  # just before the row; a bisection moves it to the last count that is too low
-    start = position.clone()
+    powers = 1 << torch.arange(_EXPONENTS - 1, device=levels.device)
+    exponent = (powers < present.sum()).sum()  # log2 of the number of distinct values, rounded up exactly
+    # The place before the row's first entry; a bisection moves it to the last count that is too small.
+    start = ((exponent * 256 + index) * _COUNTS - 1).flatten().int()
+    position, uniforms = start.clone(), uniforms.flatten()
     for power in range(_COUNTS.bit_length() - 2, -1, -1):
         step = 1 << power
         position.add_(table.index_select(0, position + step) <= uniforms, alpha=step)

@@ -13,6 +13,7 @@ from gdpo.degradation.draw import PassDraw, draw_sample
 from gdpo.degradation.jpeg import SMALLEST, jpeg
 from gdpo.degradation.noise import add_noise, draw_field
 from gdpo.degradation.resize import resize
+from gdpo.degradation.workers import map_samples
 
 Images = list[torch.Tensor]  # fp32 [1,3,h,w] each; within a pass every sample has its own size
 
@@ -37,7 +38,6 @@ class Degradation:
         self.recipe = self.config.recipe()
         self.smallest_side = self._smallest_side()
 
-    @torch.no_grad()
     def __call__(
         self, hr: torch.Tensor, *, seed: int, samples: Sequence[int], step: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,8 +58,12 @@ class Degradation:
             TypeError, ValueError: hr or samples are not as above.
         """
         self._check(hr, samples)
-        with torch.autocast(hr.device.type, enabled=False):
-            return self._degrade(hr.float(), seed, [int(sample) for sample in samples])
+        hr, samples = hr.detach().float().contiguous(), [int(sample) for sample in samples]
+        if hr.device.type != "cpu":
+            return self._degrade(hr, seed, samples)
+        alone = map_samples(lambda i: self._degrade(hr[i : i + 1], seed, samples[i : i + 1]), len(samples))
+        lr, lr_up = zip(*alone)
+        return torch.cat(lr), torch.cat(lr_up)
 
     def upsample(self, lr: torch.Tensor) -> torch.Tensor:
         """lr [B,3,h,w] in [0,1] to [B,3,h*scale,w*scale] as inference does it: bicubic a=-0.5, clipped to [0,1]."""
@@ -67,7 +71,12 @@ class Degradation:
         with torch.autocast(lr.device.type, enabled=False):
             return resize(lr.float(), size, "bicubic_antialias").clamp(0, 1)
 
+    @torch.no_grad()
     def _degrade(self, hr: torch.Tensor, seed: int, samples: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast(hr.device.type, enabled=False):
+            return self._chain(hr, seed, samples)
+
+    def _chain(self, hr: torch.Tensor, seed: int, samples: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         size = hr.shape[2], hr.shape[3]
         small = size[0] // self.config.scale, size[1] // self.config.scale
         draws = [draw_sample(self.recipe, seed, sample) for sample in samples]
@@ -126,7 +135,7 @@ class Degradation:
                 f"hr must have a height and width that are multiples of {scale} and at least {least}; "
                 f"got {hr.shape[2]}x{hr.shape[3]}: crop or pad it"
             )
-        low, high = (float(value) for value in hr.aminmax())
+        low, high = float(hr.amin()), float(hr.amax())
         if not (low >= 0 and high <= 1):  # written so that NaN is refused, too
             raise ValueError(f"hr must lie in [0,1]; got values from {low:g} to {high:g}")
         if len(samples) != hr.shape[0]:

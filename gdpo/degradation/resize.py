@@ -19,6 +19,8 @@ def resize(images: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tens
     if images.shape[2:] == size:
         return images
     if mode == "area":
+        if size[0] % images.shape[2] == size[1] % images.shape[3] == 0:
+            return F.interpolate(images, size=size, mode="nearest")  # the same, ten times faster
         return F.interpolate(images, size=size, mode="area")
     name, _, antialias = mode.partition("_")
     return F.interpolate(images, size=size, mode=name, antialias=bool(antialias), align_corners=False)

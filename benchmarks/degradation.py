@@ -1,0 +1,94 @@
+"""Crops per second of the degradation, against the same process one image at a time in numpy and OpenCV.
+
+    python -m benchmarks.degradation [--sizes 128 256 512] [--batch 16] [--threads 2] [--device cpu]
+
+Both degrade the same crops of photos with the same drawn parameters, batch after batch in turn, so that a busy machine
+disturbs both alike. The figures are medians over batches of other parameters.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from argparse import ArgumentParser
+
+import cv2
+import numpy as np
+import torch
+from skimage import data
+
+from benchmarks.degradation_baseline import degrade_one
+from benchmarks.rows import append_row, require_clean
+from gdpo.degradation import Degradation, DegradationConfig
+from gdpo.degradation.draw import draw_sample
+
+
+def crops(count: int, size: int) -> torch.Tensor:
+    """[count,3,size,size] from photos, reflected at the border where they are smaller."""
+    photos = [data.astronaut(), data.coffee(), data.chelsea(), data.rocket()]
+    found = []
+    for number in range(count):
+        photo = photos[number % len(photos)]
+        below, right = (max(0, size - side) for side in photo.shape[:2])
+        photo = np.pad(photo, ((0, below), (0, right), (0, 0)), mode="reflect")
+        y, x = ((side - size) * number // count for side in photo.shape[:2])
+        found.append(photo[y : y + size, x : x + size])
+    return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).contiguous() / 255
+
+
+def measure(size: int, batch: int, repeats: int, device: str) -> dict[str, float]:
+    """Median seconds a batch, of both ways."""
+    degrade = Degradation(DegradationConfig())
+    hr = crops(batch, size)
+    there = hr.to(device)
+    images = [np.ascontiguousarray(image) for image in hr.permute(0, 2, 3, 1).numpy()]
+    rng = np.random.default_rng(0)
+    seconds: dict[str, list[float]] = {"batched": [], "one_by_one": []}
+    for repeat in range(repeats + 1):
+        samples = range(repeat * batch, (repeat + 1) * batch)
+        started = time.perf_counter()
+        lr, _ = degrade(there, seed=0, samples=samples)
+        lr.sum().item()  # waits for the device
+        between = time.perf_counter()
+        for image, sample in zip(images, samples):
+            degrade_one(image, draw_sample(degrade.recipe, 0, sample), rng)
+        done = time.perf_counter()
+        if repeat:  # the first is a warm-up
+            seconds["batched"].append(between - started)
+            seconds["one_by_one"].append(done - between)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m benchmarks.degradation", description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256, 512])
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dry-run", action="store_true", help="print only; the tree may have changes")
+    args = parser.parse_args()
+    if not args.dry_run:
+        require_clean()
+    torch.set_num_threads(args.threads)
+    cv2.setNumThreads(args.threads)
+    for size in args.sizes:
+        seconds = measure(size, args.batch, args.repeats, args.device)
+        figures = {
+            "op": "degradation realesrgan",
+            "size": f"{args.batch} crops of {size}x{size}",
+            "device": args.device,
+            "opencv_threads": args.threads,
+            "batch_ms": round(seconds["batched"] * 1e3, 2),
+            "crops_per_s": round(args.batch / seconds["batched"], 1),
+            "baseline_batch_ms": round(seconds["one_by_one"] * 1e3, 2),
+            "baseline_crops_per_s": round(args.batch / seconds["one_by_one"], 1),
+            "speedup": round(seconds["one_by_one"] / seconds["batched"], 2),
+        }
+        print(figures, flush=True)
+        if not args.dry_run:
+            append_row("degradation", **figures)
+
+
+if __name__ == "__main__":
+    main()
