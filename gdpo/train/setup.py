@@ -50,11 +50,12 @@ def base_generator(config: TrainConfig, accelerator: Accelerator) -> OneStepGene
 
 
 def validation_batch(config: TrainConfig) -> Batch | None:
-    """The held-out pictures of the before/after sheets: the folder's val split, or its first crops if it has none."""
+    """The held-out pictures of the before/after sheets, spread over the folder's val split."""
     if not config.validation_images:
         return None
     dataset = CropDataset(config.data.folder, "val", config.data.crop_size)
-    samples = list(range(min(config.validation_images, len(dataset))))
+    n = min(config.validation_images, len(dataset))
+    samples = [i * len(dataset) // n for i in range(n)]
     return next(iter(loader(dataset, [samples], seed=0, num_workers=0)))
 
 

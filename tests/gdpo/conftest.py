@@ -9,6 +9,9 @@ import pytest
 from PIL import Image
 from training import NAOSD, train
 
+from gdpo.generator import OneStepGenerator
+from gdpo.randomness import normal
+
 
 @pytest.fixture(scope="session")
 def crops(tmp_path_factory) -> Path:
@@ -27,7 +30,15 @@ def crops(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(crops, tmp_path_factory) -> Path:
-    """A NAOSD model of the miniature preset, trained for a few steps: what GDPO starts from."""
+    """A NAOSD model of the miniature preset, trained for a few steps: what GDPO starts from.
+
+    Its head is stirred, so that the samples of a group differ by more than rounding, as a trained generator's do:
+    rewards are compared within the group, and a comparison of equals turns rounding into a direction.
+    """
     out = tmp_path_factory.mktemp("naosd") / "run"
     train(*NAOSD, f"--data.folder={crops}", f"--output_dir={out}", "--max_train_steps=6", "--train_batch_size=4")
+    generator = OneStepGenerator.from_pretrained(out / "model")
+    for i, parameter in enumerate(generator.unet.parameters()):
+        parameter.data += 0.05 * normal(parameter.shape, 0, "stir", i)
+    generator.save_pretrained(out / "model")
     return out / "model"

@@ -59,17 +59,19 @@ def test_accumulating_four_by_one_equals_one_by_four(method, straight, tmp_path)
     train(
         *method, f"--output_dir={out}", "--max_train_steps=4", "--train_batch_size=1", "--gradient_accumulation_steps=4"
     )  # fmt: skip
-    assert distance(weights(straight), weights(out)) < 1e-5
+    assert distance(weights(straight), weights(out)) < 2e-5
 
 
 def test_two_processes_equal_one(method, straight, tmp_path):
     out = tmp_path / "run"
     train(*method, f"--output_dir={out}", "--max_train_steps=4", "--train_batch_size=2", processes=2)
-    assert distance(weights(straight), weights(out)) < 1e-5
+    assert distance(weights(straight), weights(out)) < 2e-5
 
 
 def test_fused_kernels_equal_reference_over_20_steps(crops, trained, tmp_path):
-    common = (*GDPO, f"--data.folder={crops}", f"--model.pretrained={trained}", "--max_train_steps=20")
+    # The interpreter takes about a second for the patches of a picture: a small picture, a small group.
+    small = ("--data.crop_size=48", "--num_generations=2", "--reward_funcs=[psnr_y,region_detail]")
+    common = (*GDPO, *small, f"--data.folder={crops}", f"--model.pretrained={trained}", "--max_train_steps=20")
     for backend, extra in (("torch", {}), ("triton", {"TRITON_INTERPRET": "1"})):
         train(*common, f"--output_dir={tmp_path / backend}", f"--backend={backend}", **extra)
-    assert distance(weights(tmp_path / "torch"), weights(tmp_path / "triton")) < 1e-5
+    assert distance(weights(tmp_path / "torch"), weights(tmp_path / "triton")) < 2e-5

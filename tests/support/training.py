@@ -21,7 +21,7 @@ GDPO = [
     "--num_generations=3",
     "--model.lora_rank=2",
     "--learning_rate=1e-3",
-    "--reward_funcs=[psnr_y,niqe]",
+    "--reward_funcs=[psnr_y,naturalness]",
     *SMALL,
 ]
 
@@ -36,7 +36,7 @@ def command(*arguments: str, processes: int = 1) -> list[str]:
 
 
 def train(
-    *arguments, check: bool = True, processes: int = 1, timeout: float = 300, **extra
+    *arguments, check: bool = True, processes: int = 1, timeout: float = 500, **extra
 ) -> subprocess.CompletedProcess:
     """Run `python -m gdpo.train ...` from the repository root."""
     done = subprocess.run(
