@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
-EXTRAS ?= train,export,dev
+EXTRAS ?= train,export,tensorrt-rtx,openvino,dev
 
 export OMP_NUM_THREADS ?= 2
 

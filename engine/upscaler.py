@@ -139,7 +139,7 @@ class Upscaler:
         picture = _Run(self, rgb, seed, tile, batch, progress).restore()
         native = self.manifest.geometry.scale
         resized = target != (rgb.shape[0] * native, rgb.shape[1] * native)
-        aligned = _align(picture, rgb, color, np.dtype(np.uint16) if resized else rgb.dtype)
+        aligned = align(picture, rgb, color, np.dtype(np.uint16) if resized else rgb.dtype)
         if resized:
             aligned = resize(aligned, target)
         return aligned if aligned.dtype == rgb.dtype else _to_8_bit(aligned)
@@ -205,7 +205,7 @@ class _Run:
         for first, band in blend(self.rows, self.columns, 3, self.geometry.factor, run, self.batch):
             rows = min(band.shape[1], height - first)
             if rows > 0:
-                out[first : first + rows] = _quantise(band[:, :rows, :width]).transpose(1, 2, 0)
+                out[first : first + rows] = quantise(band[:, :rows, :width]).transpose(1, 2, 0)
         return out
 
     def _image(self, top: int, left: int) -> np.ndarray:
@@ -259,7 +259,7 @@ class _Run:
         return result
 
 
-def _quantise(planes: np.ndarray) -> np.ndarray:
+def quantise(planes: np.ndarray) -> np.ndarray:
     """[-1,1] float32 -> 16 bit, halves rounded up."""
     scaled = (np.clip(planes, -1, 1) + np.float32(1)) * np.float32(colors.FULL / 2) + np.float32(0.5)
     return scaled.astype(np.uint16)
@@ -272,7 +272,7 @@ def _upsampled(rgb: np.ndarray, size: tuple[int, int], first: int, last: int) ->
     return np.clip(window, 0, colors.FULL).astype(np.uint16)
 
 
-def _align(picture: np.ndarray, rgb: np.ndarray, color: str, dtype: np.dtype) -> np.ndarray:
+def align(picture: np.ndarray, rgb: np.ndarray, color: str, dtype: np.dtype) -> np.ndarray:
     """Align the colours of [H,W,3] uint16 to the input's and convert to `dtype`, band by band."""
     height, width = picture.shape[:2]
     out = np.empty(picture.shape, dtype) if color == "wavelet" or dtype != picture.dtype else picture

@@ -40,6 +40,13 @@ class TorchSession:
         if options.threads:
             torch.set_num_threads(options.threads)
 
+    def compile(self) -> None:
+        """Compile the UNet and the autoencoder (torch.compile), at the first call of each shape."""
+        vae = self.generator.vae
+        for part in (self.generator.unet, getattr(vae, "encoder", None), getattr(vae, "decoder", None)):
+            if part is not None:
+                part.compile(dynamic=False)
+
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         check_inputs(self.manifest.graphs["generator"], self.manifest, inputs)
         image, noise = (torch.from_numpy(np.ascontiguousarray(inputs[k])).to(self.device) for k in ("image", "noise"))

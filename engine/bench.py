@@ -1,0 +1,228 @@
+"""Latency, throughput and memory of the engine and its peers in one run: `python -m engine.bench GENERATOR`.
+
+Every contender is warmed up, then all of them take turns, so that a busy machine slows them alike. Rows go to
+benchmarks/results/engine.jsonl (in a checkout), a plot beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine import cli
+from engine.images import Picture, write_image
+from engine.noise import noise_field
+from engine.resample import resize_window
+from engine.upscaler import Upscaler, align, quantise
+
+CONTENDERS = ("torch", "torch-compile", "torch-bf16", "onnxruntime", "openvino", "openvino-bf16", "folder")
+Run = Callable[[dict[str, np.ndarray]], np.ndarray]
+
+
+def open_contender(name: str, generator: Path, engine: Path, threads: int) -> Run:
+    """A function from {image, noise} to the output.
+
+    Args:
+        name: one of CONTENDERS; "folder" runs the engine folder on the backend it was built for.
+        generator: a generator's folder, for torch.
+        engine: an engine folder of the same generator.
+
+    Raises:
+        RuntimeError: it cannot run here.
+    """
+    backend, _, variant = name.partition("-")
+    if backend == "torch":
+        from engine.backends import torch as backend_torch
+
+        up = Upscaler.load(generator, "torch", threads=threads, bf16=variant == "bf16")
+        session = up.sessions["generator"]
+        assert isinstance(session, backend_torch.TorchSession)  # what the torch backend loads
+        if variant == "compile":
+            session.compile()
+        return session
+    chosen = "auto" if backend == "folder" else backend
+    up = Upscaler.load(engine, chosen, threads=threads, bf16=variant == "bf16")
+    sessions = up.sessions
+    if "generator" in sessions:
+        return sessions["generator"]
+    return lambda inputs: sessions["decoder"](
+        {"x0": sessions["unet"]({"latent": sessions["encoder"]({"image": inputs["image"]}), "noise": inputs["noise"]})}
+    )
+
+
+def inputs_for(up: Upscaler, batch: int, side: int) -> dict[str, np.ndarray]:
+    """A smooth picture with noise in it, and the model's noise."""
+    g = up.manifest.geometry
+    wave = np.sin(np.arange(side, dtype=np.float32) / 17)
+    image = np.broadcast_to(wave[:, None] * wave, (batch, 3, side, side)) * np.float32(0.8)
+    noise = noise_field(0, g.channels, (0, side // g.factor), (0, side // g.factor))
+    return {"image": np.ascontiguousarray(image), "noise": np.repeat(noise[None], batch, axis=0)}
+
+
+def measure(runs: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of every call, the contenders taking turns."""
+    for run in runs.values():
+        for _ in range(warmup):
+            run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - begin)
+    return times
+
+
+def summary(seconds: list[float], batch: int) -> dict[str, float]:
+    """Percentiles in milliseconds and pictures per second."""
+    p50, p90, p99 = (float(p) for p in np.percentile(seconds, (50, 90, 99)) * 1e3)
+    return {"p50_ms": p50, "p90_ms": p90, "p99_ms": p99, "pictures_per_s": batch * 1e3 / p50}
+
+
+def stages(up: Upscaler, side: int) -> dict[str, float]:
+    """Milliseconds of each stage of one picture, side/4 -> side, each measured alone (medians of five)."""
+    g = up.manifest.geometry
+    rng = np.random.default_rng(0)
+    rgb = rng.integers(0, 256, (side // g.scale, side // g.scale, 3), dtype=np.uint8)
+    size, latent = (side, side), (0, side // g.factor)
+    planes = rng.random((3, side, side), dtype=np.float32)
+    picture = quantise(planes).transpose(1, 2, 0)
+    parts: dict[str, Callable[[], Any]] = {
+        "resample": lambda: resize_window(rgb, size, (0, side), (0, side)),
+        "noise": lambda: noise_field(0, g.channels, latent, latent),
+        "quantise": lambda: quantise(planes).transpose(1, 2, 0).copy(),
+        "color_adain": lambda: align(picture.copy(), rgb, "adain", np.dtype(np.uint8)),
+        "upscale": lambda: up.upscale(rgb, color="adain"),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        parts["write_png"] = lambda: write_image(
+            f"{folder}/x.png", Picture(align(picture, rgb, "none", np.dtype(np.uint8)))
+        )
+        times = measure(parts, rounds=5, warmup=1)
+    return {f"{name}_ms": float(np.median(t)) * 1e3 for name, t in times.items()}
+
+
+def _peak(name: str, generator: Path, engine: Path, threads: int, batch: int, side: int, queue: Any) -> None:
+    run = open_contender(name, generator, engine, threads)
+    run(inputs_for(Upscaler.load(engine), batch, side))
+    # Not getrusage: a child inherits its parent's peak there.
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    queue.put(int(line.split()[1]) / 1024)
+
+
+def peak_mib(name: str, generator: Path, engine: Path, threads: int, batch: int, side: int) -> float:
+    """Peak memory of a fresh process that loads one contender and runs it once."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_peak, args=(name, generator, engine, threads, batch, side, queue))
+    process.start()
+    peak = queue.get(timeout=600)
+    process.join()
+    return peak
+
+
+def main() -> int:
+    parser = cli.Parser(prog="python -m engine.bench", description="Latency, throughput and memory, peers included.")
+    parser.add_argument("generator", help="a generator's folder (for the torch peers)")
+    parser.add_argument("--engine", help="an engine folder of the same generator (default: exported now)")
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS[:-1]), choices=CONTENDERS)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512], help="sides of the output, in pixels")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--name", default="engine", help="of the file with the rows")
+    parser.add_argument("--no-rows", action="store_true", help="print only")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        generator = Path(options.generator)
+        engine = Path(options.engine) if options.engine else _export(generator, Path(scratch) / "engine")
+        rows = list(_rows(options, generator, engine))
+    if not options.no_rows:
+        _keep(options.name, rows)
+    return 0
+
+
+def _export(generator: Path, out: Path) -> Path:
+    from engine.export import export_generator
+    from gdpo.generator import OneStepGenerator
+
+    export_generator(OneStepGenerator.from_pretrained(generator), out)
+    return out
+
+
+def _rows(options: Any, generator: Path, engine: Path):
+    up = Upscaler.load(engine)
+    runs: dict[str, Run] = {}
+    for name in options.contenders:
+        try:
+            runs[name] = open_contender(name, generator, engine, options.threads)
+        except RuntimeError as error:
+            print(f"{name}: left out ({error})", file=sys.stderr)
+    about = {"model": up.manifest.model.get("name"), "weights_sha256": up.manifest.model["weights_sha256"][:12]}
+    for side in options.sizes:
+        for batch in options.batches:
+            inputs = inputs_for(up, batch, side)
+            calls: dict[str, Callable[[], Any]] = {n: functools.partial(run, inputs) for n, run in runs.items()}
+            for name, seconds in measure(calls, options.rounds).items():
+                peak = peak_mib(name, generator, engine, options.threads, batch, side)
+                row = {"what": "latency", "contender": name, "side": side, "batch": batch, **summary(seconds, batch)}
+                yield _show(about | row | {"rounds": options.rounds, "peak_mib": peak})
+        yield _show(about | {"what": "stages", "contender": up.backend, "side": side, **stages(up, side)})
+
+
+def _show(row: dict[str, Any]) -> dict[str, Any]:
+    figures = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k != "weights_sha256")
+    print("  ".join(figures), flush=True)
+    return row
+
+
+def _keep(name: str, rows: list[dict[str, Any]]) -> None:
+    try:
+        from benchmarks.rows import append_row
+    except ImportError:
+        print("rows are kept in a checkout of the project only (run it from the root)", file=sys.stderr)
+        return
+    path = None
+    for row in rows:
+        path = append_row(name, **row)
+    assert path is not None  # sizes and batches are never empty
+    plot(rows, path.with_suffix(".png"))
+    print(f"rows: {path}, plot: {path.with_suffix('.png')}", file=sys.stderr)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Milliseconds a picture against the batch, a line for each contender and a panel for each size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    timed = [r for r in rows if r["what"] == "latency"]
+    sides = sorted({r["side"] for r in timed})
+    figure, panels = pyplot.subplots(1, len(sides), figsize=(5 * len(sides), 4), squeeze=False, layout="constrained")
+    for panel, side in zip(panels[0], sides):
+        for name in dict.fromkeys(r["contender"] for r in timed):
+            line = sorted(
+                (r["batch"], r["p50_ms"] / r["batch"]) for r in timed if (r["contender"], r["side"]) == (name, side)
+            )
+            panel.plot(*zip(*line), marker="o", label=name)
+        panel.set(title=f"{side // 4} -> {side}", xlabel="batch", ylabel="ms a picture (median)", ylim=(0, None))
+    panels[0][0].legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def console() -> None:
+    cli.run(main)
+
+
+if __name__ == "__main__":
+    console()
