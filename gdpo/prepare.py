@@ -39,6 +39,8 @@ from .data import SPLITS, natural, read_jsonl
 _OTHER = {".gif", ".bmp", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".mpo"}
 _WORK = ".work"  # under the output folder: a record for each photo, and crops that have not found their split yet
 
+_WRITTEN = ("manifest", "summary", "captions", "sheet")  # files beside train/ and val/
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -195,7 +197,7 @@ class Folder:
             ValueError: it holds something else, was made with other settings, or is being written.
         """
         mine = self.work / "settings.json"
-        if self.root.exists() and not (self.root.is_dir() and (mine.exists() or not any(self.root.iterdir()))):
+        if self.root.exists() and not (self.root.is_dir() and (self.work.is_dir() or not any(self.root.iterdir()))):
             raise ValueError(f"{self.root} holds something else; choose a new or empty folder for --out")
         self.work.mkdir(parents=True, exist_ok=True)
         with open(self.work / "lock", "w") as lock:
@@ -203,6 +205,9 @@ class Folder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"another gdpo.prepare is writing {self.root}; wait for it") from None
+            for folder, names in ((self.work, ".*"), *((self.root, f".{n}-*") for n in _WRITTEN)):
+                for stray in folder.glob(names):  # what a killed run was writing
+                    stray.unlink()
             ours = asdict(self.settings)
             if not mine.exists():
                 atomic_write(mine, json.dumps(ours))
