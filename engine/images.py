@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 import warnings
 from collections.abc import Callable
@@ -183,8 +184,10 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 def _open_pillow(data: bytes, kind: str, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=[kind])
-    except Image.DecompressionBombError:
-        raise ImageError(f"too many pixels; at most {max_pixels / 1e6:.0f} megapixels are read") from None
+    except Image.DecompressionBombError as error:  # Pillow's own limit, above which it does not tell the size apart
+        pixels = re.search(r"\d+", str(error))
+        size = f"{int(pixels[0]) / 1e6:.0f}" if pixels else "too many"
+        raise ImageError(f"{size} megapixels; at most {max_pixels / 1e6:.0f} are read") from None
     except Image.UnidentifiedImageError:
         raise ImageError(f"damaged or truncated {kind} header") from None
     _check_size(*image.size, max_pixels)

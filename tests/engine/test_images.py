@@ -1,0 +1,319 @@
+"""Pictures in and out: what must survive a round trip, and what must be refused."""
+
+import io
+import os
+import random
+import struct
+import time
+import zlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import pyvips
+from PIL import Image, ImageCms
+
+from engine.images import ImageError, Picture, check_writable, read_image, write_image
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def gradient(height=24, width=37, dtype=np.uint8):
+    """A smooth picture whose channels, rows and columns all differ."""
+    y, x = np.mgrid[0:height, 0:width]
+    planes = np.stack([x / width, y / height, (x + y) / (height + width)], axis=2)
+    return np.rint(planes * np.iinfo(dtype).max).astype(dtype)
+
+
+def exif_block(orientation=1):
+    exif = Image.Exif()
+    exif[0x0112], exif[271] = orientation, "Maker"
+    exif[0x8769] = {0x9003: "2020:01:01 00:00:00"}
+    return exif.tobytes()
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("alpha", [False, True])
+@pytest.mark.parametrize("gray", [False, True])
+def test_a_round_trip_keeps_pixels_depth_gray_and_alpha(tmp_path, suffix, dtype, alpha, gray):
+    pixels = gradient(dtype=dtype)
+    pixels = np.repeat(pixels[..., :1], 3, axis=2) if gray else pixels
+    picture = Picture(pixels, gray, pixels[..., 0].copy() if alpha else None)
+    path = tmp_path / f"picture.{suffix}"
+    if alpha and suffix == "jpg":
+        with pytest.raises(ImageError, match="transparency"):
+            write_image(path, picture)
+        assert not list(tmp_path.iterdir())
+        return
+    write_image(path, picture)
+    back = read_image(path)
+    deep = dtype == np.uint16 and suffix in ("png", "tif")
+    assert back.pixels.dtype == (np.uint16 if deep else np.uint8)
+    assert back.gray == (gray and suffix != "webp")  # WebP has no gray
+    expected = pixels if deep or dtype == np.uint8 else np.rint(pixels / 257).astype(np.uint8)
+    difference = np.abs(back.pixels.astype(int) - expected)
+    assert difference.max() <= (0 if suffix in ("png", "tif") else 10)
+    if alpha:
+        assert np.array_equal(back.alpha, expected[..., 0])
+    else:
+        assert back.alpha is None
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
+def test_metadata_survives_and_can_be_stripped(tmp_path, suffix):
+    source = tmp_path / "source.jpg"
+    xmp = b'<x:xmpmeta><rdf tiff:Orientation="6"/></x:xmpmeta>'
+    image = Image.fromarray(gradient())
+    image.save(source, exif=exif_block(6), icc_profile=SRGB, xmp=xmp, dpi=(300, 150))
+    picture = read_image(source)
+    assert picture.icc == SRGB and picture.dpi == (150, 300)  # turned with the picture
+    path = tmp_path / f"out.{suffix}"
+    write_image(path, picture)
+    back = read_image(path)
+    assert back.icc == SRGB and back.xmp == xmp.replace(b'"6"', b'"1"')
+    if suffix != "tif":
+        exif = Image.Exif()
+        exif.load(back.exif)
+        assert exif[271] == "Maker" and exif.get(0x0112) == 1
+        assert exif.get_ifd(0x8769)[0x9003] == "2020:01:01 00:00:00"
+    write_image(path, picture.without_metadata())
+    bare = read_image(path)
+    assert bare.icc == SRGB and bare.exif is None and bare.xmp is None
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied_as_pillow_does_and_reset(tmp_path, suffix, orientation):
+    from PIL import ImageOps
+
+    path = tmp_path / f"turned.{suffix}"
+    options = {"lossless": True} if suffix == "webp" else {"quality": 100} if suffix == "jpg" else {}
+    Image.fromarray(gradient()).save(path, exif=exif_block(orientation), **options)
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    picture = read_image(path)
+    assert np.abs(picture.pixels.astype(int) - expected).max() <= 1
+    exif = Image.Exif()
+    exif.load(picture.exif)
+    assert exif.get(0x0112, 1) == 1
+
+
+def test_palette_one_bit_transparent_colour_and_cmyk_are_expanded(tmp_path):
+    base = Image.fromarray(gradient())
+    base.convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "palette.png")
+    assert read_image(tmp_path / "palette.png").pixels.shape == (24, 37, 3)
+    base.convert("P").save(tmp_path / "transparent.png", transparency=0)
+    assert read_image(tmp_path / "transparent.png").alpha is not None
+    base.convert("1").save(tmp_path / "bit.png")
+    bit = read_image(tmp_path / "bit.png")
+    assert bit.gray and set(np.unique(bit.pixels)) == {0, 255}
+    base.convert("1").save(tmp_path / "bit.tif")
+    assert np.array_equal(read_image(tmp_path / "bit.tif").pixels, bit.pixels)
+    for name in ("cmyk.jpg", "cmyk.tif"):
+        base.convert("CMYK").save(tmp_path / name)
+        cmyk = read_image(tmp_path / name)
+        # Two conversions and, for TIFF, a profile lie between: the hues must be right.
+        assert np.corrcoef(cmyk.pixels.ravel(), gradient().ravel())[0, 1] > 0.9
+
+
+def test_a_phone_jpeg_with_a_preview_behind_it_is_read(tmp_path):
+    pictures = [Image.fromarray(gradient()), Image.fromarray(gradient(8, 8))]
+    pictures[0].save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=pictures[1:])
+    assert read_image(tmp_path / "phone.jpg").pixels.shape == (24, 37, 3)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tif"])
+def test_animations_and_pages_are_refused(tmp_path, name):
+    frames = [Image.fromarray(gradient()), Image.fromarray(255 - gradient())]
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    with pytest.raises(ImageError, match=r"a\.\w+: a \w+ of 2 (frames|pages)"):
+        read_image(tmp_path / name)
+
+
+def png(width, height, *, depth=8, color=2, body=b"", extra=b""):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def chunk_of(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def progressive_bomb(scans):
+    buffer = io.BytesIO()
+    Image.fromarray(gradient(64, 64)).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    first = data.index(b"\xff\xda")
+    second = data.index(b"\xff\xda", first + 2)
+    return data[:first] + data[first:second] * scans + data[second:]
+
+
+def tiff_bomb():
+    """A TIFF of 60000x60000 whose strips are two bytes long."""
+    entries = [(256, 4, 60000), (257, 4, 60000), (258, 3, 8), (259, 3, 8), (262, 3, 1), (273, 4, 8), (277, 3, 1)]
+    entries += [(278, 4, 60000), (279, 4, 2)]
+    ifd = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", t, k, 1, v) for t, k, v in entries)
+    return b"II*\0" + struct.pack("<I", 10) + b"\x78\x9c" + ifd + b"\0\0\0\0"
+
+
+HOSTILE = {
+    "gigapixels.png": png(100_000, 100_000, body=zlib.compress(bytes(1000))),
+    "wide.png": png(2**31 - 1, 1, body=zlib.compress(b"")),
+    "zero.png": png(0, 5),
+    "bomb16.png": png(60_000, 60_000, depth=16, body=zlib.compress(bytes(1 << 20))),
+    "text.png": png(4, 4, body=b"", extra=chunk_of(b"zTXt", b"k\0\0" + zlib.compress(bytes(1 << 28)))),
+    "profile.png": png(4, 4, body=b"", extra=chunk_of(b"iCCP", b"p\0\0" + zlib.compress(bytes(1 << 28)))),
+    "bomb.tif": tiff_bomb(),
+    "scans.jpg": progressive_bomb(5000),
+    "empty.png": b"",
+    "short.png": b"\x89PNG\r\n\x1a\n",
+    "script.png": b"%!PS-Adobe-3.0\n/x {x} def x\n",
+    "vector.png": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
+    "page.jpg": b"<html><script>alert(1)</script></html>",
+    "zip.png": b"PK\x03\x04" + bytes(100),
+    "pickle.png": b"\x80\x04c__builtin__\neval\n.",
+    "bmp.png": b"BM" + bytes(60),
+    "gif.png": b"GIF89a" + bytes(60),
+    "gif.webp": b"RIFF\x10\0\0\0WEBPGIF89a" + bytes(60),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_bombs_and_polyglots_are_typed_errors_in_bounded_time_and_memory(tmp_path, name):
+    (tmp_path / name).write_bytes(HOSTILE[name])
+    before, begin = resident(), time.perf_counter()
+    with pytest.raises(ImageError, match=name):
+        read_image(tmp_path / name)
+    assert time.perf_counter() - begin < 5
+    assert resident() - before < 300
+
+
+def resident():
+    """This process's peak memory in MiB."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def test_a_polyglot_is_only_the_picture_that_it_begins_with(tmp_path):
+    write_image(tmp_path / "a.png", Picture(gradient()))
+    data = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "b.jpg").write_bytes(data + b"PK\x03\x04 <script>")  # and its name lies
+    assert read_image(tmp_path / "b.jpg").format == "PNG"
+
+
+def test_a_picture_of_twenty_thousand_squared_is_refused_by_size(tmp_path):
+    row = b"\0" + bytes(2500)
+    (tmp_path / "large.png").write_bytes(png(20_000, 20_000, depth=1, color=0, body=zlib.compress(row * 20_000, 1)))
+    with pytest.raises(ImageError, match=r"large\.png: 400 megapixels; at most 100 are read"):
+        read_image(tmp_path / "large.png")
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_is_refused_without_waiting(tmp_path, make):
+    make(tmp_path / "odd.png")
+    with pytest.raises(ImageError, match=r"odd\.png: (not a regular file|damaged)"):
+        read_image(tmp_path / "odd.png")
+    with pytest.raises(ImageError, match="no such file"):
+        read_image(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("mode", ["float", "int", "lab"])
+def test_other_pixel_formats_are_refused_by_name(tmp_path, mode):
+    image = pyvips.Image.new_from_array(gradient())
+    image = {"float": image.cast("float"), "int": image.cast("uint"), "lab": image.colourspace("lab")}[mode]
+    image.tiffsave(str(tmp_path / "odd.tif"))
+    with pytest.raises(ImageError, match="pixels of the kind"):
+        read_image(tmp_path / "odd.tif")
+
+
+def test_formats_that_cannot_hold_a_picture_say_so_before_any_work(tmp_path):
+    with pytest.raises(ImageError, match="16383 pixels a side"):
+        check_writable("x.webp", 20_000, 10, alpha=False)
+    with pytest.raises(ImageError, match="65500 pixels a side"):
+        check_writable("x.jpg", 10, 70_000, alpha=False)
+    with pytest.raises(ImageError, match=r"cannot write \.gif"):
+        check_writable("x.gif", 10, 10, alpha=False)
+
+
+def test_oversized_metadata_does_not_stop_a_jpeg(tmp_path):
+    picture = replace(Picture(gradient()), exif=b"II*\0\x08\0\0\0\0\0" + bytes(70_000), xmp=b"x" * 70_000)
+    write_image(tmp_path / "a.jpg", picture)
+    assert read_image(tmp_path / "a.jpg").exif is None
+
+
+def seeds(folder):
+    """One good file of every kind that is decoded differently."""
+    for i, (dtype, suffix) in enumerate([(np.uint8, "png"), (np.uint16, "png"), (np.uint8, "tif"), (np.uint16, "tif")]):
+        write_image(folder / f"{i}.{suffix}", Picture(gradient(dtype=dtype), icc=SRGB))
+    image = Image.fromarray(gradient())
+    image.save(folder / "a.jpg", exif=exif_block(6), icc_profile=SRGB, dpi=(72, 72))
+    image.save(folder / "b.jpg", progressive=True)
+    image.convert("CMYK").save(folder / "c.jpg")
+    image.save(folder / "d.webp", exif=exif_block(3))
+    image.save(folder / "e.webp", lossless=True)
+    image.convert("P").save(folder / "f.png", transparency=3)
+    for compression in ("tiff_lzw", "packbits", "jpeg", "group4"):
+        page = image.convert("1") if compression == "group4" else image
+        page.save(folder / f"{compression}.tif", compression=compression)
+    return [p.read_bytes() for p in sorted(folder.iterdir())]
+
+
+def mutated(data, rng):
+    data = bytearray(data)
+    kind = rng.randrange(5)
+    if kind == 0:
+        return bytes(data[: rng.randrange(len(data))])
+    for _ in range(rng.choice((1, 1, 2, 8, 64))):
+        at = rng.randrange(len(data))
+        if kind == 1:
+            data[at] = rng.randrange(256)
+        elif kind == 2:
+            data[at] ^= 1 << rng.randrange(8)
+        elif kind == 3:
+            data[at : at + 4] = struct.pack(
+                rng.choice("<>") + "I", rng.choice((0, 1, 0x7FFFFFFF, 0xFFFFFFFF, 65535, 70000))
+            )
+        else:
+            end = at + rng.randrange(200)
+            data[at:end] = data[at:end] * 2 if rng.random() < 0.5 else b""
+            data = data or bytearray(1)
+    return bytes(data)
+
+
+def fuzz(tmp_path, count, seed):
+    """Read mutated pictures: every one is a picture or an ImageError. Returns (pictures, errors, slowest)."""
+    originals, rng = seeds_in(tmp_path), random.Random(seed)
+    read = refused = 0
+    slowest = 0.0
+    path = tmp_path / "mutant"
+    for _ in range(count):
+        path.write_bytes(mutated(rng.choice(originals), rng))
+        begin = time.perf_counter()
+        try:
+            picture = read_image(path, max_pixels=4_000_000)
+            assert picture.pixels.dtype in (np.uint8, np.uint16) and picture.pixels.shape[2] == 3
+            read += 1
+        except ImageError:
+            refused += 1
+        slowest = max(slowest, time.perf_counter() - begin)
+    return read, refused, slowest
+
+
+def seeds_in(tmp_path):
+    (tmp_path / "seeds").mkdir()
+    return seeds(tmp_path / "seeds")
+
+
+@pytest.mark.parametrize("count", [500, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_mutated_pictures_are_pictures_or_typed_errors(tmp_path, count, capfd):
+    before = resident()
+    read, refused, slowest = fuzz(tmp_path, count, seed=count)
+    capfd.readouterr()  # libtiff and libpng complain on stderr
+    assert read + refused == count and min(read, refused) > count // 20
+    assert slowest < 5 and resident() - before < 500
+    print(f"{count} mutants: {read} read, {refused} refused, slowest {slowest:.2f} s")
