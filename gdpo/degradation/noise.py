@@ -16,11 +16,13 @@ _EXPONENTS = 9  # a picture of 8 bits has 1..256 distinct values, rounded up to 
 def draw_field(draw: NoiseDraw, height: int, width: int, *key: int | str) -> torch.Tensor:
     """What `add_noise` needs, fp32 [1,C,height,width] on the CPU, C = 1 for gray noise.
 
-    Standard normals for Gaussian noise, numbers in [0, 1) for Poisson noise.
+    Standard normals for Gaussian noise, uniform numbers in (0, 1) for Poisson noise.
     """
     shape, generator = (1, 1 if draw.gray else 3, height, width), generator_for(*key)
-    draws = torch.randn if draw.kind == "gaussian" else torch.rand
-    return draws(shape, generator=generator)
+    if draw.kind == "gaussian":
+        return torch.randn(shape, generator=generator)
+    # rand() has multiples of 2^-24. A zero would be the quantile of probability 0: half a step instead.
+    return torch.rand(shape, generator=generator).clamp_(min=2**-25)
 
 
 def add_noise(image: torch.Tensor, draw: NoiseDraw, field: torch.Tensor) -> torch.Tensor:

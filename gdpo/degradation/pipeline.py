@@ -135,7 +135,7 @@ class Degradation:
                 f"hr must have a height and width that are multiples of {scale} and at least {least}; "
                 f"got {hr.shape[2]}x{hr.shape[3]}: crop or pad it"
             )
-        low, high = float(hr.amin()), float(hr.amax())
+        low, high = float(hr.detach().amin()), float(hr.detach().amax())
         if not (low >= 0 and high <= 1):  # written so that NaN is refused, too
             raise ValueError(f"hr must lie in [0,1]; got values from {low:g} to {high:g}")
         if len(samples) != hr.shape[0]:
