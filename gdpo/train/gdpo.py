@@ -46,7 +46,8 @@ class GDPO:
         hr = batch.hr * 2 - 1  # [B,3,H,W]
         _, lr_up = self.degrade(batch.hr, seed=config.seed, step=step, samples=batch.samples)
         with torch.no_grad(), self.accelerator.autocast():
-            text = self._grouped(self.prompts(batch))
+            text = self.prompts(batch)
+            text = None if text is None else self._grouped(text)
             condition = self._grouped(generator.encode(lr_up * 2 - 1))  # [B*G,C,h,w], image after image
             noise = group_noise(condition.shape, config.seed, "sample", batch.samples, g).to(condition)
             with generator.reference():
@@ -123,9 +124,9 @@ class GDPO:
         metrics["texture_share"] = texture.mean()
         return advantage, mask, metrics
 
-    def _grouped(self, x: torch.Tensor | None) -> torch.Tensor | None:
+    def _grouped(self, x: torch.Tensor) -> torch.Tensor:
         """[B,...] -> [B*G,...], the G copies of an image side by side (so that prompts and images stay together)."""
-        return None if x is None else x.repeat_interleave(self.config.num_generations, dim=0)
+        return x.repeat_interleave(self.config.num_generations, dim=0)
 
     def _chunked(self, run: Callable[..., torch.Tensor], *inputs: torch.Tensor | None) -> torch.Tensor:
         """Run over the first dimension in pieces of sample_batch_size."""
@@ -140,7 +141,8 @@ class GDPO:
         """The texture mask at the latent's resolution, or None (the paper)."""
         if not self.config.texture_weighted_loss:
             return None
-        share = F.adaptive_avg_pool2d(mask.float()[:, None], latents.shape[-2:])[:, 0]
+        h, w = latents.shape[-2:]
+        share = F.adaptive_avg_pool2d(mask.float()[:, None], (h, w))[:, 0]
         return share + 1e-3  # a picture without texture keeps a uniform weight
 
     @torch.no_grad()

@@ -394,7 +394,7 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
     """What a run was made with."""
     from importlib.metadata import PackageNotFoundError, version
 
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in ("gdpo-sr", "torch", "triton", "diffusers", "peft", "accelerate", "numpy"):
         try:
             versions[name] = version(name)

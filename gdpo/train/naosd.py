@@ -92,7 +92,7 @@ class NAOSD:
         config, k = self.config, self.config.num_noises
         target = hr.repeat_interleave(k, dim=0)
         pixel = (F.mse_loss if config.pixel == "l2" else F.l1_loss)(restored, target)
-        loss, metrics = config.pixel_weight * pixel, {config.pixel: pixel}
+        loss, metrics = config.pixel_weight * pixel, {str(config.pixel): pixel}
         if self.perceptual is not None:
             restored, target = self._crop(restored, samples, k), self._crop(target, samples, k)
             if config.diversity:

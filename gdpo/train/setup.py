@@ -45,7 +45,7 @@ def base_generator(config: TrainConfig, accelerator: Accelerator) -> OneStepGene
     if model.gradient_checkpointing:
         generator.unet.enable_gradient_checkpointing()
     if model.channels_last:
-        generator.to(memory_format=torch.channels_last)
+        generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return generator.to(accelerator.device).train()
 
 

@@ -32,7 +32,7 @@ class VSD:
             p.requires_grad_(True)
         self.negative = generator.prompt_encoder([config.negative_prompt or NEGATIVE_PROMPT])
 
-    def loss(self, latents: torch.Tensor, text: torch.Tensor, samples: list[int]) -> torch.Tensor:
+    def loss(self, latents: torch.Tensor, text: torch.Tensor | None, samples: list[int]) -> torch.Tensor:
         """MSE(z, stopgrad(z - grad)), grad = (x0_fake - x0_real) / mean|z - x0_real| (design: NAOSD loss)."""
         with torch.no_grad():
             t, noise = self._draw(latents, samples, "vsd")
@@ -48,7 +48,7 @@ class VSD:
             grad = torch.nan_to_num((fake_x0 - real_x0) / scale.clamp_min(1e-8))
         return F.mse_loss(latents, (latents - grad).detach())
 
-    def fake_loss(self, latents: torch.Tensor, text: torch.Tensor, samples: list[int]) -> torch.Tensor:
+    def fake_loss(self, latents: torch.Tensor, text: torch.Tensor | None, samples: list[int]) -> torch.Tensor:
         """The diffusion loss |eps_fake - eps|^2 on the generator's (detached) latents, t uniform in [0, T)."""
         t, noise = self._draw(latents, samples, "vsd-fake", (0.0, 1.0))
         noisy, _, _ = self._noised(latents, noise, t)
@@ -72,5 +72,5 @@ class VSD:
         a = self.generator.alphas_cumprod.to(latents.device)[t].to(latents.dtype)[:, None, None, None]
         return a.sqrt() * latents + (1 - a).sqrt() * noise, a, 1 - a
 
-    def _unet(self, noisy: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    def _unet(self, noisy: torch.Tensor, t: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
         return self.generator.unet(noisy, t, encoder_hidden_states=text).sample.float()

@@ -1,0 +1,127 @@
+"""What GDPO changed: a tuned model against the one it started from, on held-out crops with fixed noise.
+
+    python -m benchmarks.gdpo_gain runs/tiny-gdpo/model --data data/crops --out runs/gain
+
+Both are the same folder: "before" is the model with its LoRA off. For every crop, N noises are drawn once and given to
+both; the 2N samples form one group, scored as in training (min-max inside the group, weighted by the smooth and the
+textured share). Reported: the mean difference of that reward with its standard error over crops, the raw scores, and a
+sheet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import rows
+from engine.cli import Parser, run
+from gdpo.data import CropDataset, loader
+from gdpo.degradation import Degradation, DegradationConfig
+from gdpo.generator import OneStepGenerator
+from gdpo.kernels import attribute_ratios, attribute_statistics
+from gdpo.rewards import build_rewards
+from gdpo.train.gdpo import LUMA
+from gdpo.train.pictures import sheet
+from gdpo.train.setup import group_noise
+
+
+@dataclass
+class Options:
+    """
+    Args:
+        model: a folder that gdpo.train gdpo made (base and LoRA apart).
+        data: a folder made by gdpo.prepare; its val split is used.
+        out: folder for the sheet.
+        crops: how many held-out crops.
+        crop_size: side of the crops.
+        noises: samples of each model per crop.
+        reward_funcs: as in training.
+        preset: of the degradation.
+        seed: of degradation and noise; not a training seed.
+        write_rows: append the result to benchmarks/results/gdpo_gain.jsonl.
+    """
+
+    model: str
+    data: str = "data/crops"
+    out: str = "runs/gain"
+    crops: int = 64
+    crop_size: int = 128
+    noises: int = 4
+    reward_funcs: tuple[str, ...] = ("psnr_y", "naturalness")
+    preset: str = "realesrgan"
+    seed: int = 20_000
+    write_rows: bool = False
+
+
+def group_reward(scores: list[tuple[str, torch.Tensor]], smooth: torch.Tensor, texture: torch.Tensor) -> torch.Tensor:
+    """(kind, [B,G]) scores -> the reward [B,G] before it is standardised (design: attribute-aware reward)."""
+    total = torch.zeros_like(scores[0][1])
+    for kind, share in (("fidelity", smooth), ("perceptual", texture)):
+        of_kind = [s for k, s in scores if k == kind]
+        for s in of_kind:
+            low, high = s.amin(1, keepdim=True), s.amax(1, keepdim=True)
+            total = total + share[:, None] / len(of_kind) * (s - low) / (high - low).clamp_min(1e-12)
+    return total
+
+
+@torch.no_grad()
+def measure(o: Options) -> dict[str, float]:
+    generator = OneStepGenerator.from_pretrained(o.model)
+    degrade = Degradation(DegradationConfig(preset=o.preset))  # type: ignore[arg-type]
+    rewards = build_rewards(list(o.reward_funcs))
+    dataset = CropDataset(o.data, "val", o.crop_size)
+    samples = [i * len(dataset) // o.crops for i in range(o.crops)]
+    found: dict[str, list[torch.Tensor]] = {}
+    pictures: list[list[torch.Tensor]] = []
+    for batch in tqdm(loader(dataset, [[s] for s in samples], seed=0), total=len(samples), unit="crop"):
+        hr = batch.hr * 2 - 1
+        lr, _ = degrade(batch.hr, seed=o.seed, step=0, samples=batch.samples)
+        bicubic = degrade.upsample(lr) * 2 - 1
+        latents = generator.encode(bicubic).repeat_interleave(o.noises, dim=0)
+        noise = group_noise(latents.shape, o.seed, "gain", batch.samples, o.noises)
+        after = generator.decode(generator.predict(latents, noise).x0)
+        with generator.reference():
+            before = generator.decode(generator.predict(latents, noise).x0)
+        group = torch.cat([before, after])[None]  # [1,2N,3,H,W]
+        gray = ((hr + 1) / 2 * torch.tensor(LUMA)[:, None, None]).sum(1)
+        smooth, texture, mask = attribute_ratios(gray)
+        statistics = attribute_statistics(group, hr, mask)
+        scores = {r.name: (r.kind, r.score(group, hr, statistics)) for r in rewards}
+        scores["psnr_y"] = ("fidelity", statistics.psnr_y)
+        named = [scores[r.name] for r in rewards]
+        columns = {"reward": group_reward(named, smooth, texture), **{k: s for k, (_, s) in scores.items()}}
+        for name, values in columns.items():
+            found.setdefault(name, []).append(values[0].unflatten(0, (2, -1)).mean(1))
+        if len(pictures) < 6:
+            pictures.append([bicubic, before[:1], after[:1], hr])
+    result: dict[str, float] = {"crops": float(o.crops), "noises": float(o.noises)}
+    for name, per_crop in found.items():
+        before_after = torch.stack(per_crop).double()  # [crops,2]
+        gain = before_after[:, 1] - before_after[:, 0]
+        result[f"{name}_before"], result[f"{name}_after"] = before_after.mean(0).tolist()
+        result[f"{name}_gain"] = float(gain.mean())
+        result[f"{name}_standard_error"] = float(gain.std() / len(gain) ** 0.5)
+    titles = ("bicubic", "before", "after GDPO", "HR")
+    sheet([(t, torch.cat([p[i] for p in pictures])) for i, t in enumerate(titles)], Path(o.out) / "sheet.png")
+    return result
+
+
+def main() -> int:
+    parser = Parser(prog="python -m benchmarks.gdpo_gain", description=__doc__)
+    parser.add_class_arguments(Options, None, as_positional=True)
+    options = Options(**vars(parser.parse_args()))
+    if options.write_rows:
+        rows.require_clean()
+    result = measure(options)
+    for key, value in result.items():
+        print(f"{key:32s} {value:.5f}")
+    if options.write_rows:
+        rows.append_row("gdpo_gain", model=Path(options.model).parent.name, preset=options.preset, **result)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
