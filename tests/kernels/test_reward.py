@@ -94,17 +94,19 @@ def test_standardised_and_the_same_bits_twice(backend):
     assert torch.equal(advantage, attribute_reward(*args, backend=backend))
 
 
+def test_without_a_fault_the_copy_passes(tmp_path):
+    check(problem(), mutant(reward, "EPSILON = 1e-8", "EPSILON = 1e-8", tmp_path).attribute_reward)
+
+
 @pytest.mark.parametrize(
     "old, new",
     [
-        ("variance = tl.sum(tl.where(inside, centred * centred, 0.0)) / (group - 1)", "variance = tl.sum(tl.where(inside, centred * centred, 0.0)) / (group)"),
+        ("centred * centred, 0.0)) / (group - 1)", "centred * centred, 0.0)) / (group)"),
         ("reward += texture *", "reward += smooth *"),
         ('tl.where(inside, x, float("inf"))', "x"),
         ("centred -= tl.sum(tl.where(inside, centred, 0.0))", "centred -= tl.sum(centred)"),
     ],
-)  # fmt: skip
+)
 def test_a_planted_fault_is_seen(old, new, tmp_path):
-    args = problem()
-    check(args, mutant(reward, "EPSILON = 1e-8", "EPSILON = 1e-8", tmp_path).attribute_reward)
     with pytest.raises(AssertionError):
-        check(args, mutant(reward, old, new, tmp_path).attribute_reward)
+        check(problem(), mutant(reward, old, new, tmp_path).attribute_reward)

@@ -32,11 +32,11 @@ def check(args, function=attribute_statistics):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_psnr_and_detail_against_other_programs(backend):
-    photo = data.astronaut()[100:196, 80:220]
+    photo = data.astronaut()[100:140, 80:210]
     rng = np.random.default_rng(0)
     noisy = np.clip(photo + rng.normal(0, 12, (2, *photo.shape)), 0, 255).astype(np.uint8)
     mask = np.zeros(photo.shape[:2], bool)
-    mask[30:70, 20:101] = True
+    mask[10:30, 20:101] = True
     to_tensor = lambda a: torch.from_numpy(a).movedim(-1, -3).float().to(DEVICE) / 127.5 - 1  # noqa: E731
     got = attribute_statistics(
         to_tensor(noisy)[None], to_tensor(photo)[None], torch.from_numpy(mask)[None].to(DEVICE), backend=backend
@@ -58,19 +58,19 @@ def test_psnr_and_detail_against_other_programs(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize("shape", [(2, 3, 37, 150), (1, 6, 64, 128), (3, 2, 5, 3), (1, 1, 1, 1), (1, 2, 9, 257)])
+@pytest.mark.parametrize("shape", [(2, 3, 21, 150), (1, 6, 16, 128), (3, 2, 5, 3), (1, 1, 1, 1), (1, 2, 9, 257)])
 def test_fused_is_as_good_as_torch(shape, dtype):
     check(problem(*shape, dtype))
 
 
 def test_large_tiles(monkeypatch):
     monkeypatch.setattr(statistics, "_tile", lambda *_: (8, 4))
-    check(problem(2, 2, 21, 131))
+    check(problem(2, 2, 13, 131))
 
 
 @pytest.mark.parametrize("order", [channels_last, strided])
 def test_any_order_in_memory(order):
-    samples, target, mask = problem(2, 3, 18, 22)
+    samples, target, mask = problem(2, 2, 6, 10)
     plain = attribute_statistics(samples, target, mask, backend="triton")
     for args in ((order(samples), target, mask), (samples, order(target), strided(mask.float()) > 0.5)):
         check(args)
@@ -112,11 +112,16 @@ def test_scores_prefer_what_they_should(backend):
 
 
 def test_no_gradient_and_the_same_bits_twice():
-    samples, target, mask = problem(1, 3, 30, 140)
+    samples, target, mask = problem(1, 2, 9, 140)
     first = attribute_statistics(samples.requires_grad_(), target, mask, backend="triton")
     for a, b in zip(first, attribute_statistics(samples, target, mask, backend="triton")):
         assert not a.requires_grad and torch.equal(a, b)
     assert not attribute_statistics(samples, target, mask, backend="torch").mse.requires_grad
+
+
+def test_without_a_fault_the_copy_passes(tmp_path):
+    copy = mutant(statistics, "COLUMNS = 128", "COLUMNS = 128", tmp_path)
+    check(problem(1, 2, 6, 130), copy.attribute_statistics)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +138,5 @@ def test_no_gradient_and_the_same_bits_twice():
     ],
 )
 def test_a_planted_fault_is_seen(old, new, tmp_path):
-    args = problem(1, 2, 37, 150)
-    check(args, mutant(statistics, "COLUMNS = 128", "COLUMNS = 128", tmp_path).attribute_statistics)
     with pytest.raises(AssertionError):
-        check(args, mutant(statistics, old, new, tmp_path).attribute_statistics)
+        check(problem(1, 2, 6, 130), mutant(statistics, old, new, tmp_path).attribute_statistics)
