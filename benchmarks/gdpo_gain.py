@@ -21,11 +21,9 @@ from engine.cli import Parser, run
 from gdpo.data import CropDataset, loader
 from gdpo.degradation import Degradation, DegradationConfig
 from gdpo.generator import OneStepGenerator
-from gdpo.kernels import attribute_ratios, attribute_statistics
 from gdpo.rewards import build_rewards
-from gdpo.train.gdpo import LUMA
+from gdpo.train.gain import compare
 from gdpo.train.pictures import sheet
-from gdpo.train.setup import group_noise
 
 
 @dataclass
@@ -56,17 +54,6 @@ class Options:
     write_rows: bool = False
 
 
-def group_reward(scores: list[tuple[str, torch.Tensor]], smooth: torch.Tensor, texture: torch.Tensor) -> torch.Tensor:
-    """(kind, [B,G]) scores -> the reward [B,G] before it is standardised (design: attribute-aware reward)."""
-    total = torch.zeros_like(scores[0][1])
-    for kind, share in (("fidelity", smooth), ("perceptual", texture)):
-        of_kind = [s for k, s in scores if k == kind]
-        for s in of_kind:
-            low, high = s.amin(1, keepdim=True), s.amax(1, keepdim=True)
-            total = total + share[:, None] / len(of_kind) * (s - low) / (high - low).clamp_min(1e-12)
-    return total
-
-
 @torch.no_grad()
 def measure(o: Options) -> dict[str, float]:
     generator = OneStepGenerator.from_pretrained(o.model)
@@ -80,23 +67,13 @@ def measure(o: Options) -> dict[str, float]:
         hr = batch.hr * 2 - 1
         lr, _ = degrade(batch.hr, seed=o.seed, step=0, samples=batch.samples)
         bicubic = degrade.upsample(lr) * 2 - 1
-        latents = generator.encode(bicubic).repeat_interleave(o.noises, dim=0)
-        noise = group_noise(latents.shape, o.seed, "gain", batch.samples, o.noises)
-        after = generator.decode(generator.predict(latents, noise).x0)
-        with generator.reference():
-            before = generator.decode(generator.predict(latents, noise).x0)
-        group = torch.cat([before, after])[None]  # [1,2N,3,H,W]
-        gray = ((hr + 1) / 2 * torch.tensor(LUMA)[:, None, None]).sum(1)
-        smooth, texture, mask = attribute_ratios(gray)
-        statistics = attribute_statistics(group, hr, mask)
-        scores = {r.name: (r.kind, r.score(group, hr, statistics)) for r in rewards}
-        scores["psnr_y"] = ("fidelity", statistics.psnr_y)
-        named = [scores[r.name] for r in rewards]
-        columns = {"reward": group_reward(named, smooth, texture), **{k: s for k, (_, s) in scores.items()}}
-        for name, values in columns.items():
-            found.setdefault(name, []).append(values[0].unflatten(0, (2, -1)).mean(1))
+        compared = compare(
+            generator, bicubic, hr, rewards, samples=batch.samples, seed=o.seed, noises=o.noises
+        )  # fmt: skip
+        for name, values in compared.scores.items():
+            found.setdefault(name, []).append(values[0])
         if len(pictures) < 6:
-            pictures.append([bicubic, before[:1], after[:1], hr])
+            pictures.append([bicubic, compared.before, compared.after, hr])
     result: dict[str, float] = {"crops": float(o.crops), "noises": float(o.noises)}
     for name, per_crop in found.items():
         before_after = torch.stack(per_crop).double()  # [crops,2]

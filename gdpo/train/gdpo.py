@@ -16,9 +16,8 @@ from ..data import Batch
 from ..degradation import Degradation
 from ..rewards import build_rewards
 from .config import GDPOConfig
+from .gain import compare, group_reward, luma
 from .setup import Prompts, base_generator, group_noise, lora_targets
-
-LUMA = (0.299, 0.587, 0.114)
 
 
 class GDPO:
@@ -103,8 +102,7 @@ class GDPO:
     def _advantage(self, images: torch.Tensor, hr: torch.Tensor):
         """Scores of samples [B,G,3,H,W] -> advantage [B,G], texture mask [B,H,W], metrics for the log."""
         config = self.config
-        gray = ((hr + 1) / 2 * hr.new_tensor(LUMA)[:, None, None]).sum(1)
-        smooth, texture, mask = attribute_ratios(gray, threshold=config.texture_threshold, backend=config.backend)
+        smooth, texture, mask = attribute_ratios(luma(hr), threshold=config.texture_threshold, backend=config.backend)
         if config.rho == "auto":
             smooth, texture = (smooth * 100).round() / 100, (texture * 100).round() / 100  # as the released code
         else:
@@ -118,7 +116,9 @@ class GDPO:
             for k in ("fidelity", "perceptual")
         )
         advantage = attribute_reward(fidelity, perceptual, smooth, texture, backend=config.backend)
-        metrics = {f"rewards/{name}/mean": s.mean() for name, s in scores.items()}
+        reward = group_reward([(r.kind, scores[r.name]) for r in self.rewards], smooth, texture)
+        metrics = {"reward": reward.mean(), "reward_std": reward.std(dim=1).mean()}
+        metrics |= {f"rewards/{name}/mean": s.mean() for name, s in scores.items()}
         metrics |= {f"rewards/{name}/std": s.std(dim=1).mean() for name, s in scores.items()}
         metrics["frac_reward_zero_std"] = (advantage == 0).all(dim=1).float().mean()
         metrics["texture_share"] = texture.mean()
@@ -146,19 +146,20 @@ class GDPO:
         return share + 1e-3  # a picture without texture keeps a uniform weight
 
     @torch.no_grad()
-    def preview(self, batch: Batch) -> list[tuple[str, torch.Tensor]]:
-        """Columns of the before/after sheet for held-out pictures: the same noise before and after."""
+    def preview(self, batch: Batch) -> tuple[list[tuple[str, torch.Tensor]], dict[str, float]]:
+        """Columns of the before/after sheet for held-out pictures, and what the policy gained on its reference."""
         generator = self.generator.eval()
         lr, _ = self.degrade(batch.hr, seed=self.config.seed, step=0, samples=batch.samples)
-        bicubic = self.degrade.upsample(lr) * 2 - 1
+        bicubic, hr = self.degrade.upsample(lr) * 2 - 1, batch.hr * 2 - 1
         with self.accelerator.autocast():
-            latents, text = generator.encode(bicubic), self.prompts(batch)
-            noise = group_noise(latents.shape, self.config.seed, "preview", batch.samples, 1).to(latents)
-            with generator.reference():
-                before = generator.decode(generator.predict(latents, noise, text).x0)
-            after = generator.decode(generator.predict(latents, noise, text).x0)
+            found = compare(
+                generator, bicubic, hr, self.rewards,
+                samples=batch.samples, seed=self.config.seed, noises=2, text=self.prompts(batch),
+            )  # fmt: skip
         generator.train()
-        return [("bicubic", bicubic), ("before", before), ("GDPO", after), ("HR", batch.hr * 2 - 1)]
+        columns = [("bicubic", bicubic), ("before", found.before), ("GDPO", found.after), ("HR", hr)]
+        gains = {f"gain/{k}": float((v[:, 1] - v[:, 0]).mean()) for k, v in found.scores.items()}
+        return columns, gains
 
     def save(self, folder: Path) -> None:
         """Write the base with the policy's LoRA beside it, so that `gdpo.merge --strength` can choose how much."""

@@ -49,7 +49,7 @@ class Method(Protocol):
 
     def step(self, batch: Batch, step: int, backward: Callable[[torch.Tensor], None]) -> Metrics: ...
 
-    def preview(self, batch: Batch) -> list[tuple[str, torch.Tensor]]: ...
+    def preview(self, batch: Batch) -> tuple[list[tuple[str, torch.Tensor]], dict[str, float]]: ...
 
     def save(self, folder: Path) -> None: ...
 
@@ -342,11 +342,13 @@ class Loop:
         """Append a row to metrics.jsonl and hand it to the tracker."""
         if not self.main or (done % self.config.logging_steps and done != self.config.max_train_steps):
             return
-        row = {"step": done, **{k: v for k, v in metrics.items() if k != "stop_signal"}}
+        self._write_row({"step": done, **{k: v for k, v in metrics.items() if k != "stop_signal"}})
+
+    def _write_row(self, row: dict[str, Any]) -> None:
         with open(self.root / "metrics.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
         if self.config.report_to != "none":
-            self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=done)
+            self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
     def _cut_metrics(self, first: int) -> None:
         """Drop rows that a killed run wrote after the checkpoint from which this one goes on."""
@@ -371,8 +373,10 @@ class Loop:
     def _sheet(self, done: int) -> None:
         if self.validation is not None:
             with self._averaged(), torch.no_grad():
-                columns = self.method.preview(self._to_device(self.validation))
+                columns, gains = self.method.preview(self._to_device(self.validation))
             pictures.sheet(columns, self.root / "sheets" / f"step-{done:07d}.png")
+            if gains:
+                self._write_row({"step": done, **gains})
 
     def _finish(self) -> None:
         """Save the trained model, a last sheet and the curves."""

@@ -118,7 +118,7 @@ class NAOSD:
         return torch.cat(windows)
 
     @torch.no_grad()
-    def preview(self, batch: Batch) -> list[tuple[str, torch.Tensor]]:
+    def preview(self, batch: Batch) -> tuple[list[tuple[str, torch.Tensor]], dict[str, float]]:
         """Columns of the before/after sheet for a batch of held-out pictures."""
         generator = self.generator.eval()
         lr, _ = self.degrade(batch.hr, seed=self.config.seed, step=0, samples=batch.samples)
@@ -128,7 +128,7 @@ class NAOSD:
             noise = group_noise(latents.shape, self.config.seed, "preview", batch.samples, 1).to(latents)
             restored = generator.decode(generator.predict(latents, noise, self.prompts(batch)).x0)
         generator.train()
-        return [("bicubic", bicubic), ("restored", restored), ("HR", batch.hr * 2 - 1)]
+        return [("bicubic", bicubic), ("restored", restored), ("HR", batch.hr * 2 - 1)], {}
 
     def save(self, folder: Path) -> None:
         """Write the trained generator; the VSD fake is not part of it."""
