@@ -17,11 +17,11 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -42,27 +42,28 @@ _WORK = ".work"  # under the output folder: a record for each photo, and crops t
 _WRITTEN = ("manifest", "summary", "captions", "sheet")  # files beside train/ and val/
 
 
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What determines the crops. A folder made with some settings is not continued with others.
+    """What determines the crops. A folder made with some settings is not continued with others."""
 
-    Args:
-        size: side of the square crops.
-        stride: at most this many pixels from one crop to the next.
-        halve: halve photos by area averaging before cutting: true (once), false, or how many times (0 to 4). It
-            removes the JPEG and demosaicing artefacts of camera pictures.
-        min_texture: least share of textured area in a crop (the paper's complexity map).
-        dedupe: crops and photos whose 64-bit dHashes differ in at most so many bits are near-duplicates, of which the
-            first is kept; -1 keeps all.
-        val_fraction: share of the photos that is held out; at least one photo if it is not 0.
-    """
-
-    size: int = 256
-    stride: int = 128
-    halve: bool | int = True
-    min_texture: float = 0.3
-    dedupe: int = 3
-    val_fraction: float = 0.1
+    size: int = _option(256, "side of the square crops")
+    stride: int = _option(128, "at most this many pixels from one crop to the next")
+    halve: bool | int = _option(
+        True,
+        "halve photos by area averaging before cutting: true (once), false, or how many times (0 to 4); it removes "
+        "what JPEG and the camera's sensor left",
+    )
+    min_texture: float = _option(0.3, "least share of textured area in a crop (the paper's complexity map)")
+    dedupe: int = _option(
+        3,
+        "crops and photos whose 64-bit dHashes differ in at most so many bits are near-duplicates, of which the first "
+        "is kept; -1 keeps all",
+    )
+    val_fraction: float = _option(0.1, "share of the photos that is held out; at least one photo if it is not 0")
 
     def validate(self) -> None:
         checks = [
@@ -143,8 +144,8 @@ def process(source: Source, settings: Settings, work: Path) -> None:
         record |= {"size": [width, height], "converted": photo.converted, "hash": difference_hash(photo.pixels)}
         crops, seen = cut(photo, settings.size, settings.stride, settings.min_texture)
         if not seen:
-            halved = f" after halving {int(settings.halve)} time(s)" if settings.halve else ""
-            record["skipped"] = f"{width}x{height} is too small for crops of {settings.size}{halved}"
+            halved = f", halved to {photo.pixels.shape[1]}x{photo.pixels.shape[0]}," if settings.halve else ""
+            record["skipped"] = f"{width}x{height}{halved} is too small for crops of {settings.size}"
         elif not crops:
             record["skipped"] = f"none of its {seen} crops has {settings.min_texture:.0%} of textured area"
         folder.mkdir()
@@ -385,8 +386,11 @@ def main() -> int:
     parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTOS", help="folders of photos, or single photos")
     parser.add_argument("--out", type=Path, required=True, help="the folder to make, or to go on with")
     parser.add_argument("--workers", type=int, default=1, help="processes to work with")
-    parser.add_class_arguments(Settings, nested_key=None)
-    options = vars(parser.instantiate(parser.parse_args()))
+    types = get_type_hints(Settings)
+    for option in fields(Settings):
+        names = sorted({f"--{option.name.replace('_', '-')}", f"--{option.name}"})  # the dash first
+        parser.add_argument(*names, type=types[option.name], default=option.default, help=option.metadata["help"])
+    options = vars(parser.parse_args())
     photos, out, workers = (options.pop(name) for name in ("photos", "out", "workers"))
     summary = prepare(photos, out, Settings(**options), workers)
     report(summary)

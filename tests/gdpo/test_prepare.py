@@ -130,7 +130,7 @@ def test_killed_twenty_times_it_ends_with_the_same_bytes(photos, tmp_path):
     many = tmp_path / "many" / "photos"
     for i in range(6):
         shutil.copytree(photos, many / f"set{i}")
-    options = ["--size=48", "--stride=16", "--halve=false", "--min_texture=0", "--dedupe=-1"]
+    options = ["--size=48", "--stride=16", "--halve=false", "--min-texture=0", "--dedupe=-1"]
     started = time.monotonic()
     assert command(many, "--out", tmp_path / "straight" / "out", *options).returncode == 0
     longest = time.monotonic() - started
@@ -259,7 +259,7 @@ def hostile(folder):
 def test_hostile_files_are_converted_or_named(tmp_path):
     bad = hostile(tmp_path / "in")
     (tmp_path / "in" / "captions.jsonl").write_text('{"file": "good.png", "caption": "a cat"}\n')
-    options = ["--size=64", "--stride=64", "--halve=false", "--dedupe=-1", "--min_texture=0.1"]
+    options = ["--size=64", "--stride=64", "--halve=false", "--dedupe=-1", "--min-texture=0.1"]
     done = command(tmp_path / "in", "--out", tmp_path / "out", *options)
     assert done.returncode == 1, done.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -299,7 +299,7 @@ def test_nothing_usable_is_an_error(tmp_path):
 
 
 def test_workers_make_the_same_bytes(photos, tmp_path):
-    options = ["--size=64", "--stride=64", "--halve=false", "--min_texture=0.1", "--val_fraction=0.3"]
+    options = ["--size=64", "--stride=64", "--halve=false", "--min-texture=0.1", "--val-fraction=0.3"]
     done = command(photos, "--out", tmp_path / "many" / "out", *options, "--workers=2")
     assert done.returncode == 0, done.stderr
     prepare([photos], tmp_path / "one" / "out", SMALL)
