@@ -3,14 +3,17 @@
     python -m benchmarks.degradation [--sizes 128 256 512] [--batch 16] [--threads 2] [--device cpu]
 
 Both degrade the same crops of photos with the same drawn parameters, batch after batch in turn, so that a busy machine
-disturbs both alike. The figures are medians over batches of other parameters.
+disturbs both alike. The figures are medians over batches of other parameters, and the best batch; `cpu_ms` is the time
+of all threads together, which a busy machine disturbs least.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from argparse import ArgumentParser
+from collections import defaultdict
 
 import cv2
 import numpy as np
@@ -37,26 +40,32 @@ def crops(count: int, size: int) -> torch.Tensor:
 
 
 def measure(size: int, batch: int, repeats: int, device: str) -> dict[str, float]:
-    """Median seconds a batch, of both ways."""
+    """Milliseconds a batch: ms (median), best_ms and cpu_ms of the batched way, and baseline_... of the other."""
     degrade = Degradation(DegradationConfig())
     hr = crops(batch, size)
     there = hr.to(device)
     images = [np.ascontiguousarray(image) for image in hr.permute(0, 2, 3, 1).numpy()]
     rng = np.random.default_rng(0)
-    seconds: dict[str, list[float]] = {"batched": [], "one_by_one": []}
-    for repeat in range(repeats + 1):
-        samples = range(repeat * batch, (repeat + 1) * batch)
-        started = time.perf_counter()
+
+    def batched(samples: range) -> None:
         lr, _ = degrade(there, seed=0, samples=samples)
         lr.sum().item()  # waits for the device
-        between = time.perf_counter()
+
+    def one_by_one(samples: range) -> None:
         for image, sample in zip(images, samples):
             degrade_one(image, draw_sample(degrade.recipe, 0, sample), rng)
-        done = time.perf_counter()
-        if repeat:  # the first is a warm-up
-            seconds["batched"].append(between - started)
-            seconds["one_by_one"].append(done - between)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+
+    walls, cpus = defaultdict(list), defaultdict(list)
+    for repeat in range(repeats + 1):
+        for name, way in (("", batched), ("baseline_", one_by_one)):
+            wall, cpu = time.perf_counter(), time.process_time()
+            way(range(repeat * batch, (repeat + 1) * batch))
+            if repeat:  # the first is a warm-up
+                walls[name].append(1e3 * (time.perf_counter() - wall))
+                cpus[name].append(1e3 * (time.process_time() - cpu))
+    figures = {f"{name}ms": statistics.median(values) for name, values in walls.items()}
+    figures |= {f"{name}best_ms": min(values) for name, values in walls.items()}
+    return figures | {f"{name}cpu_ms": statistics.median(values) for name, values in cpus.items()}
 
 
 def main() -> None:
@@ -73,18 +82,17 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(args.threads)
     for size in args.sizes:
-        seconds = measure(size, args.batch, args.repeats, args.device)
+        measured = measure(size, args.batch, args.repeats, args.device)
         figures = {
             "op": "degradation realesrgan",
             "size": f"{args.batch} crops of {size}x{size}",
             "device": args.device,
             "opencv_threads": args.threads,
-            "batch_ms": round(seconds["batched"] * 1e3, 2),
-            "crops_per_s": round(args.batch / seconds["batched"], 1),
-            "baseline_batch_ms": round(seconds["one_by_one"] * 1e3, 2),
-            "baseline_crops_per_s": round(args.batch / seconds["one_by_one"], 1),
-            "speedup": round(seconds["one_by_one"] / seconds["batched"], 2),
-        }
+            "crops_per_s": round(1e3 * args.batch / measured["ms"], 1),
+            "baseline_crops_per_s": round(1e3 * args.batch / measured["baseline_ms"], 1),
+            "speedup": round(measured["baseline_ms"] / measured["ms"], 2),
+            "load_1min": round(os.getloadavg()[0], 1),
+        } | {name: round(value, 1) for name, value in measured.items()}
         print(figures, flush=True)
         if not args.dry_run:
             append_row("degradation", **figures)
