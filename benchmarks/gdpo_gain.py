@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from benchmarks import rows
 from engine.cli import Parser, run
+from engine.files import atomic_write
 from gdpo.data import CropDataset, loader
 from gdpo.degradation import Degradation, DegradationConfig
 from gdpo.generator import OneStepGenerator
@@ -86,6 +87,21 @@ def measure(o: Options) -> dict[str, float]:
     return result
 
 
+def table(result: dict[str, float]) -> str:
+    """The result as Markdown."""
+    names = [k.removesuffix("_gain") for k in result if k.endswith("_gain")]
+    lines = [
+        f"{result['crops']:.0f} held-out crops, {result['noises']:.0f} noises each; ± is one standard error over crops.",
+        "",
+        "| score | before | after GDPO | difference |",
+        "|---|---|---|---|",
+    ]
+    for n in names:
+        values = (result[f"{n}_{part}"] for part in ("before", "after", "gain", "standard_error"))
+        lines.append("| {} | {:.4f} | {:.4f} | {:+.4f} ± {:.4f} |".format(n, *values))
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     parser = Parser(prog="python -m benchmarks.gdpo_gain", description=__doc__)
     parser.add_class_arguments(Options, None, as_positional=True)
@@ -93,8 +109,9 @@ def main() -> int:
     if options.write_rows:
         rows.require_clean()
     result = measure(options)
-    for key, value in result.items():
-        print(f"{key:32s} {value:.5f}")
+    text = table(result)
+    atomic_write(Path(options.out) / "table.md", text)
+    print(text)
     if options.write_rows:
         rows.append_row("gdpo_gain", model=Path(options.model).parent.name, preset=options.preset, **result)
     return 0
