@@ -91,7 +91,7 @@ def table(result: dict[str, float]) -> str:
     """The result as Markdown."""
     names = [k.removesuffix("_gain") for k in result if k.endswith("_gain")]
     lines = [
-        f"{result['crops']:.0f} held-out crops, {result['noises']:.0f} noises each; ± is one standard error over crops.",
+        f"{result['crops']:.0f} held-out crops, {result['noises']:.0f} noises each; ± is one standard error.",
         "",
         "| score | before | after GDPO | difference |",
         "|---|---|---|---|",
