@@ -37,7 +37,7 @@ def tiny_model(tmp_path_factory) -> Path:
         random = torch.Generator().manual_seed(2)
         with torch.no_grad():
             for p in generator.parameters():
-                p.add_(torch.randn(p.shape, generator=random) * 0.04)
+                p.add_(torch.randn(p.shape, generator=random) * 0.055)
         generator.save_pretrained(folder)
 
     return shared(tmp_path_factory, "tiny-model", make)
