@@ -11,6 +11,8 @@ Unlike the released code, a metric that is equal for the whole group gives 0, no
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,26 +22,35 @@ from .dispatch import jit, options, tl, use_triton
 EPSILON = 1e-8
 
 
-def _group_scores(metrics: Tensor) -> Tensor:
-    """[B,G,M] -> [B,G]: the mean of the min-max normalised metrics; 0 for a tie and for M = 0."""
+def _group_scores(metrics: Tensor, weights: Tensor | None) -> Tensor:
+    """[B,G,M] -> [B,G]: the (weighted) mean of the min-max normalised metrics; 0 for a tie and for M = 0."""
     low, high = metrics.amin(1, keepdim=True), metrics.amax(1, keepdim=True)
     span = high - low
     scaled = (metrics - low) / torch.where(span > 0, span, torch.ones_like(span))
-    return scaled.sum(2) / max(metrics.shape[2], 1)
+    if weights is None:
+        return scaled.sum(2) / max(metrics.shape[2], 1)
+    return (scaled * (weights / weights.sum()).to(scaled.dtype)).sum(2)
 
 
-def attribute_reward_reference(fidelity: Tensor, perceptual: Tensor, smooth: Tensor, texture: Tensor) -> Tensor:
+def attribute_reward_reference(
+    fidelity: Tensor,
+    perceptual: Tensor,
+    smooth: Tensor,
+    texture: Tensor,
+    fidelity_weights: Tensor | None = None,
+    perceptual_weights: Tensor | None = None,
+) -> Tensor:
     """The definition, in fp64 for fp64 metrics and in fp32 otherwise. Arguments as in `attribute_reward`."""
     dtype = torch.promote_types(torch.promote_types(fidelity.dtype, perceptual.dtype), torch.float32)
-    reward = smooth.to(dtype)[:, None] * _group_scores(fidelity.to(dtype))
-    reward = reward + texture.to(dtype)[:, None] * _group_scores(perceptual.to(dtype))
+    reward = smooth.to(dtype)[:, None] * _group_scores(fidelity.to(dtype), fidelity_weights)
+    reward = reward + texture.to(dtype)[:, None] * _group_scores(perceptual.to(dtype), perceptual_weights)
     centred = reward - reward[:, :1]  # exactly 0 for a tie: rounding of the mean would count as much as 1e-8 does
     return (centred - centred.mean(1, keepdim=True)) / (centred.std(1, keepdim=True) + EPSILON)
 
 
 @jit
-def _group_scores_of(metrics_ptr, b, group, count, GROUP: tl.constexpr, COUNT: tl.constexpr):
-    """The mean of a picture's min-max normalised metrics, [GROUP]; 0 for a tie and for no metric."""
+def _group_scores_of(metrics_ptr, weights_ptr, b, group, count, GROUP: tl.constexpr, COUNT: tl.constexpr):
+    """The weighted mean of a picture's min-max normalised metrics, [GROUP]; 0 for a tie and for no metric."""
     g, m = tl.arange(0, GROUP)[:, None], tl.arange(0, COUNT)[None, :]
     inside = (g < group) & (m < count)
     x = tl.load(metrics_ptr + (b * group + g) * count + m, mask=inside, other=0.0).to(tl.float32)
@@ -47,7 +58,8 @@ def _group_scores_of(metrics_ptr, b, group, count, GROUP: tl.constexpr, COUNT: t
     high = tl.max(tl.where(inside, x, float("-inf")), 0, keep_dims=True)
     span = tl.where(high > low, high - low, 1.0)
     scaled = tl.where(inside, tl.div_rn(x - low, span), 0.0)
-    return tl.sum(scaled, 1) / tl.maximum(count, 1).to(tl.float32)
+    weights = tl.load(weights_ptr + tl.arange(0, COUNT), mask=tl.arange(0, COUNT) < count, other=0.0)
+    return tl.sum(scaled * weights[None, :], 1)
 
 
 @jit
@@ -56,6 +68,8 @@ def _attribute_reward_fwd_kernel(
     perceptual_ptr,
     smooth_ptr,
     texture_ptr,
+    fidelity_weights_ptr,
+    perceptual_weights_ptr,
     advantage_ptr,
     group,
     n_fidelity,
@@ -68,8 +82,10 @@ def _attribute_reward_fwd_kernel(
     """One picture a program."""
     b = tl.program_id(0).to(tl.int64)
     smooth, texture = tl.load(smooth_ptr + b).to(tl.float32), tl.load(texture_ptr + b).to(tl.float32)
-    reward = smooth * _group_scores_of(fidelity_ptr, b, group, n_fidelity, GROUP, FIDELITY)
-    reward += texture * _group_scores_of(perceptual_ptr, b, group, n_perceptual, GROUP, PERCEPTUAL)
+    reward = smooth * _group_scores_of(fidelity_ptr, fidelity_weights_ptr, b, group, n_fidelity, GROUP, FIDELITY)
+    reward += texture * _group_scores_of(
+        perceptual_ptr, perceptual_weights_ptr, b, group, n_perceptual, GROUP, PERCEPTUAL
+    )
     g = tl.arange(0, GROUP)
     inside = g < group
     centred = reward - tl.sum(tl.where(g == 0, reward, 0.0))
@@ -78,13 +94,29 @@ def _attribute_reward_fwd_kernel(
     tl.store(advantage_ptr + b * group + g, tl.div_rn(centred, tl.sqrt_rn(variance) + epsilon), mask=inside)
 
 
-def _launch(fidelity: Tensor, perceptual: Tensor, smooth: Tensor, texture: Tensor) -> Tensor:
+def _shares(weights: Tensor | None, metrics: Tensor) -> Tensor:
+    """Weights [M] that sum to 1, fp32, on the metrics' device."""
+    m = metrics.shape[2]
+    if weights is None:
+        return torch.full((max(m, 1),), 1 / max(m, 1), device=metrics.device)
+    return (weights / weights.sum()).float().contiguous()
+
+
+def _launch(
+    fidelity: Tensor,
+    perceptual: Tensor,
+    smooth: Tensor,
+    texture: Tensor,
+    fidelity_weights: Tensor | None = None,
+    perceptual_weights: Tensor | None = None,
+) -> Tensor:
     b, g, f = fidelity.shape
     p = perceptual.shape[2]
     advantage = torch.empty(b, g, dtype=torch.float32, device=fidelity.device)
     with torch.cuda.device_of(fidelity):
         _attribute_reward_fwd_kernel[(b,)](
-            fidelity.contiguous(), perceptual.contiguous(), smooth.contiguous(), texture.contiguous(), advantage,
+            fidelity.contiguous(), perceptual.contiguous(), smooth.contiguous(), texture.contiguous(),
+            _shares(fidelity_weights, fidelity), _shares(perceptual_weights, perceptual), advantage,
             g, f, p, EPSILON, GROUP=_power_of_two(g), FIDELITY=_power_of_two(f), PERCEPTUAL=_power_of_two(p),
             **options(1),
         )  # fmt: skip
@@ -97,7 +129,14 @@ def _power_of_two(n: int) -> int:
 
 @torch.no_grad()
 def attribute_reward(
-    fidelity: Tensor, perceptual: Tensor, smooth: Tensor, texture: Tensor, *, backend: str = "auto"
+    fidelity: Tensor,
+    perceptual: Tensor,
+    smooth: Tensor,
+    texture: Tensor,
+    *,
+    fidelity_weights: Tensor | None = None,
+    perceptual_weights: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Advantages of B groups of G samples, from metrics of which higher is better. No gradient flows.
 
@@ -106,6 +145,8 @@ def attribute_reward(
         perceptual: [B,G,P] no-reference metrics (MANIQA, MUSIQ in the paper); P may be 0, but not both.
         smooth: [B] share of smooth area, in [0,1], from `attribute_ratios`.
         texture: [B] share of texture area, likewise.
+        fidelity_weights: [F] above 0, relative to each other; None weighs alike (the paper).
+        perceptual_weights: [P], likewise.
         backend: "auto", "torch" (the definition) or "triton" (one launch for the batch).
 
     Returns:
@@ -122,8 +163,17 @@ def attribute_reward(
     checks.group("fidelity", sizes)
     if sizes["F"] + sizes["P"] == 0:
         raise ValueError("fidelity and perceptual must hold at least one metric together; got F=0 and P=0")
-    checks.same_device(fidelity=fidelity, perceptual=perceptual, smooth=smooth, texture=texture)
-    checks.finite(fidelity=fidelity, perceptual=perceptual, smooth=smooth, texture=texture)
+    for name, weights, axis in (
+        ("fidelity_weights", fidelity_weights, "F"),
+        ("perceptual_weights", perceptual_weights, "P"),
+    ):
+        if weights is not None:
+            checks.tensor(name, weights, axis, sizes)
+            checks.between(name, weights, 1e-6, math.inf, "leave out a metric that shall not count")
+    inputs = {"fidelity": fidelity, "perceptual": perceptual, "smooth": smooth, "texture": texture}
+    inputs |= {"fidelity_weights": fidelity_weights, "perceptual_weights": perceptual_weights}
+    checks.same_device(**inputs)
+    checks.finite(**inputs)
     if use_triton(backend, fidelity, perceptual, smooth, texture):
-        return _launch(fidelity, perceptual, smooth, texture)
-    return attribute_reward_reference(fidelity, perceptual, smooth, texture)
+        return _launch(fidelity, perceptual, smooth, texture, fidelity_weights, perceptual_weights)
+    return attribute_reward_reference(fidelity, perceptual, smooth, texture, fidelity_weights, perceptual_weights)

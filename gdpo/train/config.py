@@ -241,6 +241,8 @@ class GDPOConfig(TrainConfig):
                 f"reward_weights must have one number per reward function ({len(self.reward_funcs)}); "
                 f"got {len(self.reward_weights)}"
             )
+        if self.reward_weights is not None:
+            _require(min(self.reward_weights) > 0, "reward_weights", "above 0", self.reward_weights)
         if self.rho != "auto":
             _require(0 <= float(self.rho) <= 1, "rho", "'auto' or a number in [0,1]", self.rho)
         _require(

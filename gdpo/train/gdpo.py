@@ -112,10 +112,14 @@ class GDPO:
         scores = {r.name: r.score(images, hr, statistics) for r in self.rewards}  # [B,G] each, higher is better
         kinds = {k: [scores[r.name] for r in self.rewards if r.kind == k] for k in ("fidelity", "perceptual")}
         fidelity, perceptual = (
-            torch.stack(kinds[k], dim=-1) if kinds[k] else images.new_zeros(*images.shape[:2], 1)
+            torch.stack(kinds[k], dim=-1) if kinds[k] else images.new_empty(*images.shape[:2], 0)
             for k in ("fidelity", "perceptual")
         )
-        advantage = attribute_reward(fidelity, perceptual, smooth, texture, backend=config.backend)
+        advantage = attribute_reward(
+            fidelity, perceptual, smooth, texture,
+            fidelity_weights=self._weights("fidelity", hr), perceptual_weights=self._weights("perceptual", hr),
+            backend=config.backend,
+        )  # fmt: skip
         reward = group_reward([(r.kind, scores[r.name]) for r in self.rewards], smooth, texture)
         metrics = {"reward": reward.mean(), "reward_std": reward.std(dim=1).mean()}
         metrics |= {f"rewards/{name}/mean": s.mean() for name, s in scores.items()}
@@ -123,6 +127,13 @@ class GDPO:
         metrics["frac_reward_zero_std"] = (advantage == 0).all(dim=1).float().mean()
         metrics["texture_share"] = texture.mean()
         return advantage, mask, metrics
+
+    def _weights(self, kind: str, like: torch.Tensor) -> torch.Tensor | None:
+        """`reward_weights` of one kind, in the order of its functions."""
+        if self.config.reward_weights is None:
+            return None
+        weights = [w for r, w in zip(self.rewards, self.config.reward_weights) if r.kind == kind]
+        return like.new_tensor(weights) if weights else None
 
     def _grouped(self, x: torch.Tensor) -> torch.Tensor:
         """[B,...] -> [B*G,...], the G copies of an image side by side (so that prompts and images stay together)."""
