@@ -3,9 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from skimage import color, data
 
-from benchmarks import opencv_complexity
 from gdpo.kernels import attribute_ratios, complexity, complexity_map
 from tests.support.fused import DEVICE, mutant, poisoned, relative_error, strided
 
@@ -14,8 +12,18 @@ RANGE = 8 * 100  # 256 equally likely bins, 10x10 pixels
 
 def photo(name: str) -> torch.Tensor:
     """[1,H,W] fp32 gray of a photo, quantised to 8 bit as a decoder would."""
+    color, data = pytest.importorskip("skimage.color"), pytest.importorskip("skimage.data")
     gray = color.rgb2gray(getattr(data, name)())
     return torch.from_numpy(np.round(gray * 255).astype(np.float32) / 255)[None].to(DEVICE)
+
+
+def by_opencv(gray: torch.Tensor):
+    """(map, smooth, texture, mask) of [1,H,W]."""
+    pytest.importorskip("cv2")
+    from benchmarks import opencv_complexity
+
+    picture = gray[0].cpu().numpy()
+    return opencv_complexity.complexity_map(picture), *opencv_complexity.attribute_ratios(picture)
 
 
 def textures(b, h, w, seed=0):
@@ -38,23 +46,24 @@ def check(gray, patch_size=10, function=complexity_map):
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_is_what_opencv_computes(name, backend):
     gray = photo(name)[:, :300, :317]
-    expected = opencv_complexity.complexity_map(gray[0].cpu().numpy())
+    expected, their_smooth, _, their_mask = by_opencv(gray)
     got = complexity_map(gray, backend=backend)[0].cpu().numpy()
     assert np.abs(got - expected).mean() < 1e-3 * RANGE
     assert ((got > 50) == (expected > 50)).mean() >= 0.999
     smooth, texture, mask = attribute_ratios(gray, backend=backend)
-    theirs = opencv_complexity.attribute_ratios(gray[0].cpu().numpy())
-    assert float(smooth) == pytest.approx(theirs[0], abs=0.0101) and float(texture) == pytest.approx(1 - float(smooth))
-    assert (mask[0].cpu().numpy() == theirs[2]).mean() >= 0.999
+    assert float(smooth) == pytest.approx(their_smooth, abs=0.0101) and float(texture) == pytest.approx(
+        1 - float(smooth)
+    )
+    assert (mask[0].cpu().numpy() == their_mask).mean() >= 0.999
 
 
 def test_fused_is_what_opencv_computes():
     gray = photo("astronaut")[:, 40:65, 180:213]
-    expected = opencv_complexity.complexity_map(gray[0].cpu().numpy())
+    expected, _, _, their_mask = by_opencv(gray)
     got = complexity_map(gray, backend="triton")[0].cpu().numpy()
     assert np.abs(got - expected).mean() < 1e-3 * RANGE
     _, _, mask = attribute_ratios(gray, backend="triton")
-    assert (mask[0].cpu().numpy() == (expected > 50)).mean() >= 0.999
+    assert (mask[0].cpu().numpy() == their_mask).mean() >= 0.999
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

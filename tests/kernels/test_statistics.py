@@ -1,9 +1,7 @@
 """attribute_statistics: against scikit-image and numpy, and the fused kernel against fp64."""
 
-import numpy as np
 import pytest
 import torch
-from skimage import color, data, metrics
 
 from gdpo.kernels import attribute_statistics, statistics
 from tests.support.fused import DEVICE, HALVES, assert_as_good, channels_last, mutant, poisoned, strided
@@ -32,6 +30,8 @@ def check(args, function=attribute_statistics):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_psnr_and_detail_against_other_programs(backend):
+    np = pytest.importorskip("numpy")
+    color, data, metrics = (pytest.importorskip(f"skimage.{name}") for name in ("color", "data", "metrics"))
     photo = data.astronaut()[100:140, 80:210]
     rng = np.random.default_rng(0)
     noisy = np.clip(photo + rng.normal(0, 12, (2, *photo.shape)), 0, 255).astype(np.uint8)

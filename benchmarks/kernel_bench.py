@@ -1,0 +1,273 @@
+"""The fused kernels against eager torch and torch.compile: time, memory, and bandwidth against a copy in the same run.
+
+    python -m benchmarks.kernel_bench                 rows to benchmarks/results/kernels.jsonl: a GPU's, or the CPU's
+    python -m benchmarks.kernel_bench --dry_run true  miniature sizes, nothing written
+
+A gate comes first: the tree must be a commit, and the tests of each operation must pass on this device, or no figure is
+taken. (This file is not called kernels.py: started as a script it would shadow Hugging Face's package of that name.)
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.rows import ROOT, append_row, require_clean
+from engine import cli
+from gdpo.kernels import attribute_ratios, attribute_reward, attribute_statistics, gdpo_loss
+
+FULL = {  # [B,G,C,H,W] of latents; [B,G,side] and [B,side] of pictures; [B,G,F,P]
+    "gdpo_loss": [(1, 6, 4, 64, 64), (4, 6, 4, 64, 64), (16, 16, 4, 128, 128)],
+    "attribute_statistics": [(1, 6, 512), (4, 6, 512), (16, 16, 1024)],
+    "attribute_ratios": [(1, 512), (16, 512), (1, 1024), (16, 1024)],
+    "attribute_reward": [(1, 6, 1, 2), (16, 16, 1, 2)],
+}
+MINIATURE = {
+    "gdpo_loss": [(1, 2, 4, 8, 8)],
+    "attribute_statistics": [(1, 2, 16)],
+    "attribute_ratios": [(1, 24)],
+    "attribute_reward": [(2, 3, 1, 2)],
+}
+TESTS = {"gdpo_loss": "loss", "attribute_statistics": "statistics", "attribute_ratios": "complexity",
+         "attribute_reward": "reward"}  # fmt: skip
+
+
+@dataclass
+class Case:
+    """One operation at one size: inputs, what is called, and the bytes that it cannot avoid to move."""
+
+    op: str
+    size: tuple[int, ...]
+    dtype: torch.dtype
+    call: Callable[..., Any]  # call(backend=...)
+    traffic: dict[str, int]  # mode -> bytes
+    pred: Tensor | None = None
+    extra: dict[str, Callable[[], Any]] = field(default_factory=dict)  # implementations that torch has not
+
+
+def nbytes(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def loss_case(size: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
+    noise = torch.randn(size, device=device)
+    ref = noise + 0.3 * torch.randn_like(noise)
+    pred = (ref + 0.02 * torch.randn_like(noise)).to(dtype).requires_grad_()
+    noise, ref = noise.to(dtype), ref.to(dtype)
+    advantage = torch.randn(size[:2], device=device)
+
+    def call(backend: str) -> tuple[Tensor, Tensor]:
+        return gdpo_loss(pred, noise, ref, advantage, backend=backend)
+
+    one = nbytes(noise)
+    return Case("gdpo_loss", size, dtype, call, {"forward": 3 * one, "backward": 3 * one, "both": 6 * one}, pred)
+
+
+def statistics_case(size: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
+    b, g, side = size
+    samples = torch.rand(b, g, 3, side, side, device=device, dtype=dtype) * 2 - 1
+    target = torch.rand(b, 3, side, side, device=device, dtype=dtype) * 2 - 1
+    mask = torch.rand(b, side, side, device=device) > 0.4
+
+    def call(backend: str) -> Any:
+        return attribute_statistics(samples, target, mask, backend=backend)
+
+    return Case("attribute_statistics", size, dtype, call, {"forward": nbytes(samples, target, mask)})
+
+
+def ratios_case(size: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
+    """A real photo's gray, enlarged where it must be: the cost of a histogram depends on the picture."""
+    from skimage import color, data
+
+    b, side = size
+    gray = torch.from_numpy(color.rgb2gray(data.astronaut())).float()[None, None]
+    gray = torch.nn.functional.interpolate(gray, (side, side), mode="bilinear", antialias=True)[:, 0]
+    gray = gray.clamp(0, 1).expand(b, side, side).contiguous().to(device)
+
+    def call(backend: str) -> Any:
+        return attribute_ratios(gray, backend=backend)
+
+    case = Case("attribute_ratios", size, torch.float32, call, {"forward": nbytes(gray) + gray.numel()})
+    if device == "cpu":
+        case.extra = {"fast": lambda: call("auto"), "opencv": lambda: _by_opencv(gray)}
+    return case
+
+
+def _by_opencv(gray: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    import cv2
+
+    from benchmarks import opencv_complexity
+
+    cv2.setNumThreads(torch.get_num_threads())
+    smooth, texture, masks = zip(*(opencv_complexity.attribute_ratios(picture.numpy()) for picture in gray))
+    return torch.tensor(smooth), torch.tensor(texture), torch.stack([torch.from_numpy(m) for m in masks])
+
+
+def reward_case(size: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
+    b, g, f, p = size
+    fidelity, perceptual = torch.randn(b, g, f, device=device), torch.randn(b, g, p, device=device)
+    smooth = torch.rand(b, device=device)
+
+    def call(backend: str) -> Tensor:
+        return attribute_reward(fidelity, perceptual, smooth, 1 - smooth, backend=backend)
+
+    return Case("attribute_reward", size, torch.float32, call, {"forward": nbytes(fidelity, perceptual)})
+
+
+CASES = {"gdpo_loss": loss_case, "attribute_statistics": statistics_case, "attribute_ratios": ratios_case,
+         "attribute_reward": reward_case}  # fmt: skip
+
+
+def gate(op: str, device: str) -> None:
+    """Run the operation's tests on this device. Raises RuntimeError where they are not green."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-c", os.devnull, "--rootdir", str(ROOT), "-p",
+               "no:cacheprovider", "--import-mode=importlib", f"tests/kernels/test_{TESTS[op]}.py"]  # fmt: skip
+    command += ["-m", "not gpu"] if device == "cpu" else []
+    environment = os.environ | {"TRITON_INTERPRET": "1" if device == "cpu" else "0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        print(done.stdout[-4000:], done.stderr[-2000:], file=sys.stderr)
+        raise RuntimeError(f"the tests of {op} are not green on {device}: no figure is taken of it")
+
+
+class Clock:
+    """Milliseconds of single calls. On a GPU by its own events, the L2 cache overwritten before each."""
+
+    def __init__(self, device: str, budget: float):
+        self.gpu, self.budget = device == "cuda", budget
+        self.flush = torch.empty(64 << 20, dtype=torch.int32, device=device) if self.gpu else None
+
+    def __call__(self, call: Callable[[], object]) -> list[float]:
+        for _ in range(3):
+            call()
+        end, times = time.perf_counter() + self.budget, []
+        while len(times) < 5 or (time.perf_counter() < end and len(times) < 500):
+            times.append(self._on_gpu(call) if self.gpu else self._on_cpu(call))
+        return sorted(times)
+
+    def _on_cpu(self, call: Callable[[], object]) -> float:
+        begin = time.perf_counter()
+        call()
+        return (time.perf_counter() - begin) * 1e3
+
+    def _on_gpu(self, call: Callable[[], object]) -> float:
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flush.zero_()
+        before.record()
+        call()
+        after.record()
+        torch.cuda.synchronize()
+        return before.elapsed_time(after)
+
+
+def copy_bandwidth(clock: Clock, device: str) -> float:
+    """Bytes per second, read and written, of one large copy."""
+    source = torch.empty((256 << 20) if device == "cuda" else (64 << 20), dtype=torch.uint8, device=device).zero_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (statistics.median(clock(lambda: target.copy_(source))) / 1e3)
+
+
+def implementations(case: Case, device: str, compiled: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    yield "eager", lambda: case.call(backend="torch")
+    if compiled:
+        graph = torch.compile(lambda: case.call(backend="torch"), dynamic=False)
+        yield "compile", graph
+    if device == "cuda":
+        yield "triton", lambda: case.call(backend="triton")
+    yield from case.extra.items()
+
+
+def modes(case: Case, call: Callable[[], Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    yield "forward", call
+    if case.pred is not None:
+        value = call()[0]
+        yield "backward", lambda: torch.autograd.grad(value, case.pred, retain_graph=True)
+        yield "both", lambda: torch.autograd.grad(call()[0], case.pred)
+
+
+@torch.no_grad()
+def agree(result: Any, expected: Any) -> bool:
+    """A last look at the very tensors that are timed; the gate has judged the precision."""
+    pairs = zip(*((r,) if isinstance(r, Tensor) else tuple(r) for r in (result, expected)))
+    return all(float((a.double() - b.double()).norm()) <= 2e-2 * max(float(b.double().norm()), 1e-12) for a, b in pairs)
+
+
+def measure(case: Case, device: str, clock: Clock, copied: float, compiled: bool) -> Iterator[dict[str, Any]]:
+    expected = case.call(backend="torch")
+    for name, call in implementations(case, device, compiled):
+        if not agree(call(), expected):
+            raise RuntimeError(f"{case.op} {name} at {case.size} is wrong: no figure is taken of it")
+        for mode, run in modes(case, call):
+            if device == "cuda":
+                run()
+                torch.cuda.synchronize()
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                run()
+                torch.cuda.synchronize()
+                peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+            times = clock(run)
+            p20, p50, p80 = (times[int(q * (len(times) - 1))] for q in (0.2, 0.5, 0.8))
+            rate = case.traffic[mode] / (p50 / 1e3)
+            yield {
+                "op": case.op, "mode": mode, "implementation": name, "size": list(case.size),
+                "dtype": str(case.dtype).removeprefix("torch."), "device": device, "p20_ms": p20, "p50_ms": p50,
+                "p80_ms": p80, "runs": len(times), "bytes": case.traffic[mode], "bytes_per_s": rate,
+                "copy_bytes_per_s": copied, "share_of_copy": rate / copied,
+                "peak_mib": peak if device == "cuda" else None,
+            }  # fmt: skip
+
+
+def show(row: dict[str, Any]) -> None:
+    size = "x".join(map(str, row["size"]))
+    print(
+        f"{row['op']:21}{size:16}{row['dtype']:9}{row['mode']:9}{row['implementation']:8}"
+        f"{row['p50_ms']:10.4f} ms ({row['p20_ms']:.4f}..{row['p80_ms']:.4f}) {row['share_of_copy']:7.1%} of a copy",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = cli.Parser(prog="python -m benchmarks.kernel_bench", description=__doc__)
+    parser.add_argument("--ops", type=list[str], default=list(CASES), help="which operations")
+    parser.add_argument("--dry_run", type=bool, default=False, help="miniature sizes, no gate, no rows")
+    parser.add_argument("--compile", type=bool, default=True, help="measure torch.compile too")
+    parser.add_argument("--large", type=bool | None, default=None, help="the large sizes too; default: on a GPU")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time budget of one figure")
+    options = parser.parse_args()
+    if unknown := set(options.ops) - set(CASES):
+        raise ValueError(f"unknown operation {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not options.dry_run:
+        require_clean()
+    torch.manual_seed(0)
+    torch._functorch.config.donated_buffer = False  # the backward pass alone is timed on a graph that is kept
+    clock = Clock(device, options.seconds)
+    copied = copy_bandwidth(clock, device)
+    large = options.large if options.large is not None else device == "cuda"
+    for op in options.ops:
+        if not options.dry_run:
+            gate(op, device)
+        sizes = MINIATURE[op] if options.dry_run else FULL[op] if large else FULL[op][:1]
+        several = device == "cuda" and op in ("gdpo_loss", "attribute_statistics")
+        for dtype in (torch.float32, torch.bfloat16) if several else (torch.float32,):
+            for size in sizes:
+                case = CASES[op](size, dtype, device)
+                for row in measure(case, device, clock, copied, options.compile):
+                    show(row)
+                    if not options.dry_run:
+                        append_row("kernels", **row)
+                del case
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,61 @@
+"""The kernel benchmark runs at miniature size, and refuses figures on a dirty tree, red tests or wrong results."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import kernel_bench, rows
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_dry_run_measures_every_operation_and_writes_nothing():
+    path = rows.RESULTS / "kernels.jsonl"
+    before = path.read_bytes() if path.exists() else None
+    options = ["--dry_run", "true", "--compile", "false", "--seconds", "0.01"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.kernel_bench", *options],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for op in kernel_bench.CASES:
+        assert f"{op} " in done.stdout
+    assert all(f" {word} " in done.stdout for word in ("forward", "backward", "both", "eager", "fast", "opencv"))
+    assert (path.read_bytes() if path.exists() else None) == before
+
+
+def test_unknown_operation(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["kernel_bench", "--ops", "[sobel]"])
+    with pytest.raises(ValueError, match="unknown operation sobel; there are gdpo_loss"):
+        kernel_bench.main()
+
+
+def test_a_dirty_tree_gives_no_figure(monkeypatch):
+    monkeypatch.setattr(rows, "commit", lambda: ("0123456789abcdef", True))
+    monkeypatch.setattr(sys, "argv", ["kernel_bench"])
+    with pytest.raises(RuntimeError, match="commit first"):
+        kernel_bench.main()
+
+
+def test_red_tests_give_no_figure(monkeypatch, tmp_path):
+    folder = tmp_path / "tests" / "kernels"
+    folder.mkdir(parents=True)
+    (folder / "test_loss.py").write_text("def test_it():\n    assert False\n")
+    (folder / "test_reward.py").write_text("def test_it():\n    pass\n")
+    monkeypatch.setattr(kernel_bench, "ROOT", tmp_path)
+    kernel_bench.gate("attribute_reward", "cpu")
+    with pytest.raises(RuntimeError, match="the tests of gdpo_loss are not green"):
+        kernel_bench.gate("gdpo_loss", "cpu")
+
+
+def test_a_wrong_result_gives_no_figure():
+    case = kernel_bench.reward_case((2, 3, 1, 2), torch.float32, "cpu")
+    right = case.call
+    case.extra = {"wrong": lambda: right("torch") * 1.1}
+    clock = kernel_bench.Clock("cpu", 0.001)
+    with pytest.raises(RuntimeError, match=r"attribute_reward wrong at .* is wrong"):
+        list(kernel_bench.measure(case, "cpu", clock, 1e9, compiled=False))
