@@ -363,6 +363,10 @@ def _write_vips(path: Path, kind: str, samples: np.ndarray, picture: Picture) ->
     if picture.dpi:
         image = image.copy(xres=picture.dpi[0] / 25.4, yres=picture.dpi[1] / 25.4)
     if kind == "PNG":
-        image.pngsave(str(path), bitdepth=16)
+        for i, (key, value) in enumerate(picture.text.items()):
+            image.set_type(vips.GValue.gstr_type, f"png-comment-{i}-{key}", value)
+        flags = vips.enums.ForeignKeep  # without this libvips would make an EXIF block up
+        keep = flags.ALL if picture.exif else flags.XMP | flags.ICC | flags.OTHER
+        image.pngsave(str(path), bitdepth=16, keep=keep)
     else:
         image.tiffsave(str(path), compression="deflate", predictor="horizontal")

@@ -124,7 +124,7 @@ class Manifest:
         """Write manifest.json and manifest.sha256 (the graphs must be there already)."""
         content = (json.dumps(asdict(self), indent=1) + "\n").encode()
         atomic_write(folder / "manifest.json", content)
-        atomic_write(folder / "manifest.sha256", f"{hashlib.sha256(content).hexdigest()}  manifest.json\n")
+        atomic_write(folder / "manifest.sha256", _checksum(content))
 
     def read(self, folder: Path, graph: str) -> tuple[bytes, dict[str, bytes]]:
         """The bytes of a graph's file and of its data files, checked against their hashes."""
@@ -148,10 +148,7 @@ def load(folder: str | os.PathLike[str]) -> Manifest:
         )
         raise FolderError(f"{folder}: no manifest.json in it, so it is not an engine folder{hint}")
     content = _regular(folder / "manifest.json", _MAX_BYTES)
-    expected = (
-        (folder / "manifest.sha256").read_text("ascii", "replace") if _is_file(folder / "manifest.sha256") else ""
-    )
-    if expected.split(" ")[0] != hashlib.sha256(content).hexdigest():
+    if _regular(folder / "manifest.sha256", _MAX_BYTES) != _checksum(content):
         raise FolderError(f"{folder / 'manifest.json'}: damaged or edited (manifest.sha256 differs); build it again")
     try:
         return _parse(json.loads(content))
@@ -206,6 +203,10 @@ def _parse(content: dict[str, Any]) -> Manifest:
         if not isinstance(content[key], dict):
             raise FolderError(f"{key} must be an object")
     return manifest
+
+
+def _checksum(content: bytes) -> bytes:
+    return f"{hashlib.sha256(content).hexdigest()}  manifest.json\n".encode()
 
 
 def _name(value: Any) -> str:

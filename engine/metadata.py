@@ -19,6 +19,7 @@ def read_metadata(image: Image.Image) -> dict[str, Any]:
     info = image.info
     exif, xmp, icc, dpi = (info.get(key) for key in ("exif", "xmp", "icc_profile", "dpi"))
     exif = exif.removeprefix(b"Exif\0\0") if isinstance(exif, bytes) else None
+    xmp = xmp or info.get("XML:com.adobe.xmp")  # where libvips wrote it
     xmp = xmp.encode() if isinstance(xmp, str) else xmp
     text = {k: str(v) for k, v in getattr(image, "text", {}).items() if k != "XML:com.adobe.xmp"}
     return {

@@ -1,0 +1,50 @@
+"""A deployment is small: the run time needs neither torch nor diffusers nor gdpo, and starts quickly."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+BLOCKED = ("torch", "diffusers", "transformers", "gdpo", "onnx", "scipy", "skimage", "matplotlib", "cv2")
+
+UPSCALE = f"""
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {BLOCKED}:
+            raise ImportError(f"{{name}} is not installed in this environment")
+sys.meta_path.insert(0, Blocker())
+from engine import upscale
+sys.argv = ["upscale", *sys.argv[1:]]
+upscale.console()
+"""
+
+
+def python(code, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+
+
+def test_upscaling_works_where_torch_and_the_rest_are_not_installed(tiny_engine, photo, tmp_path):
+    from engine.images import Picture, read_image, write_image
+
+    write_image(tmp_path / "in.tif", Picture(photo[:20, :20].copy()))
+    done = python(UPSCALE, tmp_path / "in.tif", tmp_path / "out.png", "--model", tiny_engine)
+    assert done.returncode == 0, done.stderr
+    assert read_image(tmp_path / "out.png").pixels.shape == (80, 80, 3)
+    missing = python(UPSCALE, tmp_path / "in.tif", tmp_path / "b.png", "--model", tiny_engine, "--backend", "torch")
+    assert missing.returncode == 2 and "is not installed" in missing.stderr  # the blocker does block
+
+
+def test_the_run_time_imports_in_under_0_3_seconds():
+    code = "import time; t = time.perf_counter(); from engine import Upscaler; print(time.perf_counter() - t)"
+    best = min(float(python(code).stdout) for _ in range(5))
+    assert best < 0.3
+
+
+def test_importing_the_package_loads_nothing():
+    done = python(
+        "import sys, engine; print([m for m in ('numpy', 'onnxruntime', 'PIL', 'torch') if m in sys.modules])"
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,249 @@
+"""Nothing unhashed reaches a backend: mutants, foreign files, links, untrusted plans."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine import Upscaler, cli, info
+from engine import manifest as manifests
+from engine.backends import onnxruntime as ort_backend
+from engine.backends import tensorrt as trt_backend
+from engine.manifest import FolderError
+
+
+@pytest.fixture
+def folder(tiny_engine, tmp_path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(tiny_engine, tmp_path / "engine"))
+
+
+def rewrite(folder: Path, change) -> None:
+    """Change the manifest and hash it again, as an attacker would."""
+    content = json.loads((folder / "manifest.json").read_text())
+    change(content)
+    data = json.dumps(content).encode()
+    (folder / "manifest.json").write_bytes(data)
+    (folder / "manifest.sha256").write_text(f"{hashlib.sha256(data).hexdigest()}  manifest.json\n")
+
+
+def test_a_folder_round_trips_and_describes_itself(folder, capsys):
+    manifest = manifests.load(folder)
+    manifest.save(folder)
+    assert manifests.load(folder) == manifest
+    text = info.describe(folder, manifest)
+    for part in ("onnx opset 23, fp32", "t_noise: 60", "max_abs", "as in the manifest", "image_to_image.onnx"):
+        assert part in text
+    (folder / "generator.onnx").write_bytes(b"x")
+    assert "NOT USABLE" in info.describe(folder, manifest)
+
+
+def mutants(folder: Path, name: str, count: int, seed: int):
+    """Put `count` mutants of a file in its place, one after another."""
+    original, rng = (folder / name).read_bytes(), random.Random(seed)
+    for _ in range(count):
+        data = bytearray(original)
+        kind = rng.randrange(4)
+        at = rng.randrange(len(data))
+        if kind == 0:
+            data = data[:at]
+        elif kind == 1:
+            data[at] ^= 1 << rng.randrange(8)
+        elif kind == 2:
+            data[at:at] = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 9)))
+        else:
+            data[at : at + 8] = rng.randbytes(8)
+        if bytes(data) != original:
+            (folder / name).write_bytes(data)
+            yield data
+    (folder / name).write_bytes(original)
+
+
+@pytest.mark.parametrize("count", [120, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["generator.onnx", "manifest.json", "manifest.sha256", "generator.plan"])
+def test_no_mutant_reaches_a_backend(folder, name, count, monkeypatch):
+    """Each file's mutants, a third of the count; a plan stands in for ONNX where a plan is meant."""
+    if name == "generator.plan":
+        (folder / name).write_bytes(random.Random(0).randbytes(10_000))
+
+        def to_plan(content):
+            graph = content["graphs"]["generator"]
+            graph |= {"file": name, "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest()}
+            content["backend"] = "tensorrt-rtx"
+
+        rewrite(folder, to_plan)
+    reached = []
+    monkeypatch.setattr(ort_backend, "OnnxRuntimeSession", lambda *a: reached.append(a))
+    monkeypatch.setattr(trt_backend, "load_module", lambda *a: reached.append(a))
+    tried = 0
+    for _ in mutants(folder, name, count // 3, seed=1):
+        tried += 1
+        with pytest.raises((FolderError, ValueError)):
+            Upscaler.load(folder, trust_plan=True)
+        assert not reached
+    assert tried > count // 4
+    if name != "generator.plan":  # the untouched folder does reach it: the watch works
+        Upscaler.load(folder)
+        assert reached
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda m: m.update(format=2), "its format is 2"),
+        (lambda m: m.pop("geometry"), "not a manifest"),
+        (lambda m: m.update(backend="tflite"), "backend must be one of"),
+        (lambda m: m.update(resampler="nearest"), "made for another resampler"),
+        (lambda m: m["noise"].update(table="0" * 64), "made for another noise"),
+        (lambda m: m["graphs"].update(x=m["graphs"]["generator"]), "graphs must be generator, or"),
+        (lambda m: m["graphs"]["generator"].update(file="../../etc/passwd"), "not a plain file name"),
+        (lambda m: m["graphs"]["generator"].update(file="/etc/passwd"), "not a plain file name"),
+        (lambda m: m["graphs"]["generator"].update(file=".hidden"), "not a plain file name"),
+        (lambda m: m["graphs"]["generator"].update(data={"../x": "0" * 64}), "not a plain file name"),
+        (lambda m: m["graphs"]["generator"].update(sha256="0"), "not a SHA-256"),
+        (lambda m: m["geometry"].update(factor=0), "not a count"),
+        (lambda m: m["geometry"].update(factor=10**9), "not a count"),
+        (lambda m: m["geometry"].update(factor=True), "not a count"),
+        (lambda m: m["geometry"].update(factor=7), "must be a multiple of factor"),
+        (lambda m: m["profile"].update(tile=[512, 64, 1024]), "must rise"),
+        (lambda m: m["profile"].update(tile=[64, 100, 1024]), "must be multiples of"),
+        (lambda m: m.update(surprise=1), "not a manifest"),
+        (lambda m: m.update(options=[]), "options must be an object"),
+    ],
+)
+def test_a_manifest_that_is_wrong_is_refused_with_the_reason(folder, change, message):
+    rewrite(folder, change)
+    with pytest.raises(FolderError, match=message):
+        Upscaler.load(folder)
+
+
+def test_deep_and_large_manifests_are_refused(folder):
+    for content in (b"[" * 100_000, b"{}" + b" " * (1 << 21), b'{"format": NaN}', b"\xff\xfe"):
+        (folder / "manifest.json").write_bytes(content)
+        (folder / "manifest.sha256").write_text(f"{hashlib.sha256(content).hexdigest()}  manifest.json\n")
+        with pytest.raises(FolderError):
+            manifests.load(folder)
+
+
+def test_a_link_out_of_the_folder_is_refused(folder, tmp_path):
+    os.replace(folder / "generator.onnx", tmp_path / "elsewhere.onnx")
+    os.symlink(tmp_path / "elsewhere.onnx", folder / "generator.onnx")
+    with pytest.raises(FolderError, match="not a regular file"):
+        Upscaler.load(folder)
+
+
+def test_the_onnx_of_another_model_is_refused(folder, tiny_split_engine):
+    shutil.copy(tiny_split_engine / "unet.onnx", folder / "generator.onnx")
+    with pytest.raises(FolderError, match=r"generator\.onnx: its SHA-256 .* stale, damaged or of another model"):
+        Upscaler.load(folder)
+    # Even hashed again, its inputs are not what the manifest says.
+    digest = hashlib.sha256((folder / "generator.onnx").read_bytes()).hexdigest()
+    rewrite(folder, lambda m: m["graphs"]["generator"].update(sha256=digest))
+    with pytest.raises(FolderError, match="inputs are latent, noise"):
+        Upscaler.load(folder)
+
+
+def test_onnx_that_reads_files_outside_is_refused(folder, tmp_path):
+    """A hostile model, hashed correctly, whose weights are 'in' a file outside the folder."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    (tmp_path / "secret").write_bytes(np.arange(4, dtype=np.float32).tobytes())
+    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
+    weight.external_data.add(key="location", value="../secret")
+    value = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [4]) for n in ("image", "noise", "output")]
+    nodes = [helper.make_node("Add", ["image", "noise"], ["x"]), helper.make_node("Add", ["x", "w"], ["output"])]
+    graph = helper.make_graph(nodes, "g", value[:2], value[2:], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(model, folder / "generator.onnx")
+    digest = hashlib.sha256((folder / "generator.onnx").read_bytes()).hexdigest()
+    rewrite(folder, lambda m: m["graphs"]["generator"].update(sha256=digest))
+    with pytest.raises(FolderError, match="ONNX Runtime refuses it"):
+        Upscaler.load(folder)
+
+
+def test_a_folder_that_is_none_says_what_it_is(tmp_path, tiny_model):
+    with pytest.raises(FolderError, match="no such folder"):
+        Upscaler.load(tmp_path / "none")
+    with pytest.raises(FolderError, match=r"no manifest\.json"):
+        Upscaler.load(tmp_path)
+    with pytest.raises(FolderError, match=r"it holds a generator: python -m engine\.export"):
+        Upscaler.load(tiny_model)
+
+
+def plan_folder(folder: Path, **changes) -> bytes:
+    plan = b"not a plan, but hashed"
+    (folder / "generator.plan").write_bytes(plan)
+
+    def change(content):
+        entry = content["graphs"]["generator"]
+        entry |= {"file": "generator.plan", "sha256": hashlib.sha256(plan).hexdigest()}
+        content.update({"backend": "tensorrt-rtx", "backend_version": "1.7.1.116"} | changes)
+
+    rewrite(folder, change)
+    return plan
+
+
+def test_a_plan_that_this_user_did_not_build_is_refused_before_tensorrt(folder, monkeypatch):
+    plan = plan_folder(folder)
+    monkeypatch.setattr(trt_backend, "load_module", lambda backend: pytest.fail("TensorRT was asked"))
+    with pytest.raises(FolderError, match="--trust-plan"):
+        Upscaler.load(folder)
+    manifests.remember_plan(hashlib.sha256(plan).hexdigest())
+    ledger = Path(os.environ["XDG_DATA_HOME"]) / "gdpo-sr" / "plans.txt"
+    assert ledger.stat().st_mode & 0o777 == 0o600
+    monkeypatch.setattr(trt_backend, "load_module", lambda backend: (_ for _ in ()).throw(RuntimeError("asked")))
+    with pytest.raises(RuntimeError, match="asked"):
+        Upscaler.load(folder)
+
+
+class FakeModule:
+    __version__ = "1.7.1.116"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"backend_version": "1.6.0"},
+            r"built by tensorrt-rtx 1\.6\.0, here is 1\.7\.1\.116; build it again: python -m",
+        ),
+        ({"architecture": "sm_80"}, "built for sm_80, this GPU is sm_90; build it again"),
+    ],
+)
+def test_a_plan_of_another_version_or_gpu_is_refused_with_the_command(folder, monkeypatch, changes, message):
+    class Sm90:
+        def __init__(self, index):
+            pass
+
+        def architecture(self):
+            return "sm_90"
+
+    plan_folder(folder, **changes)
+    monkeypatch.setattr(trt_backend, "load_module", lambda backend: FakeModule)
+    monkeypatch.setattr(trt_backend, "Driver", Sm90)
+    with pytest.raises(FolderError, match=message):
+        Upscaler.load(folder, trust_plan=True)
+
+
+def test_an_optimised_model_of_another_onnx_runtime_is_stale(folder):
+    rewrite(folder, lambda m: m.update(backend="onnxruntime", backend_version="1.2.3"))
+    with pytest.raises(
+        FolderError, match=r"optimised by ONNX Runtime 1\.2\.3, here is .*build it again: python -m engine"
+    ):
+        Upscaler.load(folder)
+
+
+def test_info_prints_json_and_text(folder, capsys, monkeypatch):
+    for arguments in ([str(folder)], [str(folder), "--json"]):
+        monkeypatch.setattr("sys.argv", ["info", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.run(info.main)
+        assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert json.loads(out[out.index("\n{") :])["format"] == 1
