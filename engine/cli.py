@@ -21,6 +21,9 @@ class Terminated(BaseException):
 class Parser(ArgumentParser):
     """An argument parser whose errors are one line: what was wrong, and how to see what is expected."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         line = " ".join(str(message).split())
         fail(f"{line} (see: {self.prog} --help)", 2)
