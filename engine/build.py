@@ -61,7 +61,7 @@ def build(
         backend: "onnxruntime", "tensorrt" or "tensorrt-rtx".
         profile: batch and tile sides; None takes the exported folder's. A static export has only its own.
         options: of a plan.
-        timing_cache: a file that remembers measurements between builds; made when missing.
+        timing_cache: of tensorrt: a file that remembers measurements between builds; made when missing.
         log: gets TensorRT's messages.
         force: build even when up to date.
 
@@ -80,6 +80,8 @@ def build(
     if out.resolve() == source.resolve():
         raise ValueError(f"out must be another folder than {source}")
     manifests.check_target(out)
+    if timing_cache is not None and backend != "tensorrt":
+        raise ValueError(f"timing_cache is for tensorrt; {backend} measures nothing while it builds")
     options = options or BuildOptions()
     profile = _within(profile or exported.profile, exported)
     built = replace(
@@ -208,8 +210,7 @@ def _plan(
     parsed = parser.parse_from_file(str(source / entry.file)) if data else parser.parse(model)
     if not parsed:
         raise FolderError(f"{source / entry.file}: {backend} cannot parse it: {_parse_errors(parser) or lines}")
-    if exported.precision == "fp32":
-        _decompose_attention(trt, network)
+    _decompose_attention(trt, network)
     config = builder.create_builder_config()
     _configure(trt, config, options)
     if not profile.static:
@@ -230,11 +231,11 @@ def _plan(
 
 def _parse_errors(parser: Any) -> str:
     errors = (parser.get_error(i) for i in range(parser.num_errors))
-    return "; ".join(f"node {e.node_name!r} ({e.node_operator}): {e.desc} [{e.code}]" for e in errors)
+    return "; ".join(str(e) for e in errors)
 
 
 def _decompose_attention(trt: Any, network: Any) -> None:
-    """In fp32 there is no fused attention kernel: let each Attention fall apart into its products."""
+    """Let an Attention without a fused kernel (every one in fp32, odd head sizes in fp16) fall apart into products."""
     kind = getattr(trt, "IAttentionInputLayer", None)
     if kind is None:
         return

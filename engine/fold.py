@@ -64,6 +64,17 @@ class _NoTimeEmbedding(nn.Module):
         return None
 
 
+class _Widened(nn.Module):
+    """A block whose output is fp32, for what follows."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args, **kwargs) -> torch.Tensor:
+        return self.block(*args, **kwargs).float()
+
+
 @torch.no_grad()
 def fold(generator: OneStepGenerator) -> OneStepGenerator:
     """Merge the LoRA and fold timestep and prompt into the weights, in place.
@@ -122,6 +133,7 @@ def cast(generator: OneStepGenerator, precision: str) -> OneStepGenerator:
     if precision == "fp16" and hasattr(decoder, "up_blocks"):
         for part in (decoder.up_blocks, decoder.conv_norm_out, decoder.conv_out):
             part.float()
+        decoder.mid_block = _Widened(decoder.mid_block)
     return generator
 
 
@@ -196,7 +208,8 @@ class ImageToImage(nn.Module):
 
     def forward(self, picture: torch.Tensor) -> torch.Tensor:
         height, width = picture.shape[2:]
-        padded = [-(-side // self.multiple) * self.multiple for side in (height, width)]
+        # Rounded up without a negative number: ONNX divides towards zero.
+        padded = [(side + self.multiple - 1) // self.multiple * self.multiple for side in (height, width)]
         # Two samples more on every side: the cubic's reach.
         rows, columns = (_mirror(torch.arange(p + 4) - 2, n) for p, n in zip(padded, (height, width)))
         source = picture[:, :, rows][:, :, :, columns]

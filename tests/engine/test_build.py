@@ -1,0 +1,184 @@
+"""Builds: ONNX Runtime's optimised model, and real TensorRT-RTX plans without a GPU."""
+
+import shutil
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from engine import Upscaler, build, cli
+from engine import manifest as manifests
+from engine.backends import tensorrt as trt_backend
+from engine.build import BuildOptions
+from engine.export import export_generator
+from engine.manifest import FolderError, Profile
+from gdpo.generator import OneStepGenerator
+
+SMALL = Profile((1, 1, 1), (64, 64, 64))
+rtx = pytest.mark.skipif(
+    not any(__import__("importlib.util").util.find_spec(n) for n in ("tensorrt_rtx", "tensorrt_rtx_bindings")),
+    reason="the extra tensorrt-rtx is not installed",
+)
+
+
+def test_the_optimised_model_gives_the_same_picture(tiny_engine, photo, tmp_path):
+    manifest, built = build.build(tiny_engine, tmp_path / "ort", "onnxruntime")
+    assert built and manifest.backend == "onnxruntime" and manifest.source["generator"]
+    rgb = np.ascontiguousarray(photo[:33, :60])
+    ours, exported = (Upscaler.load(f).upscale(rgb, seed=2) for f in (tmp_path / "ort", tiny_engine))
+    assert np.abs(ours.astype(int) - exported).max() <= 1
+
+
+def test_stale_means_another_hash_option_or_version_not_a_file_that_exists(tiny_engine, tmp_path, monkeypatch):
+    out = tmp_path / "ort"
+    assert build.build(tiny_engine, out, "onnxruntime")[1]
+    assert not build.build(tiny_engine, out, "onnxruntime")[1]
+    assert build.build(tiny_engine, out, "onnxruntime", force=True)[1]
+    (out / "generator.onnx").write_bytes(b"damaged")
+    assert build.build(tiny_engine, out, "onnxruntime")[1]
+    monkeypatch.setattr(build, "_version", lambda backend: "9.9.9")
+    assert build.build(tiny_engine, out, "onnxruntime")[1]
+    narrower = replace(manifests.load(tiny_engine).profile, tile=(64, 256, 512))
+    assert build.build(tiny_engine, out, "onnxruntime", profile=narrower)[1]
+
+
+@rtx
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("static", [False, True])
+def test_a_tensorrt_rtx_plan_of_the_tiny_model(tiny_model, tiny_engine, tmp_path, precision, static):
+    source = tiny_engine
+    if static or precision != "fp32":
+        source = tmp_path / "onnx"
+        profile = SMALL if static else None
+        export_generator(OneStepGenerator.from_pretrained(tiny_model), source, precision=precision, profile=profile)
+    check_plan(source, tmp_path / "plan")
+
+
+@rtx
+def test_a_tensorrt_rtx_plan_of_stable_diffusions_shape_fp32_dynamic(mini_engine, tmp_path):
+    """Its Attention layers have no fp32 kernel: they are decomposed."""
+    check_plan(mini_engine, tmp_path / "plan")
+
+
+@rtx
+def test_a_tensorrt_rtx_plan_of_stable_diffusions_shape_fp16_static(mini_model, tmp_path):
+    generator = OneStepGenerator.from_pretrained(mini_model)
+    export_generator(generator, tmp_path / "onnx", precision="fp16", profile=SMALL)
+    check_plan(tmp_path / "onnx", tmp_path / "plan")
+
+
+@rtx
+@pytest.mark.slow
+@pytest.mark.parametrize("precision, static", [("fp32", True), ("fp16", False), ("bf16", False), ("bf16", True)])
+def test_the_other_tensorrt_rtx_plans_of_stable_diffusions_shape(mini_model, tmp_path, precision, static):
+    generator = OneStepGenerator.from_pretrained(mini_model)
+    export_generator(generator, tmp_path / "onnx", precision=precision, profile=SMALL if static else None)
+    check_plan(tmp_path / "onnx", tmp_path / "plan")
+
+
+def check_plan(source, out):
+    said = []
+    manifest, built = build.build(
+        source,
+        out,
+        "tensorrt-rtx",
+        options=BuildOptions(workspace_mib=8192, optimization_level=0),
+        log=said.append,
+    )
+    assert built and manifest.backend_version == trt_backend.version("tensorrt-rtx")
+    assert any("Building engine" in line for line in said)  # the phases are reported
+    for name in manifest.graphs:
+        plan, _ = manifest.read(out, name)
+        assert len(plan) > 100_000 and manifests.built_here(manifest.graphs[name].sha256)
+    assert not build.build(source, out, "tensorrt-rtx", options=BuildOptions(8192, 0))[1]
+    assert build._up_to_date(out, manifest)
+    assert not build._up_to_date(out, replace(manifest, backend_version="0"))
+    with pytest.raises(RuntimeError, match="NVIDIA"):  # no GPU here, or none that the plan fits
+        Upscaler.load(out)
+
+
+@rtx
+def test_parse_errors_are_shown_whole(tiny_engine, tmp_path):
+    import onnx
+
+    from engine.files import sha256
+
+    broken = tmp_path / "onnx"
+    shutil.copytree(tiny_engine, broken)
+    model = onnx.load(broken / "generator.onnx")
+    model.graph.node[-1].op_type = "NoSuchOperator"
+    onnx.save(model, broken / "generator.onnx")
+    manifest = manifests.load(broken)
+    graph = replace(manifest.graphs["generator"], sha256=sha256(broken / "generator.onnx"))
+    replace(manifest, graphs={"generator": graph}).save(broken)
+    with pytest.raises(
+        FolderError,
+        match=r"cannot parse it: In node \d+ with name: \S+ and operator: NoSuchOperator .*Plugin not found",
+    ):
+        build.build(broken, tmp_path / "plan", "tensorrt-rtx")
+    assert not (tmp_path / "plan").exists()
+
+
+@rtx
+def test_an_unknown_architecture_names_the_known_ones(tiny_engine, tmp_path):
+    with pytest.raises(ValueError, match=r"architecture sm_1 is not one of this version's: sm_75"):
+        build.build(tiny_engine, tmp_path / "x", "tensorrt-rtx", options=BuildOptions(architectures=("sm_1",)))
+
+
+def run(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["build", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.run(build.main)
+    out, err = capsys.readouterr()
+    return end.value.code, out, err
+
+
+def test_the_command_builds_and_says_when_it_need_not(tiny_engine, tmp_path, monkeypatch, capsys):
+    shapes = (
+        "--min-shapes",
+        "image:1x3x64x64",
+        "--opt-shapes",
+        "noise:2x48x64x64",
+        "--max-shapes",
+        "image:4x3x512x512",
+    )
+    arguments = (tiny_engine, "--backend", "onnxruntime", "--out", tmp_path / "out", *shapes)
+    code, out, err = run(monkeypatch, capsys, *arguments)
+    assert code == 0 and "built" in err and "tiles of 64 to 512 (usually 256)" in out and "1 to 4 (usually 2)" in out
+    assert "up to date" in run(monkeypatch, capsys, *arguments)[2]
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--backend", "tensorrt"], "pip install 'gdpo-sr[tensorrt]'"),
+        (
+            ["--backend", "onnxruntime", "--max-shapes", "image:64x3x512x512"],
+            "batch 1 to 64 is beyond what was exported",
+        ),
+        (
+            ["--backend", "onnxruntime", "--max-shapes", "image:1x3x4096x4096"],
+            "tile 64 to 4096 is beyond what was exported",
+        ),
+        (["--backend", "onnxruntime", "--opt-shapes", "image:1x3x500x500"], "tile sides must be multiples of 16"),
+        (["--backend", "onnxruntime", "--opt-shapes", "picture:1x3x64x64"], "is not a shape such as"),
+        (["--backend", "onnxruntime", "--min-shapes", "image:4x3x64x64"], "must rise"),
+        (["--backend", "onnxruntime", "--timing-cache", "cache"], "timing_cache is for tensorrt"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(tiny_engine, tmp_path, monkeypatch, capsys, more, message):
+    if "tensorrt" in more:
+        monkeypatch.setitem(trt_backend._NAMES, "tensorrt", ("tensorrt_that_is_not_installed",))
+    code, _, err = run(monkeypatch, capsys, tiny_engine, "--out", tmp_path / "out", *more)
+    assert code == 2 and err.count("\n") == 1 and message in err
+
+
+def test_only_exported_folders_are_built(tiny_engine, tiny_model, tmp_path):
+    build.build(tiny_engine, tmp_path / "ort", "onnxruntime")
+    with pytest.raises(FolderError, match="is built for onnxruntime already"):
+        build.build(tmp_path / "ort", tmp_path / "again", "onnxruntime")
+    with pytest.raises(FolderError, match="it holds a generator"):
+        build.build(tiny_model, tmp_path / "x", "onnxruntime")
+    with pytest.raises(ValueError, match="out must be another folder"):
+        build.build(tiny_engine, tiny_engine, "onnxruntime")

@@ -1,0 +1,183 @@
+"""Exports: parity with torch, folded constants, dynamic axes, and the self-contained graph."""
+
+import json
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from engine import Upscaler, cli, export, fold
+from engine import manifest as manifests
+from engine.export import export_generator, geometry_of, profile_of
+from engine.manifest import FolderError, Profile
+from gdpo import lora
+from gdpo.generator import OneStepGenerator
+
+SMALL = Profile((1, 1, 1), (64, 64, 64))
+
+
+@pytest.mark.parametrize("name", ["tiny_engine", "tiny_split_engine", "mini_engine"])
+def test_the_parity_check_ran_over_six_shapes_and_batches_1_to_4(name, request):
+    manifest = manifests.load(request.getfixturevalue(name))
+    parity = manifest.parity
+    assert len(parity["shapes"]) == 6 and {s[0] for s in parity["shapes"]} == {1, 2, 3, 4}
+    assert 0 < parity["max_abs"] < 2e-4
+    tensors = [t for g in manifest.graphs.values() for t in (*g.inputs, g.output)]
+    assert all(t.shape[0] == "batch" and isinstance(t.shape[2], str) for t in tensors)
+
+
+@pytest.mark.parametrize("batch, rows, columns", [(1, 3, 1), (4, 1, 2), (3, 2, 2)])
+def test_onnx_runtime_is_torch_on_shapes_that_the_export_did_not_see(tiny_engine, tiny_model, batch, rows, columns):
+    random = torch.Generator().manual_seed(9)
+    image = torch.rand((batch, 3, 64 * rows + 16, 64 * columns), generator=random) * 2 - 1
+    noise = torch.randn((batch, 48, 16 * rows + 4, 16 * columns), generator=random)
+    generator = OneStepGenerator.from_pretrained(tiny_model)
+    with torch.no_grad():
+        expected = generator.decode(generator.predict(generator.encode(image), noise).x0).numpy()
+    ours = Upscaler.load(tiny_engine).sessions["generator"]({"image": image.numpy(), "noise": noise.numpy()})
+    assert np.abs(ours - expected).max() < 2e-4
+    assert np.abs(expected - image.numpy()).mean() > 0.01  # the step is not the identity
+
+
+def test_a_fault_in_the_export_is_found_and_nothing_is_kept(tiny_model, tmp_path, monkeypatch):
+    correct = fold.fold
+
+    def faulty(generator):
+        correct(generator)
+        with torch.no_grad():
+            generator.unet.conv_in.bias[0] += 0.01
+        return generator
+
+    monkeypatch.setattr(fold, "fold", faulty)
+    with pytest.raises(RuntimeError, match="the export differs from torch by"):
+        export_generator(OneStepGenerator.from_pretrained(tiny_model), tmp_path / "out", profile=SMALL)
+    assert not list(tmp_path.iterdir())
+
+
+def operators(path):
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+def shapes(path):
+    return [tuple(i.dims) for i in onnx.load(path).graph.initializer]
+
+
+def test_nothing_is_left_of_text_and_time(mini_engine, mini_model, tiny_engine, tiny_model):
+    """No text encoder, no projections of the prompt, no time-embedding perceptron."""
+    generator = OneStepGenerator.from_pretrained(mini_model)
+    sizes = {n: p.numel() for n, p in generator.unet.named_parameters()}
+    gone = sum(v for n, v in sizes.items() if "time_emb" in n or "attn2.to_k" in n or "attn2.to_v" in n)
+    length = generator.text_embeds(1).shape[1]
+    widths = [p.shape[0] for n, p in generator.unet.named_parameters() if "attn2.to_k" in n]
+    constants = sum(2 * length * width for width in widths)  # keys and values
+    left = sum(int(np.prod(s)) for s in shapes(mini_engine / "unet.onnx"))
+    assert gone > 10_000 and left <= sum(sizes.values()) - gone + constants + 500
+    inputs = [i.name for i in onnx.load(mini_engine / "unet.onnx").graph.input]
+    assert inputs == ["latent", "noise"]
+    tiny = OneStepGenerator.from_pretrained(tiny_model)
+    folded = sum(int(np.prod(s)) for s in shapes(tiny_engine / "generator.onnx"))
+    time = sum(p.numel() for n, p in tiny.unet.named_parameters() if "time" in n)
+    assert folded < sum(p.numel() for p in tiny.unet.parameters()) - time + 100
+    assert not {"Sin", "Cos", "Gemm", "MatMul"} & set(operators(tiny_engine / "generator.onnx"))
+
+
+def test_folding_changes_no_picture(mini_model):
+    generator = OneStepGenerator.from_pretrained(mini_model)
+    image = torch.rand(2, 3, 64, 128, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    noise = torch.randn(2, 4, 8, 16, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = generator.decode(generator.predict(generator.encode(image), noise).x0)
+        folded = fold.Whole(fold.fold(generator), "fp32")(image, noise)
+    assert (folded - expected).abs().max() < 1e-4
+
+
+def test_lora_is_merged(tiny_model):
+    generator = OneStepGenerator.from_pretrained(tiny_model)
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    noise = torch.randn(1, 48, 16, 16, generator=torch.Generator().manual_seed(2))
+
+    def result():
+        return generator.decode(generator.predict(generator.encode(image), noise).x0)
+
+    with torch.no_grad():
+        base = result()
+        lora.add(generator.unet, 2, r".*(conv1|conv_in|ups\.0)")
+        for name, parameter in generator.unet.named_parameters():
+            if "lora" in name:
+                parameter.add_(0.05)
+        tuned = result()
+        folded = fold.Whole(fold.fold(generator), "fp32")(image, noise)
+    assert (tuned - base).abs().max() > 1e-3 and (folded - tuned).abs().max() < 1e-4
+
+
+def test_fp16_keeps_its_ends_fp32_and_its_up_blocks_wide(tiny_model, mini_model, tmp_path):
+    manifest = export_generator(
+        OneStepGenerator.from_pretrained(tiny_model), tmp_path / "half", precision="fp16", profile=SMALL
+    )
+    assert 2e-6 < manifest.parity["max_abs"] < 0.1
+    graph = onnx.load(tmp_path / "half" / "generator.onnx").graph
+    assert {v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)} == {onnx.TensorProto.FLOAT}
+    kinds = {i.data_type for i in graph.initializer if len(i.dims) == 4}
+    assert kinds == {onnx.TensorProto.FLOAT16}
+    generator = fold.cast(OneStepGenerator.from_pretrained(mini_model), "fp16")
+    decoder = generator.vae.decoder
+    assert {p.dtype for p in decoder.up_blocks.parameters()} == {torch.float32}
+    assert {p.dtype for p in decoder.mid_block.parameters()} == {torch.float16}
+    with torch.no_grad():
+        assert torch.isfinite(fold.Decoder(generator, "fp16")(torch.randn(1, 4, 8, 8))).all()
+
+
+def test_the_self_contained_graph_upscales_odd_pictures(tiny_engine, photo):
+    session = onnxruntime.InferenceSession(tiny_engine / "image_to_image.onnx", providers=["CPUExecutionProvider"])
+    up = Upscaler.load(tiny_engine)
+    for height, width in ((37, 50), (64, 64), (2, 3)):
+        rgb = np.ascontiguousarray(photo[:height, :width])
+        picture = rgb.astype(np.float32).transpose(2, 0, 1)[None] / 255
+        result = session.run(None, {"input": picture})[0][0].transpose(1, 2, 0) * 255
+        assert result.shape == (4 * height, 4 * width, 3)
+        ours = up.upscale(rgb, seed=0).astype(float)
+        if min(height, width) > 8:  # the borders differ: there the convolution mirrors, the resampler renormalises
+            inner = (slice(32, -32), slice(32, -32))
+            assert np.abs(result - ours)[inner].mean() < 0.6
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"precision": "int8"}, "precision must be one of fp32, fp16, bf16"),
+        ({"opset": 9}, "opset must be 18 to 23"),
+    ],
+)
+def test_bad_options_are_named(tiny_model, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        export_generator(OneStepGenerator.from_pretrained(tiny_model), tmp_path / "x", **options)
+
+
+def test_profiles_are_checked(tiny_model):
+    geometry = geometry_of(OneStepGenerator.from_pretrained(tiny_model))
+    sizes = {"batch": 1, "max_batch": 8, "tile": 512, "max_tile": 1024, "static": False}
+    for change, message in (({"tile": 100}, "tile must be a multiple of 16"), ({"batch": 9}, "must not exceed")):
+        with pytest.raises(ValueError, match=message):
+            profile_of(geometry, **sizes | change)
+
+
+def test_a_folder_of_other_files_is_not_replaced(tiny_model, tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(b"mine")
+    with pytest.raises(FolderError, match="will not be replaced"):
+        export_generator(OneStepGenerator.from_pretrained(tiny_model), tmp_path, profile=SMALL)
+    assert (tmp_path / "photo.jpg").read_bytes() == b"mine"
+
+
+def test_the_command_exports(tiny_model, tmp_path, monkeypatch, capsys):
+    arguments = [str(tiny_model), "--out", str(tmp_path / "out"), "--static", "--tile", "64", "--t-noise", "40"]
+    monkeypatch.setattr(sys, "argv", ["export", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.run(export.main)
+    assert end.value.code == 0 and "max_abs" in capsys.readouterr().out
+    content = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert content["model"]["t_noise"] == 40 and content["profile"]["tile"] == [64, 64, 64]
+    up = Upscaler.load(tmp_path / "out")
+    assert up.upscale(np.zeros((50, 20, 3), np.uint8)).shape == (200, 80, 3)  # in static tiles
