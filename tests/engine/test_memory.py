@@ -1,0 +1,78 @@
+"""Memory: flat over a long folder, bounded for a large picture. Each is measured in a process of its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+FOLDER = """
+import sys
+from pathlib import Path
+import numpy as np
+from engine.images import Picture, read_image, write_image
+from engine.upscaler import Upscaler
+
+def resident():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
+
+up, out = Upscaler.load(sys.argv[1], threads=1), Path(sys.argv[2])
+early, last = int(sys.argv[3]), int(sys.argv[4])
+rng = np.random.default_rng(0)
+seen = {}
+for i in range(1, last + 1):
+    height, width = rng.integers(40, 200, 2)  # a folder of many sizes is the hard case
+    write_image(out / "in.png", Picture(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)))
+    picture = read_image(out / "in.png")
+    write_image(out / "out.png", Picture(up.upscale(picture.pixels, color=("adain", "wavelet")[i % 2])))
+    if i in (early, last):
+        seen[i] = resident()
+print(seen[early], seen[last])
+"""
+
+LARGE = """
+import resource, sys
+sys.argv = ["upscale", *sys.argv[1:]]
+from pathlib import Path
+from engine import upscale
+code = upscale.main()
+line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+print(code, int(line.split()[1]) / 1024)
+"""
+
+
+def python(code, *arguments):
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=1800
+    )
+    assert done.returncode == 0, done.stderr
+    return [float(x) for x in done.stdout.split()]
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("early, last, growth", [(15, 40, 1.10), pytest.param(30, 300, 1.03, marks=pytest.mark.slow)])
+def test_memory_is_flat_over_a_long_folder(tiny_engine, tmp_path, early, last, growth):
+    first, final = python(FOLDER, tiny_engine, tmp_path, early, last)
+    print(f"{early} pictures: {first:.0f} MiB, {last} pictures: {final:.0f} MiB")
+    assert final <= growth * first
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "width, height, limit", [(600, 500, 400), pytest.param(2000, 1500, 1500, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("color", ["adain", "wavelet"])
+def test_a_large_picture_takes_bounded_memory(tiny_engine, tmp_path, width, height, limit, color):
+    from engine.images import Picture, read_image, write_image
+
+    y, x = np.mgrid[0:height, 0:width]
+    pixels = np.stack([x % 256, y % 256, (x + y) % 256], axis=2).astype(np.uint8)
+    write_image(tmp_path / "in.png", Picture(pixels))
+    code, peak = python(LARGE, tmp_path / "in.png", tmp_path / "out.jpg", "--model", tiny_engine, "--color", color)
+    print(f"{16 * width * height / 1e6:.0f} megapixels: {peak:.0f} MiB")
+    assert code == 0 and peak < limit
+    assert read_image(tmp_path / "out.jpg").pixels.shape == (4 * height, 4 * width, 3)

@@ -1,0 +1,200 @@
+"""The TensorRT session's own logic against a stand-in for driver and TensorRT, and against the real ones on a GPU."""
+
+import ctypes
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from engine import Upscaler, build
+from engine import manifest as manifests
+from engine.backends import tensorrt as backend
+from engine.backends.cuda import Buffer, CudaError, Driver
+from engine.manifest import FolderError
+
+
+no_gpu = pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="no NVIDIA GPU here")
+
+
+class FakeDriver:
+    """Host memory in place of the GPU's. Work on a stream runs at once, or is recorded while a capture is on."""
+
+    def __init__(self, index=0, capture_fails=False):
+        self.memory, self.calls, self.recording, self.graphs = {}, [], None, {}
+        self.capture_fails = capture_fails
+
+    def activate(self):
+        pass
+
+    def architecture(self):
+        return "sm_90"
+
+    def call(self, name, *a):
+        self.calls.append(name)
+        if name in ("cuMemAlloc_v2", "cuMemHostAlloc"):
+            memory = ctypes.create_string_buffer(a[1].value)
+            self.memory[ctypes.addressof(memory)] = memory
+            ctypes.cast(a[0], ctypes.POINTER(ctypes.c_uint64))[0] = ctypes.addressof(memory)
+        elif name in ("cuMemFree_v2", "cuMemFreeHost"):
+            del self.memory[a[0].value]
+        elif name in ("cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2"):
+            ctypes.memmove(a[0].value, a[1].value, a[2].value)
+        elif name == "cuStreamBeginCapture_v2":
+            if self.capture_fails:
+                raise CudaError("cuStreamBeginCapture_v2: operation not permitted (800)")
+            self.recording = []
+        elif name == "cuStreamEndCapture":
+            ctypes.cast(a[1], ctypes.POINTER(ctypes.c_uint64))[0] = key = len(self.graphs) + 1
+            self.graphs[key], self.recording = self.recording, None
+        elif name == "cuGraphInstantiateWithFlags":
+            ctypes.cast(a[0], ctypes.POINTER(ctypes.c_uint64))[0] = a[1].value
+        elif name == "cuGraphLaunch":
+            for work in self.graphs[a[0].value]:
+                work()
+
+
+class FakeContext:
+    """output = image * 2 + mean(noise), on the addresses that it was given."""
+
+    def __init__(self, driver):
+        self.driver, self.shapes, self.addresses = driver, {}, {}
+
+    def set_input_shape(self, name, shape):
+        self.shapes[name] = shape
+        return shape[0] <= 4
+
+    def set_tensor_address(self, name, address):
+        self.addresses[name] = address
+
+    def execute_async_v3(self, stream):
+        shapes, addresses = dict(self.shapes), dict(self.addresses)
+
+        def view(name, shape):
+            return np.ctypeslib.as_array(ctypes.cast(addresses[name], ctypes.POINTER(ctypes.c_float)), shape)
+
+        def work():
+            image, noise = view("image", shapes["image"]), view("noise", shapes["noise"])
+            view("output", shapes["image"])[...] = image * 2 + noise.mean()
+
+        (work() if self.driver.recording is None else self.driver.recording.append(work))
+        return True
+
+
+def fake_module(driver, plan):
+    class Runtime:
+        def __init__(self, logger):
+            pass
+
+        def deserialize_cuda_engine(self, data):
+            return SimpleNamespace(create_execution_context=lambda: FakeContext(driver)) if data == plan else None
+
+    class ILogger:
+        INTERNAL_ERROR, ERROR, WARNING, INFO = range(4)
+
+    return SimpleNamespace(__version__="10.8.0", Runtime=Runtime, ILogger=ILogger)
+
+
+@pytest.fixture
+def folder(tiny_engine, tmp_path):
+    """The tiny engine's folder with bytes that stand for a plan."""
+    out = tmp_path / "plan"
+    shutil.copytree(tiny_engine, out)
+    content = json.loads((out / "manifest.json").read_text())
+    (out / "generator.plan").write_bytes(b"plan")
+    digest = hashlib.sha256(b"plan").hexdigest()
+    content["graphs"]["generator"] |= {"file": "generator.plan", "sha256": digest}
+    content |= {"backend": "tensorrt", "backend_version": "10.8.0", "architecture": "sm_90"}
+    data = json.dumps(content).encode()
+    (out / "manifest.json").write_bytes(data)
+    (out / "manifest.sha256").write_text(f"{hashlib.sha256(data).hexdigest()}  manifest.json\n")
+    return out
+
+
+def load(folder, monkeypatch, plan=b"plan", **options):
+    driver = FakeDriver(**options)
+    monkeypatch.setattr(backend, "Driver", lambda index: driver)
+    monkeypatch.setattr(backend, "load_module", lambda name: fake_module(driver, plan))
+    return Upscaler.load(folder, trust_plan=True).sessions["generator"], driver
+
+
+def inputs(batch, side, seed):
+    rng = np.random.default_rng(seed)
+    image = rng.random((batch, 3, side, side), dtype=np.float32)
+    return {"image": image, "noise": rng.random((batch, 48, side // 4, side // 4), dtype=np.float32)}
+
+
+@pytest.mark.parametrize("capture_fails", [False, True])
+def test_every_shape_has_its_buffers_and_its_graph(folder, monkeypatch, capture_fails):
+    session, driver = load(folder, monkeypatch, capture_fails=capture_fails)
+    sizes = [(1, 64), (2, 64), (1, 128)]
+    for seed in range(4):  # shapes alternate: a graph must replay on its own buffers
+        for batch, side in sizes:
+            given = inputs(batch, side, seed)
+            expected = given["image"] * 2 + given["noise"].mean()
+            assert np.allclose(session(given), expected, atol=1e-6)
+    assert driver.calls.count("cuMemAlloc_v2") == 9  # two inputs and an output for each shape, once
+    assert driver.calls.count("cuGraphLaunch") == (0 if capture_fails else 9)  # all but each shape's first call
+    session.close()
+    assert not driver.memory
+
+
+def test_buffers_of_old_shapes_are_given_back(folder, monkeypatch):
+    session, driver = load(folder, monkeypatch)
+    for side in range(64, 64 + 16 * 10, 16):
+        session(inputs(1, side, 0))
+    assert len(driver.memory) == 6 * backend._KEPT_SHAPES
+
+
+def test_a_plan_that_tensorrt_refuses_is_a_clear_error(folder, monkeypatch):
+    with pytest.raises(FolderError, match="tensorrt refuses the plan"):
+        load(folder, monkeypatch, plan=b"another")
+
+
+def test_a_shape_beyond_the_plan_is_named(folder, monkeypatch):
+    session, _ = load(folder, monkeypatch)
+    with pytest.raises(ValueError, match=r"image \(5, 3, 64, 64\) is beyond the plan's profile"):
+        session(inputs(5, 64, 0))
+
+
+def test_without_a_driver_the_reason_is_named(monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    with pytest.raises(RuntimeError, match="no NVIDIA driver"):
+        Driver()
+
+
+@pytest.mark.gpu
+@no_gpu
+def test_a_real_plan_gives_the_picture_of_onnx_runtime(tiny_engine, photo, tmp_path):
+    """On a GPU with TensorRT or TensorRT-RTX."""
+    for name in ("tensorrt", "tensorrt-rtx"):
+        try:
+            backend.load_module(name)
+        except RuntimeError:
+            continue
+        build.build(tiny_engine, tmp_path / name, name)
+        assert manifests.load(tmp_path / name).backend == name
+        ours = Upscaler.load(tmp_path / name).upscale(photo[:100, :80], seed=3)
+        assert np.abs(ours.astype(int) - Upscaler.load(tiny_engine).upscale(photo[:100, :80], seed=3)).max() <= 2
+
+
+@pytest.mark.gpu
+@no_gpu
+def test_buffers_on_a_real_gpu():
+    driver = Driver()
+    from engine.backends.cuda import Stream
+
+    stream, a = Stream(driver), Buffer(driver, (4, 5))
+    a.host[...] = np.arange(20).reshape(4, 5)
+    a.upload(stream)
+    stream.synchronize()
+    a.host[...] = 0
+    a.download(stream)
+    stream.synchronize()
+    assert np.array_equal(a.host.ravel(), np.arange(20))
