@@ -21,22 +21,32 @@ def fsync_tree(folder: Path) -> None:
 
 @contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
-    """Yield a new folder beside `target`; on a clean exit it is fsynced and replaces target, else it is removed."""
+    """Yield a new folder beside `target`; on a clean exit it is fsynced and replaces target, else it is removed.
+
+    A kill between the two renames of a replacement leaves the old one as `.NAME.retired`; the next call restores it.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    staged = target.parent / f".{target.name}.staged-{os.getpid()}"
-    retired = target.parent / f".{target.name}.retired-{os.getpid()}"
+    staged, retired = (target.parent / f".{target.name}.{state}" for state in ("staged", "retired"))
+    if retired.exists() and not target.exists():
+        os.replace(retired, target)
     shutil.rmtree(staged, ignore_errors=True)
+    shutil.rmtree(retired, ignore_errors=True)
     staged.mkdir()
     try:
         yield staged
         fsync_tree(staged)
         if target.exists():
             os.replace(target, retired)
-        os.replace(staged, target)
+        try:
+            os.replace(staged, target)
+        except OSError:
+            if retired.exists():
+                os.replace(retired, target)
+            raise
         fsync(target.parent)
+        shutil.rmtree(retired, ignore_errors=True)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)
 
 
 def check_target(target: str | os.PathLike[str], overwrite: bool, *sources: str | os.PathLike[str]) -> Path:

@@ -159,7 +159,7 @@ class GDPO:
     @torch.no_grad()
     def preview(self, batch: Batch) -> tuple[list[tuple[str, torch.Tensor]], dict[str, float]]:
         """Columns of the before/after sheet for held-out pictures, and what the policy gained on its reference."""
-        generator = self.generator.eval()
+        generator = self.generator
         lr, _ = self.degrade(batch.hr, seed=self.config.seed, step=0, samples=batch.samples)
         bicubic, hr = self.degrade.upsample(lr) * 2 - 1, batch.hr * 2 - 1
         with self.accelerator.autocast():
@@ -167,7 +167,6 @@ class GDPO:
                 generator, bicubic, hr, self.rewards,
                 samples=batch.samples, seed=self.config.seed, noises=2, text=self.prompts(batch),
             )  # fmt: skip
-        generator.train()
         columns = [("bicubic", bicubic), ("before", found.before), ("GDPO", found.after), ("HR", hr)]
         gains = {f"gain/{k}": float((v[:, 1] - v[:, 0]).mean()) for k, v in found.scores.items()}
         return columns, gains

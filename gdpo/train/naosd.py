@@ -120,14 +120,13 @@ class NAOSD:
     @torch.no_grad()
     def preview(self, batch: Batch) -> tuple[list[tuple[str, torch.Tensor]], dict[str, float]]:
         """Columns of the before/after sheet for a batch of held-out pictures."""
-        generator = self.generator.eval()
+        generator = self.generator
         lr, _ = self.degrade(batch.hr, seed=self.config.seed, step=0, samples=batch.samples)
         bicubic = self.degrade.upsample(lr) * 2 - 1
         with self.accelerator.autocast():
             latents = generator.encode(bicubic)
             noise = group_noise(latents.shape, self.config.seed, "preview", batch.samples, 1).to(latents)
             restored = generator.decode(generator.predict(latents, noise, self.prompts(batch)).x0)
-        generator.train()
         return [("bicubic", bicubic), ("restored", restored), ("HR", batch.hr * 2 - 1)], {}
 
     def save(self, folder: Path) -> None:

@@ -46,7 +46,7 @@ def base_generator(config: TrainConfig, accelerator: Accelerator) -> OneStepGene
         generator.unet.enable_gradient_checkpointing()
     if model.channels_last:
         generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return generator.to(accelerator.device).train()
+    return generator.to(accelerator.device).eval()  # dropout has no place here; LoRA trains all the same
 
 
 def validation_batch(config: TrainConfig) -> Batch | None:
