@@ -70,7 +70,7 @@ def _per_image(score: Callable[[Tensor, Tensor], Tensor]) -> Score:
     return grouped
 
 
-def _metric(name: str, sign: int = 1, reference: bool = False) -> Callable[[torch.device], Score]:
+def _metric(name: str, sign: int = 1, reference: bool = False, **options: str) -> Callable[[torch.device], Score]:
     """A function of gdpo.metrics; `sign` -1 where less is better."""
 
     def build(device: torch.device) -> Score:
@@ -78,7 +78,7 @@ def _metric(name: str, sign: int = 1, reference: bool = False) -> Callable[[torc
 
         def score(x: Tensor, y: Tensor) -> Tensor:
             x, y = ((p.float() / 2 + 0.5).clamp(0, 1) for p in (x, y))
-            return sign * (metric(x, y) if reference else metric(x))
+            return sign * (metric(x, y, **options) if reference else metric(x, **options))
 
         return _per_image(score)
 
@@ -121,6 +121,10 @@ REGISTRY: dict[str, _Entry] = {
     "ssim_y": _Entry("fidelity", _metric("ssim_y", reference=True), "structural similarity of the luma"),
     "vgg": _Entry("fidelity", _vgg, "minus the VGG16 feature distance"),
     "naturalness": _Entry("perceptual", _metric("naturalness"), "no-reference, offline, made for crops of 64 and more"),
+    "niqe": _Entry(
+        "perceptual", _metric("niqe", -1, model="photos-32"), "minus NIQE with blocks of 32 (model photos-32)"
+    ),
+    "piqe": _Entry("perceptual", _metric("piqe", -1), "minus PIQE; it rewards fine grids, so never alone"),
     "musiq": _Entry("perceptual", _pyiqa("musiq"), "MUSIQ (KonIQ), through pyiqa"),
     "maniqa": _Entry("perceptual", _pyiqa("maniqa"), "MANIQA (KonIQ), through pyiqa"),
     "maniqa-pipal": _Entry("perceptual", _pyiqa("maniqa-pipal"), "MANIQA (PIPAL), through pyiqa"),

@@ -20,10 +20,11 @@ from tqdm import tqdm
 from engine.cli import Parser, run
 from engine.files import atomic_write
 
-from . import natural_scene
+from . import natural_scene, niqe_model
 from .common import gaussian, smooth
 
 CROP, PER_PHOTO, LEAST_GRADIENT = 128, 40, 3.0
+LEAST_SHARPNESS = 7.0  # 8-bit levels of local deviation
 
 
 def main() -> None:
@@ -35,7 +36,8 @@ def main() -> None:
     parser.add_argument("--holdout", action="store_true", help="fit on every second photo, test on the others")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    crops = photo_crops(Path(args.photos))
+    photos = read_photos(Path(args.photos))
+    crops = photo_crops(photos)
     generator = torch.Generator().manual_seed(args.seed)
     if args.holdout:
         metric, target = fit_naturalness(torch.cat(crops[::2]), generator)
@@ -44,29 +46,56 @@ def main() -> None:
         return
     from safetensors.torch import save
 
+    out = Path(args.out)
+    for name, block in (("photos", 96), ("photos-32", 32)):
+        model = fit_niqe(photos, name, block)
+        stored = {"mean": model.mean, "covariance": model.covariance, "block": torch.tensor(block)}
+        atomic_write(out / f"niqe-{name}.safetensors", save(stored))
     metric, target = fit_naturalness(torch.cat(crops), generator)
-    atomic_write(Path(args.out) / natural_scene.PARAMETERS.name, save({"metric": metric, "target": target}))
+    atomic_write(out / natural_scene.PARAMETERS.name, save({"metric": metric, "target": target}))
 
 
-def photo_crops(folder: Path) -> list[Tensor]:
-    """Up to 40 textured crops [n,3,128,128] in [0,1] of each photo, spread over it."""
+def read_photos(folder: Path) -> list[np.ndarray]:
+    """The folder's photos at half size, [H,W,3] uint8, in the order of their names."""
     paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if not paths:
         raise ValueError(f"{folder} holds no .jpg or .png; fetch photos with: python -m gdpo.assets photos")
     out = []
-    for i, path in enumerate(tqdm(paths, desc="photos")):
+    for path in tqdm(paths, desc="photos"):
         with Image.open(path, formats=("JPEG", "PNG")) as image:
-            photo = np.asarray(image.convert("RGB").reduce(2), dtype=np.float32)
+            out.append(np.asarray(image.convert("RGB").reduce(2)))
+    return out
+
+
+def photo_crops(photos: list[np.ndarray]) -> list[Tensor]:
+    """Up to 40 textured crops [n,3,128,128] in [0,1] of each photo that has any, spread over it."""
+    out = []
+    for i, photo in enumerate(photos):
         tiles = [
             photo[y : y + CROP, x : x + CROP]
             for y in range(0, photo.shape[0] - CROP + 1, CROP)
             for x in range(0, photo.shape[1] - CROP + 1, CROP)
         ]
-        tiles = [t for t in tiles if np.hypot(*np.gradient(t.mean(2))).mean() > LEAST_GRADIENT]
+        tiles = [t for t in tiles if np.hypot(*np.gradient(t.astype(np.float32).mean(2))).mean() > LEAST_GRADIENT]
         order = np.random.default_rng(i).permutation(len(tiles))[:PER_PHOTO]
         if len(order):
             out.append(torch.from_numpy(np.stack([tiles[k] for k in order])).permute(0, 3, 1, 2) / 255)
     return out
+
+
+def fit_niqe(photos: list[np.ndarray], name: str, block: int) -> niqe_model.NiqeModel:
+    """Mean and covariance over the blocks with more than 0.75 of their photo's top sharpness, as the authors do.
+
+    Blocks must also be sharp in themselves: the authors chose sharp photos, this project's include soft ones.
+    """
+    rows = []
+    for photo in tqdm(photos, desc=f"NIQE {name}"):
+        x = torch.from_numpy(photo).permute(2, 0, 1)[None] / 255
+        sharp = niqe_model.sharpness(x, block)[0]
+        rows.append(niqe_model.niqe_features(x, block)[0][(sharp > 0.75 * sharp.max()) & (sharp > LEAST_SHARPNESS)])
+    f = torch.cat(rows)
+    f = f[f.isfinite().all(1)]
+    return niqe_model.NiqeModel(name, block, f.mean(0), torch.cov(f.T))
 
 
 # ---- distortions: [N,3,H,W] in 0..255 at a strength u in [0,1] ----

@@ -9,10 +9,10 @@ import torch
 
 from gdpo.features import PerceptualDistance
 from gdpo.kernels import attribute_statistics
-from gdpo.metrics import naturalness, ssim_y
+from gdpo.metrics import naturalness, niqe, piqe, ssim_y
 from gdpo.rewards import REGISTRY, build_rewards
 
-OFFLINE = ["psnr_y", "region_fidelity", "region_detail", "ssim_y", "naturalness"]
+OFFLINE = ["psnr_y", "region_fidelity", "region_detail", "ssim_y", "naturalness", "niqe", "piqe"]
 
 
 @pytest.fixture
@@ -51,6 +51,15 @@ def test_values_are_the_metrics_of_each_sample_in_its_place(group):
             x, y = ((p[None] + 1) / 2 for p in (samples[b, i], target[b]))
             torch.testing.assert_close(scores["ssim_y"][b, i], ssim_y(x, y)[0].float(), rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(scores["naturalness"][b, i], naturalness(x)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_metrics_where_less_is_better_are_negated(group):
+    for name, want in (
+        ("niqe", niqe(group[0].flatten(0, 1) / 2 + 0.5, "photos-32")),
+        ("piqe", piqe(group[0].flatten(0, 1) / 2 + 0.5)),
+    ):
+        got = build_rewards([name])[0].score(*group)
+        torch.testing.assert_close(got.flatten(), -want.float())
 
 
 def test_vgg_is_minus_the_distance(group, monkeypatch):
