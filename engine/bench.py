@@ -129,6 +129,51 @@ def peak_mib(name: str, generator: Path, engine: Path, threads: int, batch: int,
     return peak
 
 
+def folding(generator: Path, scratch: Path, threads: int, rounds: int, side: int = 256) -> dict[str, Any]:
+    """Nodes and time of the UNet exported plainly (timestep and prompt are inputs) and folded."""
+    import onnx
+    import onnxruntime
+    import torch
+
+    from engine.backends.onnxruntime import session_options
+    from engine.export import save_graph
+    from engine.fold import Step, fold
+    from gdpo.generator import OneStepGenerator
+
+    class Plain(torch.nn.Module):
+        def __init__(self, made: OneStepGenerator):
+            super().__init__()
+            self.unet, self.made = made.unet, [made]
+
+        def forward(self, latent, noise, timestep, prompt=None):
+            (made,) = self.made
+            noisy = made.a_n**0.5 * latent + made.b_n**0.5 * noise
+            if made.parametrization == "residual":
+                return latent + self.unet(torch.cat([noisy, latent], dim=1), timestep).sample
+            predicted = self.unet(noisy, timestep, encoder_hidden_states=prompt).sample
+            return (noisy - made.b_d**0.5 * predicted) / made.a_d**0.5
+
+    made = OneStepGenerator.from_pretrained(generator)
+    field = (torch.randn(1, made.codec.channels, side // made.codec.factor, side // made.codec.factor),) * 2
+    extra = (torch.tensor([made.t_diffusion]), *((made.text_embeds(1),) if made.uses_text else ()))
+    names = ["latent", "noise", "timestep", "prompt"][: 2 + len(extra)]
+    save_graph(Plain(made.merge_lora()), field + extra, scratch / "plain.onnx", names, "x0", None, 23)
+    save_graph(Step(fold(made), "fp32"), field, scratch / "folded.onnx", names[:2], "x0", None, 23)
+    feeds = {n: t.numpy() for n, t in zip(names, field + extra)}
+    row: dict[str, Any] = {"what": "folding", "contender": "onnxruntime", "side": side}
+    runs: dict[str, Callable[[], Any]] = {}
+    for name in ("plain", "folded"):
+        model = onnx.load(scratch / f"{name}.onnx")
+        row[f"{name}_nodes"] = len(model.graph.node)
+        row[f"{name}_mib"] = (scratch / f"{name}.onnx").stat().st_size / 2**20
+        session = onnxruntime.InferenceSession(model.SerializeToString(), session_options(threads))
+        given = {i.name: feeds[i.name] for i in session.get_inputs()}
+        runs[name] = functools.partial(session.run, None, given)
+    for name, seconds in measure(runs, rounds).items():
+        row[f"{name}_p50_ms"] = float(np.median(seconds)) * 1e3
+    return row
+
+
 def main() -> int:
     parser = cli.Parser(prog="python -m engine.bench", description="Latency, throughput and memory, peers included.")
     parser.add_argument("generator", help="a generator's folder (for the torch peers)")
@@ -166,6 +211,8 @@ def _rows(options: Any, generator: Path, engine: Path):
             runs[name] = open_contender(name, generator, engine, options.threads)
         except RuntimeError as error:
             print(f"{name}: left out ({error})", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as scratch:
+        yield _show({"model": generator.name, **folding(generator, Path(scratch), options.threads, options.rounds)})
     about = {"model": up.manifest.model.get("name"), "weights_sha256": up.manifest.model["weights_sha256"][:12]}
     for side in options.sizes:
         for batch in options.batches:

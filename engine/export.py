@@ -194,7 +194,7 @@ def _export(module: nn.Module, entry: Graph, file: Path, geometry: Geometry, pro
     else:
         example = _example(entry, geometry, 2, 2, 3)
     names = [t.name for t in entry.inputs]
-    _save(module, tuple(example), file, names, entry.output.name, _dynamic_shapes(entry, geometry, profile), opset)
+    save_graph(module, tuple(example), file, names, entry.output.name, _dynamic_shapes(entry, geometry, profile), opset)
     graph = onnx.load(file, load_external_data=False)
     for value, tensor in zip([*graph.graph.input, *graph.graph.output], [*entry.inputs, entry.output]):
         for dim, meaning in zip(value.type.tensor_type.shape.dim, tensor.shape):
@@ -206,9 +206,10 @@ def _export(module: nn.Module, entry: Graph, file: Path, geometry: Geometry, pro
     onnx.save(graph, file)
 
 
-def _save(
+def save_graph(
     module: nn.Module, example: tuple, file: Path, names: list[str], output: str, shapes: Any, opset: int
 ) -> None:
+    """Write one module as ONNX, with its weights in a file beside it when they are large."""
     # The exporter reports torchvision's absence and its own deprecations; its errors are exceptions.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
@@ -237,7 +238,7 @@ def _export_image_to_image(
     module = fold.ImageToImage(generator, precision, noise, geometry.scale)
     height, width = (torch.export.Dim(name, min=2, max=1 << 13) for name in ("height", "width"))
     file = folder / "image_to_image.onnx"
-    _save(module, (torch.rand(1, 3, 37, 50),), file, ["input"], "output", ({2: height, 3: width},), opset)
+    save_graph(module, (torch.rand(1, 3, 37, 50),), file, ["input"], "output", ({2: height, 3: width},), opset)
     return sha256(file)
 
 

@@ -22,7 +22,7 @@ from engine.tiles import Axis, blend, cover
 
 Progress = Callable[[int, int], None]
 SHIPPED = Path(__file__).parent / "data" / "tiny"
-DEMO = Path("runs/demo/engine")
+DEMO = Path(__file__).parents[1] / "runs" / "demo" / "engine"  # of a checkout
 MAX_OUTPUT_PIXELS = 1_000_000_000
 _BAND = 256  # output rows aligned and quantised at a time
 

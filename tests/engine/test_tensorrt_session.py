@@ -16,7 +16,6 @@ from engine.backends import tensorrt as backend
 from engine.backends.cuda import Buffer, CudaError, Driver
 from engine.manifest import FolderError
 
-
 no_gpu = pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="no NVIDIA GPU here")
 
 

@@ -192,12 +192,12 @@ def test_a_batch_or_tile_beyond_the_profile_is_refused_by_the_session(tiny_engin
 
 def test_no_model_is_a_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SHIPPED", tmp_path / "none")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "DEMO", tmp_path / "demo")
     with pytest.raises(FolderError, match="make demo"):
         default_model()
-    (tmp_path / "runs/demo/engine").mkdir(parents=True)
-    (tmp_path / "runs/demo/engine/manifest.json").touch()
-    assert default_model().name == "engine"
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "manifest.json").touch()
+    assert default_model() == tmp_path / "demo"
 
 
 def test_a_backend_that_is_missing_names_its_extra(tiny_engine):
