@@ -23,15 +23,15 @@ from torch import Tensor
 
 from benchmarks.rows import ROOT, append_row, require_clean
 from engine import cli
-from gdpo.kernels import attribute_ratios, attribute_reward, attribute_statistics, gdpo_loss
+from gdpo.kernels import attribute_ratios, attribute_reward, attribute_statistics, complexity, gdpo_loss
 
-FULL = {  # [B,G,C,H,W] of latents; [B,G,side] and [B,side] of pictures; [B,G,F,P]
+FULL: dict[str, list[tuple[int, ...]]] = {  # [B,G,C,H,W] of latents; [B,G,side] and [B,side] of pictures; [B,G,F,P]
     "gdpo_loss": [(1, 6, 4, 64, 64), (4, 6, 4, 64, 64), (16, 16, 4, 128, 128)],
     "attribute_statistics": [(1, 6, 512), (4, 6, 512), (16, 16, 1024)],
     "attribute_ratios": [(1, 512), (16, 512), (1, 1024), (16, 1024)],
     "attribute_reward": [(1, 6, 1, 2), (16, 16, 1, 2)],
 }
-MINIATURE = {
+MINIATURE: dict[str, list[tuple[int, ...]]] = {
     "gdpo_loss": [(1, 2, 4, 8, 8)],
     "attribute_statistics": [(1, 2, 16)],
     "attribute_ratios": [(1, 24)],
@@ -98,7 +98,8 @@ def ratios_case(size: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
 
     case = Case("attribute_ratios", size, torch.float32, call, {"forward": nbytes(gray) + gray.numel()})
     if device == "cpu":
-        case.extra = {"fast": lambda: call("auto"), "opencv": lambda: _by_opencv(gray)}
+        fast = "matrices" if complexity._complexity_cpu is None else "native"
+        case.extra = {fast: lambda: call("auto"), "opencv": lambda: _by_opencv(gray)}
     return case
 
 
@@ -123,7 +124,7 @@ def reward_case(size: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
     return Case("attribute_reward", size, torch.float32, call, {"forward": nbytes(fidelity, perceptual)})
 
 
-CASES = {"gdpo_loss": loss_case, "attribute_statistics": statistics_case, "attribute_ratios": ratios_case,
+CASES: dict[str, Callable[..., Case]] = {"gdpo_loss": loss_case, "attribute_statistics": statistics_case, "attribute_ratios": ratios_case,
          "attribute_reward": reward_case}  # fmt: skip
 
 
@@ -161,6 +162,7 @@ class Clock:
 
     def _on_gpu(self, call: Callable[[], object]) -> float:
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        assert self.flush is not None
         self.flush.zero_()
         before.record()
         call()
@@ -188,10 +190,10 @@ def implementations(case: Case, device: str, compiled: bool) -> Iterator[tuple[s
 
 def modes(case: Case, call: Callable[[], Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "forward", call
-    if case.pred is not None:
+    if (pred := case.pred) is not None:
         value = call()[0]
-        yield "backward", lambda: torch.autograd.grad(value, case.pred, retain_graph=True)
-        yield "both", lambda: torch.autograd.grad(call()[0], case.pred)
+        yield "backward", lambda: torch.autograd.grad(value, pred, retain_graph=True)
+        yield "both", lambda: torch.autograd.grad(call()[0], pred)
 
 
 @torch.no_grad()
@@ -243,7 +245,7 @@ def main() -> None:
     parser.add_argument("--compile", type=bool, default=True, help="measure torch.compile too")
     parser.add_argument("--large", type=bool | None, default=None, help="the large sizes too; default: on a GPU")
     parser.add_argument("--seconds", type=float, default=1.0, help="time budget of one figure")
-    options = parser.parse_args()
+    options: Any = parser.parse_args()
     if unknown := set(options.ops) - set(CASES):
         raise ValueError(f"unknown operation {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"

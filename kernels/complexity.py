@@ -17,6 +17,11 @@ from torch import Tensor
 from . import checks
 from .dispatch import jit, options, tl, use_triton
 
+try:
+    from . import _complexity_cpu  # complexity_cpu.cpp
+except ImportError:  # not built: matrix products do the same, at a third of the speed
+    _complexity_cpu = None
+
 SIDE = 64  # of the resized patch
 BINS = 256  # the upper half of the 512: a magnitude is not negative
 BINS_PER_UNIT = 512 / 11
@@ -77,7 +82,7 @@ CHUNK = 64  # patches at a time: 1 MiB of gradients stays in the cache
 
 
 def _patch_entropy_fast(patches: Tensor) -> Tensor:
-    """[n,ph,pw] -> [n]: the same by small matrix products, for the CPU."""
+    """[n,ph,pw] -> [n]: the same by small matrix products, for the CPU without a compiler."""
     ph, pw = patches.shape[1:]
     smooth_y, derive_y = _sobel_of_resize(ph, patches.dtype, patches.device)
     smooth_x, derive_x = _sobel_of_resize(pw, patches.dtype, patches.device)
@@ -106,6 +111,14 @@ def _complexity(gray: Tensor, patch_size: int, patch_entropy) -> Tensor:
         values = patch_entropy(patches) * (ph * pw) + 0 * patches.sum((1, 2))  # NaN stays NaN
         out[:, rows, columns].view(b, m, ph, n, pw).copy_(values.view(b, m, 1, n, 1))
     return out
+
+
+def _complexity_native(gray: Tensor, patch_size: int) -> Tensor:
+    """The same in C++, for fp32 on the CPU."""
+    _, h, w = gray.shape
+    gray = gray.detach().float().contiguous()
+    patches = torch.from_numpy(_complexity_cpu.complexity(gray.numpy(), patch_size, torch.get_num_threads()))
+    return patches.repeat_interleave(patch_size, 1)[:, :h].repeat_interleave(patch_size, 2)[:, :, :w].contiguous()
 
 
 def complexity_map_reference(gray: Tensor, patch_size: int) -> Tensor:
@@ -245,7 +258,7 @@ def _launch(gray: Tensor, patch_size: int, threshold: float | None) -> tuple[Ten
 
 
 def _plan(gray: Tensor, patch_size: int, backend: str) -> str:
-    """Which implementation: "triton", "fast" (the CPU's) or "reference"."""
+    """Which implementation: "triton", "native" or "fast" (the CPU's), or "reference"."""
     checks.tensor("gray", gray, "B,H,W")
     if not isinstance(patch_size, int) or patch_size < 1:
         raise ValueError(f"patch_size must be an int >= 1; got {patch_size!r}")
@@ -254,7 +267,16 @@ def _plan(gray: Tensor, patch_size: int, backend: str) -> str:
         raise ValueError(f"patch_size must be at most {TRITON_PATCH_LIMIT} with backend='triton'; got {patch_size}")
     if use_triton(backend, gray) and patch_size <= TRITON_PATCH_LIMIT:
         return "triton"
-    return "fast" if backend == "auto" and gray.device.type == "cpu" else "reference"
+    if backend == "torch" or gray.device.type != "cpu":
+        return "reference"
+    native = _complexity_cpu is not None and gray.dtype != torch.float64 and not torch.compiler.is_compiling()
+    return "native" if native else "fast"
+
+
+def _on_plan(plan: str, gray: Tensor, patch_size: int) -> Tensor:
+    if plan == "native":
+        return _complexity_native(gray, patch_size)
+    return _complexity(gray, patch_size, _patch_entropy_fast if plan == "fast" else _patch_entropy_reference)
 
 
 @torch.no_grad()
@@ -276,7 +298,7 @@ def complexity_map(gray: Tensor, patch_size: int = 10, *, backend: str = "auto")
     plan = _plan(gray, patch_size, backend)
     if plan == "triton":
         return _launch(gray, patch_size, None)[0]
-    return _complexity(gray, patch_size, _patch_entropy_fast if plan == "fast" else _patch_entropy_reference)
+    return _on_plan(plan, gray, patch_size)
 
 
 @torch.no_grad()
@@ -303,5 +325,4 @@ def attribute_ratios(
     if plan == "triton":
         smooth, texture, mask = _launch(gray, patch_size, float(threshold))
         return smooth, texture, mask
-    entropy = _patch_entropy_fast if plan == "fast" else _patch_entropy_reference
-    return _ratios(_complexity(gray, patch_size, entropy), threshold)
+    return _ratios(_on_plan(plan, gray, patch_size), threshold)

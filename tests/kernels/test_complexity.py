@@ -72,14 +72,38 @@ def test_fused_is_as_good_as_fp64(shape, patch, dtype):
     check(textures(*shape).to(dtype), patch)
 
 
+@pytest.fixture(params=["native", "matrices"])
+def on_the_cpu(request, monkeypatch):
+    """Both fast implementations of the CPU."""
+    if request.param == "matrices":
+        monkeypatch.setattr(complexity, "_complexity_cpu", None)
+    elif complexity._complexity_cpu is None:
+        pytest.skip("kernels/complexity_cpu.cpp is not built here (pip install -e . builds it)")
+
+
 @pytest.mark.parametrize("shape, patch", [((2, 53, 87), 10), ((1, 9, 2), 10), ((3, 70, 65), 33), ((1, 150, 90), 70)])
-def test_the_cpus_fast_path_is_as_good_as_fp64(shape, patch):
+def test_the_cpus_fast_paths_are_as_good_as_fp64(shape, patch, on_the_cpu):
     gray = textures(*shape).cpu()
     exact = complexity_map(gray.double(), patch, backend="torch")
     assert relative_error(complexity_map(gray, patch), exact) < 1e-4
     assert relative_error(complexity_map(strided(gray), patch), exact) < 1e-4
+    assert relative_error(complexity_map(gray.requires_grad_(), patch), exact) < 1e-4
+    assert relative_error(complexity_map(gray.double(), patch), exact) < 1e-9
+    gray = gray.detach()
     for got, expected in zip(attribute_ratios(gray, patch), attribute_ratios(gray, patch, backend="torch")):
         torch.testing.assert_close(got, expected)
+
+
+def test_native_takes_what_it_is_given():
+    native = pytest.importorskip("gdpo.kernels._complexity_cpu")
+    gray = torch.full((2, 12, 31), 1e30)
+    gray[0, 0, 0] = float("nan")
+    gray[1, ::2] = 0
+    assert native.complexity(gray.numpy(), 10, 5).shape == (2, 2, 4)  # no bin beyond the last
+    with pytest.raises(ValueError):
+        native.complexity(gray[0].numpy(), 10, 1)
+    with pytest.raises(TypeError):
+        native.complexity(gray.double().numpy(), 10, 1)
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "triton"])

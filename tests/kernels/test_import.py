@@ -63,7 +63,7 @@ def hf_kernels(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """A folder with this project's wheel unpacked, as pip does; built from a copy, without compiled extensions."""
+    """A folder with this project's wheel unpacked, as pip does; built from a copy."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
