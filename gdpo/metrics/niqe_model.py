@@ -93,7 +93,10 @@ def niqe(x: Tensor, model: str | NiqeModel = "photos") -> Tensor:
     model = load_niqe(model) if isinstance(model, str) else model
     check_images(model.block, x=x)
     if (x.shape[2] // model.block) * (x.shape[3] // model.block) < 2:
-        raise ValueError(f"NIQE {model.name} needs two blocks of {model.block}x{model.block}; got {tuple(x.shape)}")
+        raise ValueError(
+            f"NIQE {model.name} needs two blocks of {model.block}x{model.block}; got {tuple(x.shape)} "
+            "(photos-32 takes smaller pictures)"
+        )
     pristine = model.mean.to(x.device), model.covariance.to(x.device)
     return in_slices(lambda part: torch.stack([_distance(f, *pristine) for f in niqe_features(part, model.block)]), x)
 

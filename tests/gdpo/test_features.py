@@ -75,6 +75,12 @@ def test_equal_pictures_are_at_zero_and_the_distance_is_symmetric(weights, pair)
     torch.testing.assert_close(distance(*pair), distance(*pair[::-1]), rtol=1e-4, atol=1e-6)
 
 
+def test_one_target_for_all(weights, pair):
+    distance = PerceptualDistance(2, weights)
+    want = distance(pair[0], pair[1][:1].expand_as(pair[0]))
+    torch.testing.assert_close(distance(pair[0], pair[1][:1]), want, rtol=1e-5, atol=1e-6)
+
+
 def test_bf16_autocast_and_channels_last_agree_with_fp32(weights, pair):
     distance = PerceptualDistance(3, weights)
     want = distance(*pair)

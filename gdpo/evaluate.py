@@ -1,0 +1,203 @@
+"""`python -m gdpo.evaluate --lr DIR --hr DIR [--sr DIR | --model FOLDER]... --out DIR`: is it any good?
+
+Runs the models, scores every picture against its HR, and writes per_image.csv, results.json, table.md, sheet.png and
+(for two models) compare.png to the output folder, with the pictures that the models made.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from engine.cli import Parser, run
+from engine.files import atomic_write
+from engine.images import Picture, write_image
+
+from .evaluation import report
+from .evaluation.compare import bootstrap, compare
+from .evaluation.scores import NAMES, Metric, build_metrics, create_pyiqa
+from .evaluation.sources import Source, build_sources, check_pairs, list_pictures, read_pair
+
+_SEED_METRICS = ("psnr_y", "ssim_y", "naturalness")  # cheap enough for many noises
+
+
+def parser() -> Parser:
+    p = Parser(prog="python -m gdpo.evaluate", description=__doc__)
+    p.add_argument("--lr", required=True, metavar="DIR", help="low-resolution pictures")
+    p.add_argument("--hr", required=True, metavar="DIR", help="their originals, under the same names")
+    p.add_argument("--sr", action="append", default=[], metavar="[NAME=]DIR", help="finished pictures; repeatable")
+    p.add_argument(
+        "--model", action="append", default=[], metavar="[NAME=]DIR", help="an engine or generator folder; repeatable"
+    )
+    p.add_argument("--out", required=True, metavar="DIR", help="where the results go")
+    p.add_argument("--metrics", nargs="+", default=list(NAMES), help=f"columns (default: {' '.join(NAMES)})")
+    p.add_argument("--niqe", default="photos", help="NIQE's model: photos, photos-32, or a .mat/.npz file")
+    p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="rows to compare (default: the last two)")
+    p.add_argument("--seed", type=int, default=0, help="of the models' noise and of the bootstrap")
+    p.add_argument("--seeds", type=int, default=1, help="noises per picture for the diversity of models")
+    p.add_argument("--seed-images", type=int, default=10, help="pictures that diversity is measured on")
+    p.add_argument("--every", type=int, default=1, help="take every n-th picture only")
+    p.add_argument("--color", default="adain", choices=("adain", "wavelet", "none"), help="colour alignment of models")
+    p.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: what is there)")
+    p.add_argument("--bootstrap", type=int, default=10000, help="resamples of an interval")
+    p.add_argument("--sheet-images", type=int, default=10)
+    p.add_argument("--sheet-crop", type=int, default=128, help="side of the crops on the sheet, in HR pixels")
+    p.add_argument("--sheet-zoom", type=int, default=2)
+    p.add_argument("--no-progress", action="store_true")
+    return p
+
+
+def main() -> None:
+    args = parser().parse_args()
+    for name in ("seeds", "seed_images", "every", "bootstrap", "sheet_images", "sheet_crop", "sheet_zoom"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(args, name)}")
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    hr, lr = list_pictures(Path(args.hr)), list_pictures(Path(args.lr))
+    check_pairs(list(hr), Path(args.lr), lr)
+    names = sorted(hr)[:: args.every]
+    sources = build_sources(args.sr, args.model, list(hr), args.device, args.color)
+    rows = [s.name for s in sources]
+    pair = args.compare or (rows[-2:] if len(rows) > 2 else [])
+    if unknown := [n for n in pair if n not in rows]:
+        raise ValueError(f"--compare names {unknown[0]!r}; rows are {', '.join(rows)}")
+    columns, missing = build_metrics(args.metrics, args.niqe, device)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    shown = {names[i] for i in np.linspace(0, len(names) - 1, min(args.sheet_images, len(names))).astype(int)}
+    per_image: list[dict] = []
+    sheet: list[tuple[str, list[tuple[str, np.ndarray]]]] = []
+    for name in tqdm(names, desc="pictures", disable=args.no_progress):
+        small, target = read_pair(lr[name], hr[name])
+        pictures: list[np.ndarray] = []
+        for source in sources:
+            pictures.append(source.picture(name, small, target.shape[:2], args.seed))
+            if source.seeded or source.name == "bicubic":
+                _save(pictures[-1], out / "pictures" / source.name / f"{name}.png")
+        per_image += _score(name, rows, pictures, target, columns, device)
+        if name in shown:
+            sheet.append((name, [*zip(rows, pictures), ("hr", target)]))
+
+    result = {
+        "images": len(names),
+        "seed": args.seed,
+        "niqe_model": Path(args.niqe).stem if Path(args.niqe).suffix else args.niqe,
+        "bootstrap": args.bootstrap,
+        "models": _means([*rows, "hr"], per_image, columns, args.bootstrap, args.seed),
+        "missing": missing,
+        "diversity": _diversity(sources, names, lr, hr, columns, device, args) if args.seeds > 1 else {},
+        "comparison": {},
+    }
+    for source in sources:
+        if source.seconds:
+            result["models"][source.name]["seconds"] = float(np.median(source.seconds))
+    if "fid" in args.metrics:
+        _fid(result, sources, Path(args.hr), out, device, args.every)
+    if pair:
+        values = {m.name: (_column(per_image, pair[0], m), _column(per_image, pair[1], m), m.better) for m in columns}
+        compared = {n: compare(*v, args.bootstrap, args.seed) for n, v in values.items()}
+        result["comparison"] = {"a": pair[0], "b": pair[1], "metrics": compared}
+        report.write_scatter(out / "compare.png", pair[0], pair[1], values)
+    report.write_csv(out / "per_image.csv", per_image, [m.name for m in columns])
+    report.write_json(out / "results.json", result)
+    report.write_sheet(out / "sheet.png", sheet, args.sheet_crop, args.sheet_zoom)
+    table = report.markdown(result, columns)
+    atomic_write(out / "table.md", table)
+    print(table, end="")
+    written = sorted(p.name for p in out.iterdir() if p.is_file())
+    print(f"{out}: {', '.join(written)}", file=sys.stderr)
+
+
+def _save(pixels: np.ndarray, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_image(path, Picture(pixels))
+
+
+def _tensor(*pictures: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(device).float() / 255
+
+
+@torch.inference_mode()
+def _score(
+    image: str, rows: list[str], pictures: list[np.ndarray], hr: np.ndarray, columns: list[Metric], device: torch.device
+) -> list[dict]:
+    """A row of the CSV for each model and for the HR picture itself (which has no full-reference scores)."""
+    everything, target = _tensor(*pictures, hr, device=device), _tensor(hr, device=device)
+    out = [{"image": image, "model": name} for name in [*rows, "hr"]]
+    for metric in columns:
+        scored = everything[:-1] if metric.reference else everything
+        try:
+            values = metric.score(scored, target).double().tolist()
+        except (ValueError, RuntimeError) as error:
+            raise type(error)(f"{metric.name} of {image}: {error}") from error
+        for row, value in zip(out, values):
+            row[metric.name] = value
+    return out
+
+
+def _column(per_image: list[dict], model: str, metric: Metric) -> np.ndarray:
+    return np.array([row.get(metric.name, float("nan")) for row in per_image if row["model"] == model])
+
+
+def _means(rows: list[str], per_image: list[dict], columns: list[Metric], rounds: int, seed: int) -> dict:
+    out: dict[str, dict] = {}
+    for name in rows:
+        out[name] = {}
+        for metric in columns:
+            if name == "hr" and metric.reference:
+                continue
+            mean, low, high = bootstrap(_column(per_image, name, metric), rounds, seed)
+            out[name][metric.name] = {"mean": mean, "low": low, "high": high}
+    return out
+
+
+@torch.inference_mode()
+def _diversity(
+    sources: list[Source], names: list[str], lr: dict, hr: dict, columns: list[Metric], device, args
+) -> dict:
+    """What a model makes of other noises: mean and spread (standard deviation) per picture, averaged over pictures."""
+    chosen = [names[i] for i in np.linspace(0, len(names) - 1, min(args.seed_images, len(names))).astype(int)]
+    metrics = [m for m in columns if m.name in _SEED_METRICS]
+    out: dict[str, dict] = {}
+    for source in (s for s in sources if s.seeded):
+        timed, pixels = len(source.seconds), []
+        scores: dict[str, list[np.ndarray]] = {m.name: [] for m in metrics}
+        for name in tqdm(chosen, desc=f"seeds of {source.name}", disable=args.no_progress):
+            small, target = read_pair(lr[name], hr[name])
+            size = target.shape[:2]
+            pictures = [source.picture(name, small, size, args.seed + k) for k in range(args.seeds)]
+            pixels.append(np.stack(pictures).astype(np.float32).std(0, ddof=1).mean())
+            x, y = _tensor(*pictures, device=device), _tensor(target, device=device)
+            for metric in metrics:
+                scores[metric.name].append(metric.score(x, y).double().cpu().numpy())
+        del source.seconds[timed:]
+        row = {"seeds": args.seeds, "images": len(chosen), "pixels": float(np.mean(pixels))}
+        for name, values in scores.items():
+            table = np.array(values)
+            row[name] = {"mean": float(table.mean()), "spread": float(table.std(1, ddof=1).mean())}
+        out[source.name] = row
+    return out
+
+
+def _fid(result: dict, sources: list[Source], hr: Path, out: Path, device: torch.device, every: int) -> None:
+    """FID of each model's folder against the HR folder, through pyiqa."""
+    if every > 1:
+        result["missing"]["fid"] = "it compares whole folders; leave --every out"
+        return
+    fid, reason = create_pyiqa("fid", device)
+    if fid is None:
+        result["missing"]["fid"] = reason
+        return
+    for source in sources:
+        pictures = getattr(source, "pictures", None)
+        folder = next(iter(pictures.values())).parent if pictures else out / "pictures" / source.name
+        result["models"][source.name]["fid"] = float(fid(str(folder), str(hr), verbose=False))
+
+
+if __name__ == "__main__":
+    run(main)

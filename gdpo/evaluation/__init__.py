@@ -1,0 +1,1 @@
+"""What `python -m gdpo.evaluate` is made of: sources of pictures, scores, comparison, report."""

@@ -1,0 +1,151 @@
+"""Where pictures come from: folders paired by file name, and what upscales an LR picture."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from engine.images import SUFFIXES, read_image
+from engine.resample import resize
+
+
+def read_rgb(path: Path) -> np.ndarray:
+    """[H,W,3] uint8; transparency is dropped. ValueError for 16 bit, which the papers' metrics do not define."""
+    pixels = read_image(path).pixels
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"{path}: metrics are defined on 8-bit pictures; this one has 16 bit")
+    return pixels
+
+
+def read_pair(lr: Path, hr: Path) -> tuple[np.ndarray, np.ndarray]:
+    """LR and HR of one scene. ValueError where the HR is not the LR magnified by one factor."""
+    small, large = read_rgb(lr), read_rgb(hr)
+    if small.shape[0] * large.shape[1] != small.shape[1] * large.shape[0] or small.shape[0] >= large.shape[0]:
+        raise ValueError(f"{hr} ({_size(large)}) is not {lr} ({_size(small)}) magnified")
+    return small, large
+
+
+def list_pictures(folder: Path) -> dict[str, Path]:
+    """Pictures of a folder by name without suffix. ValueError where there are none or two share a name."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder")
+    out: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            if path.stem in out:
+                raise ValueError(f"{folder} holds {out[path.stem].name} and {path.name}: pictures are paired by name")
+            out[path.stem] = path
+    if not out:
+        raise ValueError(f"{folder} holds no picture ({', '.join(SUFFIXES)})")
+    return out
+
+
+def check_pairs(names: list[str], folder: Path, pictures: dict[str, Path]) -> None:
+    """The folder must hold exactly these names."""
+    missing, surplus = [n for n in names if n not in pictures], [n for n in pictures if n not in names]
+    for what, which in (("lacks", missing), ("holds, beyond the HR folder,", surplus)):
+        if which:
+            more = f" and {len(which) - 3} more" if len(which) > 3 else ""
+            raise ValueError(
+                f"{folder} {what} {', '.join(sorted(which)[:3])}{more}; LR, SR and HR are paired by file name"
+            )
+
+
+class Source(Protocol):
+    """A row of the table: gives a picture for each name."""
+
+    name: str
+    seeded: bool
+    seconds: list[float]
+
+    def picture(self, name: str, lr: np.ndarray, size: tuple[int, int], seed: int) -> np.ndarray:
+        """The picture of this name, [H,W,3] uint8 of this (H, W)."""
+        ...
+
+
+@dataclass
+class Bicubic:
+    """The resampler of the engine: bicubic a=-0.5."""
+
+    name: str = "bicubic"
+    seeded: bool = False
+    seconds: list[float] = field(default_factory=list)
+
+    def picture(self, name: str, lr: np.ndarray, size: tuple[int, int], seed: int) -> np.ndarray:
+        start = time.perf_counter()
+        out = resize(lr, size)
+        self.seconds.append(time.perf_counter() - start)
+        return out
+
+
+@dataclass
+class Folder:
+    """Finished pictures, of anybody's."""
+
+    name: str
+    pictures: dict[str, Path]
+    seeded: bool = False
+    seconds: list[float] = field(default_factory=list)
+
+    def picture(self, name: str, lr: np.ndarray, size: tuple[int, int], seed: int) -> np.ndarray:
+        pixels = read_rgb(self.pictures[name])
+        if pixels.shape[:2] != size:
+            raise ValueError(f"{self.pictures[name]} must be {size[1]}x{size[0]} as its HR; got {_size(pixels)}")
+        return pixels
+
+
+class Model:
+    """A built engine folder, or a generator's folder (run by torch)."""
+
+    seeded = True
+
+    def __init__(self, name: str, folder: Path, device: str | None, color: str) -> None:
+        from engine import Upscaler
+
+        built = (folder / "manifest.json").is_file()
+        self.name, self.color = name, color
+        self.seconds: list[float] = []
+        self.up = Upscaler.load(folder, backend="auto" if built else "torch", device=device)
+
+    def picture(self, name: str, lr: np.ndarray, size: tuple[int, int], seed: int) -> np.ndarray:
+        scale = size[0] / lr.shape[0]
+        start = time.perf_counter()
+        out = self.up.upscale(lr, seed=seed, scale=scale, color=self.color)
+        self.seconds.append(time.perf_counter() - start)
+        if out.shape[:2] != size:
+            raise ValueError(f"{self.name} made {_size(out)} of {name} where its HR is {size[1]}x{size[0]}")
+        return out
+
+
+def _size(pixels: np.ndarray) -> str:
+    return f"{pixels.shape[1]}x{pixels.shape[0]}"
+
+
+def parse_source(text: str) -> tuple[str, Path]:
+    """`NAME=FOLDER` or `FOLDER`, which is then called by its last part."""
+    name, equals, folder = text.rpartition("=")
+    path = Path(folder)
+    return (name if equals else path.resolve().name), path
+
+
+def build_sources(sr: list[str], models: list[str], names: list[str], device: str | None, color: str) -> list[Source]:
+    """Bicubic, then the folders of finished pictures, then the models. ValueError for a repeated name."""
+    sources: list[Source] = [Bicubic()]
+    for text in sr:
+        name, folder = parse_source(text)
+        pictures = list_pictures(folder)
+        check_pairs(names, folder, pictures)
+        sources.append(Folder(name, pictures))
+    for text in models:
+        name, folder = parse_source(text)
+        sources.append(Model(name, folder, device, color))
+    seen = {"hr"}
+    for source in sources:
+        if source.name in seen or not source.name or "/" in source.name:
+            raise ValueError(f"row {source.name!r} is taken or no name; give another: --sr NAME=DIR, --model NAME=DIR")
+        seen.add(source.name)
+    return sources
