@@ -9,6 +9,15 @@ import pytest
 os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists() else "1")
 
 
+def pytest_collection_modifyitems(items):
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
 @pytest.fixture(scope="session")
 def mini_sd(tmp_path_factory) -> Path:
     """A miniature of Stable Diffusion 2.1-base, with random weights. Read only: copy it to change it."""
