@@ -124,8 +124,12 @@ def reward_case(size: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
     return Case("attribute_reward", size, torch.float32, call, {"forward": nbytes(fidelity, perceptual)})
 
 
-CASES: dict[str, Callable[..., Case]] = {"gdpo_loss": loss_case, "attribute_statistics": statistics_case, "attribute_ratios": ratios_case,
-         "attribute_reward": reward_case}  # fmt: skip
+CASES: dict[str, Callable[..., Case]] = {
+    "gdpo_loss": loss_case,
+    "attribute_statistics": statistics_case,
+    "attribute_ratios": ratios_case,
+    "attribute_reward": reward_case,
+}
 
 
 def gate(op: str, device: str) -> None:
@@ -150,7 +154,8 @@ class Clock:
     def __call__(self, call: Callable[[], object]) -> list[float]:
         for _ in range(3):
             call()
-        end, times = time.perf_counter() + self.budget, []
+        end = time.perf_counter() + self.budget
+        times: list[float] = []
         while len(times) < 5 or (time.perf_counter() < end and len(times) < 500):
             times.append(self._on_gpu(call) if self.gpu else self._on_cpu(call))
         return sorted(times)

@@ -102,8 +102,9 @@ def between(name: str, value: Tensor, low: float, high: float, remedy: str) -> N
     """Check a range, with a hundredth of room where it ends on both sides. On the CPU (or with GDPO_CHECK_VALUES=1)."""
     if not _look(value):
         return
-    finite(**{name: value})
     least, most = (float(v) for v in value.detach().aminmax())
     room = 0.0 if math.isinf(high) else (high - low) / 100
-    if least < low - room or most > high + room:
-        raise ValueError(f"{name} must be in [{low:g}, {high:g}]; got [{least:g}, {most:g}]: {remedy}")
+    if low - room <= least and most <= high + room and not math.isinf(most):
+        return
+    finite(**{name: value})
+    raise ValueError(f"{name} must be in [{low:g}, {high:g}]; got [{least:g}, {most:g}]: {remedy}")

@@ -115,10 +115,8 @@ def _complexity(gray: Tensor, patch_size: int, patch_entropy) -> Tensor:
 
 def _complexity_native(gray: Tensor, patch_size: int) -> Tensor:
     """The same in C++, for fp32 on the CPU."""
-    _, h, w = gray.shape
     gray = gray.detach().float().contiguous()
-    patches = torch.from_numpy(_complexity_cpu.complexity(gray.numpy(), patch_size, torch.get_num_threads()))
-    return patches.repeat_interleave(patch_size, 1)[:, :h].repeat_interleave(patch_size, 2)[:, :, :w].contiguous()
+    return torch.from_numpy(_complexity_cpu.complexity_map(gray.numpy(), patch_size, torch.get_num_threads()))
 
 
 def complexity_map_reference(gray: Tensor, patch_size: int) -> Tensor:
@@ -129,8 +127,7 @@ def complexity_map_reference(gray: Tensor, patch_size: int) -> Tensor:
 def _ratios(complexity: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """[B,H,W] -> smooth [B], texture [B], mask: shares of the area in whole hundredths (ties to even), sum 1."""
     mask = complexity > threshold
-    percent = (mask.sum((1, 2)).double() * 100 / mask[0].numel()).round()
-    percent = torch.where(complexity.isnan().flatten(1).any(1), torch.nan, percent)
+    percent = (mask.sum((1, 2)).double() * 100 / mask[0].numel()).round() + 0 * complexity.sum((1, 2))  # NaN stays NaN
     return ((100 - percent) / 100).to(complexity.dtype), (percent / 100).to(complexity.dtype), mask
 
 

@@ -135,12 +135,12 @@ float patch_entropy(const Factors& rows, const Factors& columns, const float* pa
   return entropy;
 }
 
-// gray [B,H,W] float32, contiguous and finite -> complexity [B, ceil(H/patch), ceil(W/patch)].
-py::array_t<float> complexity(py::array_t<float, py::array::c_style> gray, int patch, int threads) {
+// gray [B,H,W] float32, contiguous -> complexity [B,H,W], the same for all pixels of a patch.
+py::array_t<float> complexity_map(py::array_t<float, py::array::c_style> gray, int patch, int threads) {
   if (gray.ndim() != 3 || patch < 1) throw py::value_error("gray must be [B,H,W] and patch at least 1");
   const int64_t images = gray.shape(0), height = gray.shape(1), width = gray.shape(2);
   const int64_t down = (height + patch - 1) / patch, across = (width + patch - 1) / patch;
-  py::array_t<float> out({images, down, across});
+  py::array_t<float> out({images, height, width});
   const float* source = gray.data();
   float* target = out.mutable_data();
 
@@ -153,14 +153,14 @@ py::array_t<float> complexity(py::array_t<float, py::array::c_style> gray, int p
   const auto work = [&] {
     std::vector<float> scratch;
     for (int64_t strip; (strip = next++) < images * down;) {
-      const int64_t b = strip / down, py_ = strip % down;
-      const Factors& rows = size(height, py_) == patch ? full : last_row;
-      for (int64_t px = 0; px < across; ++px) {
-        const Factors& columns = size(width, px) == patch ? full : last_column;
-        const float* corner = source + (b * height + py_ * patch) * width + px * patch;
-        target[strip * across + px] =
-            patch_entropy(rows, columns, corner, width, table, scratch) * rows.size * columns.size;
+      const int64_t b = strip / down, index = strip % down, first = (b * height + index * patch) * width;
+      const Factors& rows = size(height, index) == patch ? full : last_row;
+      for (int64_t left = 0; left < width; left += patch) {
+        const Factors& columns = width - left >= patch ? full : last_column;
+        const float bits = patch_entropy(rows, columns, source + first + left, width, table, scratch);
+        std::fill_n(target + first + left, columns.size, bits * rows.size * columns.size);
       }
+      for (int64_t y = 1; y < rows.size; ++y) std::copy_n(target + first, width, target + first + y * width);
     }
   };
   py::gil_scoped_release unlocked;
@@ -174,6 +174,6 @@ py::array_t<float> complexity(py::array_t<float, py::array::c_style> gray, int p
 }  // namespace
 
 PYBIND11_MODULE(_complexity_cpu, m) {
-  m.doc() = "The complexity of every patch of gray pictures, on the CPU.";
-  m.def("complexity", &complexity, py::arg("gray").noconvert(), py::arg("patch"), py::arg("threads"));
+  m.doc() = "The complexity map of gray pictures, on the CPU.";
+  m.def("complexity_map", &complexity_map, py::arg("gray").noconvert(), py::arg("patch"), py::arg("threads"));
 }

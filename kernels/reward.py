@@ -49,7 +49,9 @@ def attribute_reward_reference(
 
 
 @jit
-def _group_scores_of(metrics_ptr, weights_ptr, b, group, count, GROUP: tl.constexpr, COUNT: tl.constexpr):
+def _group_scores_of(
+    metrics_ptr, weights_ptr, b, group, count, GROUP: tl.constexpr, COUNT: tl.constexpr, WEIGHTED: tl.constexpr
+):
     """The weighted mean of a picture's min-max normalised metrics, [GROUP]; 0 for a tie and for no metric."""
     g, m = tl.arange(0, GROUP)[:, None], tl.arange(0, COUNT)[None, :]
     inside = (g < group) & (m < count)
@@ -58,8 +60,10 @@ def _group_scores_of(metrics_ptr, weights_ptr, b, group, count, GROUP: tl.conste
     high = tl.max(tl.where(inside, x, float("-inf")), 0, keep_dims=True)
     span = tl.where(high > low, high - low, 1.0)
     scaled = tl.where(inside, tl.div_rn(x - low, span), 0.0)
-    weights = tl.load(weights_ptr + tl.arange(0, COUNT), mask=tl.arange(0, COUNT) < count, other=0.0)
-    return tl.sum(scaled * weights[None, :], 1)
+    if WEIGHTED:
+        weights = tl.load(weights_ptr + m, mask=m < count, other=0.0).to(tl.float32)
+        return tl.sum(scaled * tl.div_rn(weights, tl.sum(weights)), 1)
+    return tl.sum(scaled, 1) / tl.maximum(count, 1).to(tl.float32)
 
 
 @jit
@@ -78,13 +82,17 @@ def _attribute_reward_fwd_kernel(
     GROUP: tl.constexpr,
     FIDELITY: tl.constexpr,
     PERCEPTUAL: tl.constexpr,
+    FIDELITY_WEIGHTED: tl.constexpr,
+    PERCEPTUAL_WEIGHTED: tl.constexpr,
 ):
     """One picture a program."""
     b = tl.program_id(0).to(tl.int64)
     smooth, texture = tl.load(smooth_ptr + b).to(tl.float32), tl.load(texture_ptr + b).to(tl.float32)
-    reward = smooth * _group_scores_of(fidelity_ptr, fidelity_weights_ptr, b, group, n_fidelity, GROUP, FIDELITY)
+    reward = smooth * _group_scores_of(
+        fidelity_ptr, fidelity_weights_ptr, b, group, n_fidelity, GROUP, FIDELITY, FIDELITY_WEIGHTED
+    )
     reward += texture * _group_scores_of(
-        perceptual_ptr, perceptual_weights_ptr, b, group, n_perceptual, GROUP, PERCEPTUAL
+        perceptual_ptr, perceptual_weights_ptr, b, group, n_perceptual, GROUP, PERCEPTUAL, PERCEPTUAL_WEIGHTED
     )
     g = tl.arange(0, GROUP)
     inside = g < group
@@ -92,14 +100,6 @@ def _attribute_reward_fwd_kernel(
     centred -= tl.sum(tl.where(inside, centred, 0.0)) / group.to(tl.float32)
     variance = tl.sum(tl.where(inside, centred * centred, 0.0)) / (group - 1).to(tl.float32)
     tl.store(advantage_ptr + b * group + g, tl.div_rn(centred, tl.sqrt_rn(variance) + epsilon), mask=inside)
-
-
-def _shares(weights: Tensor | None, metrics: Tensor) -> Tensor:
-    """Weights [M] that sum to 1, fp32, on the metrics' device."""
-    m = metrics.shape[2]
-    if weights is None:
-        return torch.full((max(m, 1),), 1 / max(m, 1), device=metrics.device)
-    return (weights / weights.sum()).float().contiguous()
 
 
 def _launch(
@@ -116,8 +116,10 @@ def _launch(
     with torch.cuda.device_of(fidelity):
         _attribute_reward_fwd_kernel[(b,)](
             fidelity.contiguous(), perceptual.contiguous(), smooth.contiguous(), texture.contiguous(),
-            _shares(fidelity_weights, fidelity), _shares(perceptual_weights, perceptual), advantage,
+            smooth if fidelity_weights is None else fidelity_weights.contiguous(),
+            smooth if perceptual_weights is None else perceptual_weights.contiguous(), advantage,
             g, f, p, EPSILON, GROUP=_power_of_two(g), FIDELITY=_power_of_two(f), PERCEPTUAL=_power_of_two(p),
+            FIDELITY_WEIGHTED=fidelity_weights is not None, PERCEPTUAL_WEIGHTED=perceptual_weights is not None,
             **options(1),
         )  # fmt: skip
     return advantage

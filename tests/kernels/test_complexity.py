@@ -99,11 +99,11 @@ def test_native_takes_what_it_is_given():
     gray = torch.full((2, 12, 31), 1e30)
     gray[0, 0, 0] = float("nan")
     gray[1, ::2] = 0
-    assert native.complexity(gray.numpy(), 10, 5).shape == (2, 2, 4)  # no bin beyond the last
+    assert native.complexity_map(gray.numpy(), 10, 5).shape == gray.shape  # no bin beyond the last
     with pytest.raises(ValueError):
-        native.complexity(gray[0].numpy(), 10, 1)
+        native.complexity_map(gray[0].numpy(), 10, 1)
     with pytest.raises(TypeError):
-        native.complexity(gray.double().numpy(), 10, 1)
+        native.complexity_map(gray.double().numpy(), 10, 1)
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "triton"])

@@ -170,7 +170,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "map", lambda: complexity._launch(_new(1, 512, 512), 10, None)
     yield "one pixel", lambda: complexity._launch(_new(1, 1, 1), 10, 50.0)
     yield "paper", lambda: reward._launch(_new(1, 6, 1), _new(1, 6, 2), _new(1), _new(1))
-    yield "large", lambda: reward._launch(_new(16, 16, 3), _new(16, 16, 0), _new(16), _new(16))
+    yield "large", lambda: reward._launch(_new(16, 16, 3), _new(16, 16, 0), _new(16), _new(16), _new(3))
 
 
 def main() -> None:
