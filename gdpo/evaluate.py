@@ -36,7 +36,12 @@ def parser() -> Parser:
     p.add_argument("--out", required=True, metavar="DIR", help="where the results go")
     p.add_argument("--metrics", nargs="+", default=list(NAMES), help=f"columns (default: {' '.join(NAMES)})")
     p.add_argument("--niqe", default="photos", help="NIQE's model: photos, photos-32, or a .mat/.npz file")
-    p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="rows to compare (default: the last two)")
+    p.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A", "B"),
+        help="rows to compare, A minus B (default: the last two rows, the last one as A)",
+    )
     p.add_argument("--seed", type=int, default=0, help="of the models' noise and of the bootstrap")
     p.add_argument("--seeds", type=int, default=1, help="noises per picture for the diversity of models")
     p.add_argument("--seed-images", type=int, default=10, help="pictures that diversity is measured on")
@@ -62,7 +67,7 @@ def main() -> None:
     names = sorted(hr)[:: args.every]
     sources = build_sources(args.sr, args.model, list(hr), args.device, args.color)
     rows = [s.name for s in sources]
-    pair = args.compare or (rows[-2:] if len(rows) > 2 else [])
+    pair = args.compare or (rows[:-3:-1] if len(rows) > 2 else [])
     if unknown := [n for n in pair if n not in rows]:
         raise ValueError(f"--compare names {unknown[0]!r}; rows are {', '.join(rows)}")
     columns, missing = build_metrics(args.metrics, args.niqe, device)

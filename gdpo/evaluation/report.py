@@ -41,9 +41,9 @@ def write_json(path: Path, content: dict) -> None:
     atomic_write(path, json.dumps(clean(content), indent=2, allow_nan=False) + "\n")
 
 
-def figure(name: str, value: float | None) -> str:
-    """A number with the digits that its column is quoted with."""
-    return "" if value is None or math.isnan(value) else f"{value:.{_DIGITS.get(name, 2)}f}"
+def figure(name: str, value: float | None, finer: int = 0) -> str:
+    """A number with the digits that its column is quoted with, or so many more."""
+    return "" if value is None or math.isnan(value) else f"{value:.{_DIGITS.get(name, 2) + finer}f}"
 
 
 def markdown(result: dict, columns: list[Metric]) -> str:
@@ -74,7 +74,7 @@ def markdown(result: dict, columns: list[Metric]) -> str:
             "|---|---|---|" + "---|" * len(metrics),
         ]
         for model, row in result["diversity"].items():
-            cells = [f"{figure(m, row[m]['mean'])} ± {figure('ssim_y', row[m]['spread'])}" for m in metrics]
+            cells = [f"{figure(m, row[m]['mean'])} ± {figure(m, row[m]['spread'], finer=1)}" for m in metrics]
             lines.append(f"| {model} | {row['seeds']} | {row['pixels']:.2f} | " + " | ".join(cells) + " |")
     if result["comparison"]:
         c = result["comparison"]
@@ -86,8 +86,8 @@ def markdown(result: dict, columns: list[Metric]) -> str:
             "|---|---|---|---|---|",
         ]
         for name, d in c["metrics"].items():
-            interval = f"[{figure(name, d['low'])}, {figure(name, d['high'])}]"
-            lines.append(f"| {name} | {figure(name, d['mean'])} | {interval} | {d['wins']:.0%} | {d['verdict']} |")
+            mean, low, high = (figure(name, d[k], finer=1) for k in ("mean", "low", "high"))
+            lines.append(f"| {name} | {mean} | [{low}, {high}] | {d['wins']:.0%} | {d['verdict']} |")
     return "\n".join(lines) + "\n"
 
 
