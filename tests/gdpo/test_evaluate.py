@@ -66,7 +66,7 @@ def rows(out):
 
 
 def pixels(path):
-    return torch.from_numpy(np.asarray(Image.open(path))).permute(2, 0, 1)[None].float() / 255
+    return torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None].float() / 255
 
 
 def test_everything_is_written_and_the_numbers_are_the_metrics(monkeypatch, data, model, tmp_path):
@@ -92,8 +92,8 @@ def test_everything_is_written_and_the_numbers_are_the_metrics(monkeypatch, data
     assert result["comparison"]["metrics"]["psnr_y"]["verdict"] == "worse"
     assert result["diversity"]["stirred"]["pixels"] > 0 and "noisy" not in result["diversity"]
     assert f"| noisy | {mean:.2f} |" in (out / "table.md").read_text()
-    sheet = Image.open(out / "sheet.png")
-    assert sheet.width == 4 * 256 + 3 * 6 and sheet.height > 4 * 256
+    with Image.open(out / "sheet.png") as sheet:
+        assert sheet.width == 4 * 256 + 3 * 6 and sheet.height > 4 * 256
 
 
 def test_a_rerun_gives_the_same_values(monkeypatch, data, model, tmp_path):
