@@ -64,7 +64,9 @@ def measure(o: Options) -> dict[str, float]:
     samples = [i * len(dataset) // o.crops for i in range(o.crops)]
     found: dict[str, list[torch.Tensor]] = {}
     pictures: list[list[torch.Tensor]] = []
-    for batch in tqdm(loader(dataset, [[s] for s in samples], seed=0), total=len(samples), unit="crop"):
+    shown = {i * o.crops // 6 for i in range(6)}
+    batches = loader(dataset, [[s] for s in samples], seed=0)
+    for i, batch in enumerate(tqdm(batches, total=len(samples), unit="crop")):
         hr = batch.hr * 2 - 1
         lr, _ = degrade(batch.hr, seed=o.seed, step=0, samples=batch.samples)
         bicubic = degrade.upsample(lr) * 2 - 1
@@ -73,7 +75,7 @@ def measure(o: Options) -> dict[str, float]:
         )  # fmt: skip
         for name, values in compared.scores.items():
             found.setdefault(name, []).append(values[0])
-        if len(pictures) < 6:
+        if i in shown:
             pictures.append([bicubic, compared.before, compared.after, hr])
     result: dict[str, float] = {"crops": float(o.crops), "noises": float(o.noises)}
     for name, per_crop in found.items():

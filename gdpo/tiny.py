@@ -62,25 +62,26 @@ class Head(nn.Module):
     """Features at 1/4 resolution to a latent residual, by way of full resolution.
 
     A bare pixel-shuffle leaves a grid of period 4, because neighbouring pixels come from unrelated filters. Here each
-    x2 shuffle is followed by a convolution at the resolution it made, and the picture is unshuffled at last.
+    x2 shuffle is followed by a convolution at the resolution it made, and the picture is unshuffled at last. The last
+    of them also sees the noisy and the clean picture as they are: grain is made from noise, not drawn as streaks.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, widths: tuple[int, int]):
+    def __init__(self, in_channels: int, sample_channels: int, out_channels: int, widths: tuple[int, int]):
         super().__init__()
         half, full = widths
         self.up1 = nn.Conv2d(in_channels, 4 * half, 3, padding=1)
         self.conv1 = nn.Conv2d(half, half, 3, padding=1)
         self.up2 = nn.Conv2d(half, 4 * full, 3, padding=1)
-        self.conv2 = nn.Conv2d(full, full, 3, padding=1)
+        self.conv2 = nn.Conv2d(full + sample_channels // 16, full, 3, padding=1)
         self.out = nn.Conv2d(full, out_channels // 16, 3, padding=1)
         for parameter in self.out.parameters():  # the untrained generator returns its input
             nn.init.zeros_(parameter)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         x = _act(F.pixel_shuffle(self.up1(x), 2))
         x = _act(self.conv1(x))
         x = _act(F.pixel_shuffle(self.up2(x), 2))
-        x = _act(self.conv2(x))
+        x = _act(self.conv2(torch.cat([x, F.pixel_shuffle(sample, 4)], dim=1)))
         return F.pixel_unshuffle(self.out(x), 4)
 
 
@@ -108,7 +109,7 @@ class TinyUNet(nn.Module):
             self.ups.append(nn.Conv2d(widths[i + 1], 4 * widths[i], 1))
             blocks = [ResBlock(2 * widths[i] if k == 0 else widths[i], widths[i], time) for k in range(n)]
             self.decoder.append(nn.ModuleList(blocks))
-        self.head = Head(widths[0], config.out_channels, config.head_channels)
+        self.head = Head(widths[0], config.in_channels, config.out_channels, config.head_channels)
         self.gradient_checkpointing = False
 
     @property
@@ -170,4 +171,4 @@ class TinyUNet(nn.Module):
             x = run(blocks, down(x))
         for up, blocks in zip(self.ups, self.decoder):
             x = run(blocks, torch.cat([F.pixel_shuffle(up(x), 2), skips.pop()], dim=1))
-        return UNetOutput(self.head(x))
+        return UNetOutput(self.head(x, sample))
