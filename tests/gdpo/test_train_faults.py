@@ -63,7 +63,30 @@ def test_killed_and_resumed_run_is_byte_equal(crops, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_twenty_kills(crops, tmp_path):
-    assert killed_run_equals_straight(crops, tmp_path, kills=20, steps=400) >= 15
+    hit = killed_run_equals_straight(crops, tmp_path, kills=20, steps=400)
+    print(f"\n{hit} SIGKILLs hit the run; its model and its log equal those of a run that was never killed")
+    assert hit == 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_ten_signals(crops, tmp_path):
+    """SIGINT and SIGTERM in turn, at random instants of one run: each saves, none loses or repeats a step."""
+    common = (*NAOSD, f"--data.folder={crops}", f"--output_dir={tmp_path / 'run'}", "--max_train_steps=100000")
+    rng, rows = random.Random(1), 0
+    for k in range(10):
+        sent, code = ((signal.SIGINT, 130), (signal.SIGTERM, 143))[k % 2]
+        process = start(*common, "--resume_from_checkpoint=auto")
+        wait_for_rows(process, tmp_path / "run", rows + 2)
+        time.sleep(rng.random() * 0.5)
+        process.send_signal(sent)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == code, stderr
+        steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        rows = len(steps)
+        assert steps == list(range(1, rows + 1))
+        assert (tmp_path / "run" / f"checkpoint-{rows:07d}" / "manifest.json").is_file()
+    print(f"\n10 signals saved at once and exited with 130 or 143; {rows} steps in all, none lost or repeated")
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
