@@ -151,14 +151,19 @@ class Clock:
         self.gpu, self.budget = device == "cuda", budget
         self.flush = torch.empty(64 << 20, dtype=torch.int32, device=device) if self.gpu else None
 
-    def __call__(self, call: Callable[[], object]) -> list[float]:
-        for _ in range(3):
-            call()
-        end = time.perf_counter() + self.budget
-        times: list[float] = []
-        while len(times) < 5 or (time.perf_counter() < end and len(times) < 500):
-            times.append(self._on_gpu(call) if self.gpu else self._on_cpu(call))
-        return sorted(times)
+    def __call__(self, calls: dict[Any, Callable[[], object]]) -> dict[Any, list[float]]:
+        """Sorted times of each call. They take turns, so that what else the machine does slows all alike."""
+        for call in calls.values():
+            for _ in range(3):
+                call()
+        end = time.perf_counter() + self.budget * len(calls)
+        times: dict[Any, list[float]] = {name: [] for name in calls}
+        for turn in range(500):
+            if turn >= 5 and time.perf_counter() > end:
+                break
+            for name, call in calls.items():
+                times[name].append(self._on_gpu(call) if self.gpu else self._on_cpu(call))
+        return {name: sorted(taken) for name, taken in times.items()}
 
     def _on_cpu(self, call: Callable[[], object]) -> float:
         begin = time.perf_counter()
@@ -180,7 +185,8 @@ def copy_bandwidth(clock: Clock, device: str) -> float:
     """Bytes per second, read and written, of one large copy."""
     source = torch.empty((256 << 20) if device == "cuda" else (64 << 20), dtype=torch.uint8, device=device).zero_()
     target = torch.empty_like(source)
-    return 2 * source.numel() / (statistics.median(clock(lambda: target.copy_(source))) / 1e3)
+    (times,) = clock({"copy": lambda: target.copy_(source)}).values()
+    return 2 * source.numel() / (statistics.median(times) / 1e3)
 
 
 def implementations(case: Case, device: str, compiled: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -208,30 +214,34 @@ def agree(result: Any, expected: Any) -> bool:
     return all(float((a.double() - b.double()).norm()) <= 2e-2 * max(float(b.double().norm()), 1e-12) for a, b in pairs)
 
 
+def peak_mib(run: Callable[[], Any]) -> float:
+    """GPU memory that one call takes beyond what is there."""
+    run()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
 def measure(case: Case, device: str, clock: Clock, copied: float, compiled: bool) -> Iterator[dict[str, Any]]:
     expected = case.call(backend="torch")
+    runs: dict[tuple[str, str], Callable[[], Any]] = {}
     for name, call in implementations(case, device, compiled):
         if not agree(call(), expected):
             raise RuntimeError(f"{case.op} {name} at {case.size} is wrong: no figure is taken of it")
-        for mode, run in modes(case, call):
-            if device == "cuda":
-                run()
-                torch.cuda.synchronize()
-                before = torch.cuda.memory_allocated()
-                torch.cuda.reset_peak_memory_stats()
-                run()
-                torch.cuda.synchronize()
-                peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-            times = clock(run)
-            p20, p50, p80 = (times[int(q * (len(times) - 1))] for q in (0.2, 0.5, 0.8))
-            rate = case.traffic[mode] / (p50 / 1e3)
-            yield {
-                "op": case.op, "mode": mode, "implementation": name, "size": list(case.size),
-                "dtype": str(case.dtype).removeprefix("torch."), "device": device, "p20_ms": p20, "p50_ms": p50,
-                "p80_ms": p80, "runs": len(times), "bytes": case.traffic[mode], "bytes_per_s": rate,
-                "copy_bytes_per_s": copied, "share_of_copy": rate / copied,
-                "peak_mib": peak if device == "cuda" else None,
-            }  # fmt: skip
+        runs |= {(name, mode): run for mode, run in modes(case, call)}
+    peaks = {key: peak_mib(run) if device == "cuda" else None for key, run in runs.items()}
+    for (name, mode), times in clock(runs).items():
+        p20, p50, p80 = (times[int(q * (len(times) - 1))] for q in (0.2, 0.5, 0.8))
+        rate = case.traffic[mode] / (p50 / 1e3)
+        yield {
+            "op": case.op, "mode": mode, "implementation": name, "size": list(case.size),
+            "dtype": str(case.dtype).removeprefix("torch."), "device": device, "p20_ms": p20, "p50_ms": p50,
+            "p80_ms": p80, "runs": len(times), "bytes": case.traffic[mode], "bytes_per_s": rate,
+            "copy_bytes_per_s": copied, "share_of_copy": rate / copied, "peak_mib": peaks[name, mode],
+        }  # fmt: skip
 
 
 def show(row: dict[str, Any]) -> None:
