@@ -35,7 +35,8 @@ def taps(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray]:
     near = ((a + 2) * t - (a + 3)) * t * t + 1
     far = (((t - 5) * t + 8) * t - 4) * a
     weights = np.where(t < 1, near, np.where(t < 2, far, 0.0)) * (position < last[:, None])
-    return first, (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    total = functools.reduce(np.add, weights.T)  # from the first tap to the last; np.sum would pair them up
+    return first, (weights / total[:, None]).astype(np.float32)
 
 
 def reflect(index: np.ndarray, size: int) -> np.ndarray:

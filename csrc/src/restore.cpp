@@ -1,0 +1,236 @@
+#include "restore.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+#include "color.hpp"
+#include "noise.hpp"
+
+namespace gdpo::detail {
+namespace {
+
+constexpr std::int64_t kMaxPixels = 1'000'000'000;
+
+GDPO_CLONES void normalise(const float* __restrict line, float factor, std::int64_t count, float* __restrict out) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    const float value = line[i] * factor - 1.0f;
+    out[i] = std::min(std::max(value, -1.0f), 1.0f);
+  }
+}
+
+/// Whether every value is finite: an exponent of all ones is not.
+GDPO_CLONES bool finite(const float* values, std::size_t count) {
+  std::uint32_t found = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    std::uint32_t bits;
+    std::memcpy(&bits, values + i, sizeof bits);
+    found |= static_cast<std::uint32_t>((bits & 0x7F800000u) == 0x7F800000u);
+  }
+  return found == 0;
+}
+
+/// The blended latents of all tiles.
+struct Field {
+  Buffer<float> values;
+  std::int64_t rows, columns;
+};
+
+class Run {
+ public:
+  Run(const Upscaler::Impl& up, const Plan& plan, const Resampler& in, float full, const Request& request,
+      const Step& step, double* seconds)
+      : up_(up),
+        plan_(plan),
+        geometry_(up.manifest.geometry),
+        in_(in),
+        full_(full),
+        seed_(request.seed),
+        step_(step),
+        seconds_(seconds) {}
+
+  Buffer<std::uint16_t> restore() {
+    if (up_.sessions.count("generator") != 0) {
+      return finish([this](const std::vector<Place>& places) {
+        return call("generator", {images(places), noises(places)}, places, true);
+      });
+    }
+    const Field latent = field([this](const std::vector<Place>& p) { return call("encoder", {images(p)}, p, false); });
+    const Field noised =
+        field([&](const std::vector<Place>& p) { return call("unet", {cut(latent, p), noises(p)}, p, false); });
+    return finish([&](const std::vector<Place>& p) { return call("decoder", {cut(noised, p)}, p, true); });
+  }
+
+ private:
+  /// Tiles of pictures, blended and quantised.
+  Buffer<std::uint16_t> finish(const RunTiles& run) {
+    const std::int64_t height = plan_.size.height, width = plan_.size.width;
+    Buffer<std::uint16_t> out(elements(height, width, 3));
+    blend(plan_.rows, plan_.columns, 3, geometry_.factor, plan_.batch, up_.pool, run,
+          [&](std::int64_t first, const Planes& band) {
+            up_.pool.run(ceil_div(std::max<std::int64_t>(std::min(band.rows, height - first), 0), 32),
+                         [&](std::int64_t part) {
+                           const std::int64_t last = std::min({band.rows, height - first, part * 32 + 32});
+                           for (std::int64_t y = part * 32; y < last; ++y) {
+                             for (int c = 0; c < 3; ++c) {
+                               quantise(band.data + c * band.plane_stride + y * band.row_stride, width,
+                                        out.data() + (first + y) * width * 3 + c, 3);
+                             }
+                           }
+                         });
+          });
+    return out;
+  }
+
+  /// Latents of every tile, blended into a field that covers the last tiles' ends too.
+  Field field(const RunTiles& run) {
+    Axis rows = plan_.rows, columns = plan_.columns;
+    rows.size = rows.end();
+    columns.size = columns.end();
+    const int channels = static_cast<int>(geometry_.channels);
+    Field result{Buffer<float>(elements(channels, rows.size, columns.size)), rows.size, columns.size};
+    blend(rows, columns, channels, 1, plan_.batch, up_.pool, run, [&](std::int64_t first, const Planes& band) {
+      for (int c = 0; c < channels; ++c) {
+        for (std::int64_t y = 0; y < band.rows; ++y) {
+          std::memcpy(result.values.data() + (c * rows.size + first + y) * columns.size,
+                      band.data + c * band.plane_stride + y * band.row_stride, sizeof(float) * columns.size);
+        }
+      }
+    });
+    return result;
+  }
+
+  Feed images(const std::vector<Place>& places) {
+    const std::int64_t f = geometry_.factor, height = plan_.rows.tile * f, width = plan_.columns.tile * f;
+    float* const out = room(first_, places.size(), 3, height, width);
+    const float factor = 2.0f / full_;
+    for (std::size_t i = 0; i < places.size(); ++i) {
+      float* const planes = out + i * 3 * height * width;
+      const Range rows{places[i].top * f, places[i].top * f + height},
+          columns{places[i].left * f, places[i].left * f + width};
+      in_.window(rows, columns, up_.pool, [&](std::int64_t first, std::int64_t count, const float* band) {
+        for (int c = 0; c < 3; ++c) {
+          normalise(band + c * count * width, factor, count * width, planes + (c * height + first) * width);
+        }
+      });
+    }
+    return {out, shape(places, 3, f)};
+  }
+
+  Feed noises(const std::vector<Place>& places) {
+    const std::int64_t height = plan_.rows.tile, width = plan_.columns.tile;
+    float* const out = room(second_, places.size(), geometry_.channels, height, width);
+    for (std::size_t i = 0; i < places.size(); ++i) {
+      noise_field(seed_, static_cast<int>(geometry_.channels), {places[i].top, places[i].top + height},
+                  {places[i].left, places[i].left + width}, out + i * geometry_.channels * height * width, up_.pool);
+    }
+    return {out, shape(places, geometry_.channels, 1)};
+  }
+
+  Feed cut(const Field& field, const std::vector<Place>& places) {
+    const std::int64_t height = plan_.rows.tile, width = plan_.columns.tile, channels = geometry_.channels;
+    float* out = room(first_, places.size(), channels, height, width);
+    const Feed feed{out, shape(places, channels, 1)};
+    for (const auto& place : places) {
+      for (std::int64_t line = 0; line < channels * height; ++line, out += width) {
+        const std::int64_t row = line / height * field.rows + place.top + line % height;
+        std::memcpy(out, field.values.data() + row * field.columns + place.left, sizeof(float) * width);
+      }
+    }
+    return feed;
+  }
+
+  const float* call(const char* name, const std::vector<Feed>& inputs, const std::vector<Place>& places, bool picture) {
+    const auto& allowed = up_.manifest.batch;
+    const auto count = static_cast<std::int64_t>(places.size());
+    if (count < allowed[0]) {
+      throw InvalidArgument(text("a batch of ", count, " is beyond the profile (", allowed[0], " to ", allowed[2],
+                                 "); build it with --max-batch"));
+    }
+    const std::int64_t f = geometry_.factor;
+    const Shape result = shape(places, picture ? 3 : geometry_.channels, picture ? f : 1);
+    float* const out = room(result_, places.size(), result[1], result[2], result[3]);
+    const auto begin = std::chrono::steady_clock::now();
+    up_.sessions.at(name)->run(inputs, out, result);
+    *seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    const std::size_t tile = elements(result[1], result[2], result[3]);
+    for (std::size_t i = 0; i < places.size(); ++i) {
+      if (!finite(out + i * tile, tile)) {
+        throw NotFinite(text("the ", name, " gave a value that is not finite in the tile at row ", places[i].top * f,
+                             ", column ", places[i].left * f, " (", plan_.rows.tile * f, "x", plan_.columns.tile * f,
+                             " output pixels); try another precision"));
+      }
+    }
+    step_(count);
+    return out;
+  }
+
+  Shape shape(const std::vector<Place>& places, std::int64_t channels, std::int64_t resolution) const {
+    return {static_cast<std::int64_t>(places.size()), channels, plan_.rows.tile * resolution,
+            plan_.columns.tile * resolution};
+  }
+
+  /// Memory that is kept from call to call.
+  static float* room(Buffer<float>& buffer, std::size_t places, std::int64_t channels, std::int64_t height,
+                     std::int64_t width) {
+    const std::size_t needed = elements(places, channels, height, width);
+    if (buffer.size() < needed) {
+      buffer = Buffer<float>();
+      buffer = Buffer<float>(needed);
+    }
+    return buffer.data();
+  }
+
+  const Upscaler::Impl& up_;
+  const Plan& plan_;
+  const Geometry& geometry_;
+  const Resampler& in_;
+  const float full_;
+  const std::uint64_t seed_;
+  const Step& step_;
+  double* const seconds_;
+  Buffer<float> first_, second_, result_;
+};
+
+}  // namespace
+
+Plan::Plan(const Manifest& manifest, Size in, const Request& request) {
+  const auto& geometry = manifest.geometry;
+  const auto& profile = manifest.tile;
+  const std::int64_t unit = geometry.factor, multiple = geometry.multiple / unit;
+  size = {in.height * geometry.scale, in.width * geometry.scale};
+  if (static_cast<double>(size.height) * static_cast<double>(size.width) > static_cast<double>(kMaxPixels)) {
+    throw InvalidArgument(text(in.width, "x", in.height, " is more than this model can upscale"));
+  }
+  batch = request.batch == 0 ? manifest.batch[1] : request.batch;
+  if (batch < manifest.batch[0] || batch > manifest.batch[2]) {
+    throw InvalidArgument(
+        text("batch must be ", manifest.batch[0], " to ", manifest.batch[2], " for this model; got ", batch));
+  }
+  std::int64_t longest = profile[1];
+  if (request.tile != 0) {
+    longest = request.tile * geometry.scale / geometry.multiple * geometry.multiple;
+    if (longest < profile[0] || longest > profile[2]) {
+      throw InvalidArgument(text("tile must be ", ceil_div(profile[0], geometry.scale), " to ",
+                                 ceil_div(profile[2], geometry.scale), " input pixels for this model; got ",
+                                 request.tile));
+    }
+  }
+  // A short overlap for short tiles: at most a quarter.
+  const std::int64_t overlap = std::min(geometry.overlap / unit, longest / unit / 4 / multiple * multiple);
+  const auto axis = [&](std::int64_t side) {
+    // At least the profile's least tile: a smaller picture is mirrored until it fills one.
+    return cover(std::max(ceil_div(side, unit), profile[0] / unit), longest / unit, overlap, multiple,
+                 manifest.fixed());
+  };
+  rows = axis(size.height);
+  columns = axis(size.width);
+  calls = rows.count() * columns.count() * static_cast<std::int64_t>(manifest.graphs.size());
+}
+
+Buffer<std::uint16_t> restore(const Upscaler::Impl& up, const Plan& plan, const Resampler& in, float full,
+                              const Request& request, const Step& step, double* backend_seconds) {
+  return Run(up, plan, in, full, request, step, backend_seconds).restore();
+}
+
+}  // namespace gdpo::detail
