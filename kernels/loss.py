@@ -216,7 +216,7 @@ def _forward(
         )  # fmt: skip
         _gdpo_loss_reduce_kernel[(1,)](
             partial, advantage.contiguous(), loss, margin, scale, images, group, chunks, n, beta,
-            IMAGES=max(1, min(_power_of_two(images), 8192 // (group_width * chunk_width))), GROUP=group_width,
+            IMAGES=max(1, min(_power_of_two(images), 1024 // (group_width * chunk_width))), GROUP=group_width,
             CHUNKS=chunk_width, WEIGHTED=weight is not None, **options(8),
         )  # fmt: skip
     return loss, margin, scale
