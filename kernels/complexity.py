@@ -184,21 +184,20 @@ def _complexity_fwd_kernel(
     smooth_x, derive_x = _sobel_pair(pixel[:, None], column[None, :], pw)
     dx = tl.zeros((64, 64), tl.float32)
     dy = tl.zeros((64, 64), tl.float32)
-    poison = tl.zeros((K,), tl.float32)
     for k in range(PATCH):
         there = column < tl.where(ph > k, pw, 0)
         row = tl.load(source_ptr + (y0 + k).to(tl.int64) * stride_h, mask=there, other=0.0).to(tl.float32)
-        poison += 0 * row
         smooth_y, derive_y = _sobel_pair(pixel, k, ph)
         dx += smooth_y[:, None] * tl.sum(derive_x * row[None, :], 1)[None, :]
         dy += derive_y[:, None] * tl.sum(smooth_x * row[None, :], 1)[None, :]
+    poison = tl.sum(0 * dx)  # NaN stays NaN
     scaled = tl.reshape(tl.sqrt(dx * dx + dy * dy) * BINS_PER_UNIT, (4096,))
     counted = scaled < 256
     histogram = tl.histogram(tl.where(counted, scaled, 0.0).to(tl.int32), 256, mask=counted).to(tl.float32)
 
     p = histogram / (tl.sum(histogram) + 1e-5)
     area = ph * pw
-    complexity = -tl.sum(p * tl.log2(p + 1e-10)) * area.to(tl.float32) + tl.sum(poison)
+    complexity = -tl.sum(p * tl.log2(p + 1e-10)) * area.to(tl.float32) + poison
     y, x = y0 + column[:, None], x0 + column[None, :]
     inside = (column[:, None] < ph) & (column[None, :] < pw)
     out = b * height * width + y.to(tl.int64) * width + x
