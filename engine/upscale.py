@@ -147,14 +147,14 @@ class _Worker:
         if slider is not None:
             slider.add(job.source.name, picture.pixels, result)
         self.written += 1
-        return {"status": "written", "width": width, "height": height}
+        return {"status": "written", "width": width, "height": height, "path": self.up.path}
 
     def _report(self) -> int:
         if not self.options.no_progress or self.failed:
             counts = [f"{self.written} written"]
             counts += [f"{self.skipped} skipped (finished before; --overwrite does them again)"] if self.skipped else []
             counts += [f"{len(self.failed)} failed:"] if self.failed else []
-            print(", ".join(counts), file=sys.stderr)
+            print(f"{self.up.backend} ({self.up.path}): {', '.join(counts)}", file=sys.stderr)
         for line in self.failed:
             print(f"error: {line}", file=sys.stderr)
         return 1 if self.failed else 0

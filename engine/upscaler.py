@@ -1,4 +1,4 @@
-"""Upscaler: any picture, in bounded memory, the same by seed on every backend.
+"""Upscaler: any picture, in bounded memory, the same by seed on every backend, in C++ where that was built.
 
 LR -> resampled x4, mirrored beyond its edges -> tiles -> encode -> one step with noise from (seed, position) -> decode
 -> blended -> colours aligned -> cropped. Between tiles and colours a picture is held at 16 bit.
@@ -6,19 +6,25 @@ LR -> resampled x4, mirrored beyond its edges -> tiles -> encode -> one step wit
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from engine import color as colors
 from engine import manifest as manifests
 from engine.backends import MODULES, Options, Session, open_session
+from engine.core import open_core
 from engine.manifest import FolderError, Manifest
 from engine.noise import noise_field
 from engine.resample import resize, resize_window
 from engine.tiles import Axis, blend, cover
+
+if TYPE_CHECKING:
+    from engine._core import Upscaler as Core
 
 Progress = Callable[[int, int], None]
 SHIPPED = Path(__file__).parent / "data" / "tiny"
@@ -40,15 +46,32 @@ def default_model() -> Path:
 
 
 class Upscaler:
-    """A loaded engine folder. Not thread-safe: use one per thread.
+    """A loaded engine folder. Not thread-safe on the Python path: use one per thread.
 
     Attributes:
         manifest: of the folder.
         backend: that runs it.
+        path: "C++" or "Python", whichever `upscale` takes; both give the same bytes.
+        sessions: the graphs by name, as the Python path runs them.
     """
 
-    def __init__(self, manifest: Manifest, sessions: dict[str, Session], backend: str):
-        self.manifest, self.sessions, self.backend = manifest, sessions, backend
+    def __init__(
+        self,
+        manifest: Manifest,
+        sessions: dict[str, Session] | Callable[[], dict[str, Session]],
+        backend: str,
+        core: Core | None = None,
+    ):
+        self.manifest, self.backend, self._core = manifest, backend, core
+        self.path = "Python" if core is None else "C++"
+        if callable(sessions):
+            self._open = sessions
+        else:
+            self.sessions = sessions
+
+    @functools.cached_property
+    def sessions(self) -> dict[str, Session]:
+        return self._open()
 
     @classmethod
     def load(
@@ -60,6 +83,7 @@ class Upscaler:
         threads: int = 0,
         trust_plan: bool = False,
         bf16: bool = False,
+        core: bool | None = None,
     ) -> Upscaler:
         """Load an engine folder.
 
@@ -71,10 +95,11 @@ class Upscaler:
             threads: of a CPU backend; 0 lets it choose.
             trust_plan: load a TensorRT plan that this user did not build. A plan is executable code.
             bf16: let OpenVINO and torch compute in bfloat16.
+            core: True takes the C++ path, False Python's; None the C++ path where it can run the folder.
 
         Raises:
             FolderError: the folder is missing, stale, damaged, foreign or not trusted.
-            RuntimeError: the backend is not installed or cannot run here.
+            RuntimeError: the backend, or the C++ path asked for, is not installed or cannot run here.
         """
         options = Options(device, threads, trust_plan, bf16)
         if backend == "torch":
@@ -82,6 +107,8 @@ class Upscaler:
 
             if model is None:
                 raise ValueError("backend torch needs a generator's folder; name it")
+            if core:
+                raise RuntimeError("the C++ path cannot run here: it runs engine folders, not torch")
             manifest, session = open_generator(Path(model), options)
             return cls(manifest, {"generator": session}, backend)
         folder = Path(model) if model is not None else default_model()
@@ -97,8 +124,12 @@ class Upscaler:
                 f"{folder} is for {manifest.backend}, not {backend}; "
                 f"build it: python -m engine.build {source} --backend {backend} --out DIR"
             )
-        sessions = {name: open_session(backend, manifest, folder, name, options) for name in manifest.graphs}
-        return cls(manifest, sessions, backend)
+
+        def sessions() -> dict[str, Session]:
+            return {name: open_session(backend, manifest, folder, name, options) for name in manifest.graphs}
+
+        compiled = None if core is False else open_core(manifest, folder, backend, options, required=bool(core))
+        return cls(manifest, sessions() if compiled is None else sessions, backend, compiled)
 
     def upscale(
         self,
@@ -135,6 +166,17 @@ class Upscaler:
             raise ValueError(f"rgb must be uint8 or uint16; got {rgb.dtype}")
         if color not in colors.METHODS:
             raise ValueError(f"color must be one of {', '.join(colors.METHODS)}; got {color!r}")
+        if not 0 <= seed < 1 << 64:
+            raise ValueError(f"seed must be in [0, 2^64); got {seed}")
+        low, usual, high = self.manifest.profile.batch
+        batch = usual if batch is None else batch
+        if not low <= batch <= high:
+            raise ValueError(f"batch must be {low} to {high} for this model; got {batch}")
+        if self._core is not None:
+            readable = rgb if min(rgb.strides) >= 0 else rgb.copy()
+            return self._core.upscale(
+                readable, seed=seed, tile=tile or 0, scale=scale, color=color, batch=batch, progress=progress
+            )
         target = output_size(rgb.shape[0], rgb.shape[1], scale)
         picture = _Run(self, rgb, seed, tile, batch, progress).restore()
         native = self.manifest.geometry.scale
@@ -166,13 +208,11 @@ class _Run:
     """One picture on its way through the model."""
 
     def __init__(
-        self, up: Upscaler, rgb: np.ndarray, seed: int, tile: int | None, batch: int | None, progress: Progress | None
+        self, up: Upscaler, rgb: np.ndarray, seed: int, tile: int | None, batch: int, progress: Progress | None
     ):
-        self.up, self.rgb, self.seed, self.progress = up, rgb, seed, progress
+        self.up, self.rgb, self.seed, self.batch, self.progress = up, rgb, seed, batch, progress
         self.geometry, profile = up.manifest.geometry, up.manifest.profile
-        unit, self.batch = self.geometry.factor, profile.batch[1] if batch is None else batch
-        if not profile.batch[0] <= self.batch <= profile.batch[2]:
-            raise ValueError(f"batch must be {profile.batch[0]} to {profile.batch[2]} for this model; got {batch}")
+        unit = self.geometry.factor
         longest = profile.tile[1]
         if tile:
             longest = tile * self.geometry.scale // self.geometry.multiple * self.geometry.multiple

@@ -180,9 +180,12 @@ class OnnxRuntimeSession : public Session {
              });
     }
     if (same) return;
-    std::string list;
-    for (const auto& t : found) list += (list.empty() ? "" : ", ") + t.name + " " + t.describe();
-    throw FolderError(text(graph.file, ": inputs and outputs are ", list, ", not what the manifest says"));
+    std::string names, shapes;
+    for (std::size_t i = 0; i < found.size(); ++i) {
+      names += (i == 0 ? "" : i == inputs ? ", outputs " : ", ") + found[i].name;
+      shapes += (i == 0 ? "" : ", ") + found[i].name + " " + found[i].describe();
+    }
+    throw FolderError(text(graph.file, ": inputs are ", names, ", not what the manifest says (", shapes, ")"));
   }
 
   /// A tensor of float32; one of another kind has no dimensions here. A dimension that is free is -1.

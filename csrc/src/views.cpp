@@ -9,13 +9,13 @@
 namespace gdpo::detail {
 namespace {
 
-struct Axis {
+struct Dimension {
   const char* name;
   std::int64_t count, stride;
 };
 
 template <typename Void>
-std::array<Axis, 3> axes(const BasicImage<Void>& image) {
+std::array<Dimension, 3> axes(const BasicImage<Void>& image) {
   return {{{"row_stride", image.size.height, image.row_stride},
            {"column_stride", image.size.width, image.column_stride},
            {"channel_stride", image.channels, image.channel_stride}}};
@@ -60,7 +60,7 @@ void check_output(const ImageSpan& image, const ImageView& input, Size size) {
   }
   if (image.sample != input.sample) throw InvalidArgument("out: samples must be as many bits as those of in");
   auto order = axes(image);
-  std::sort(order.begin(), order.end(), [](const Axis& a, const Axis& b) { return a.stride < b.stride; });
+  std::sort(order.begin(), order.end(), [](const Dimension& a, const Dimension& b) { return a.stride < b.stride; });
   std::int64_t inner = image.sample_bytes();  // bytes that one step of the next axis must pass over
   for (const auto& axis : order) {
     if (axis.count == 1) continue;
