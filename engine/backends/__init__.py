@@ -42,7 +42,7 @@ class Session(Protocol):
     """One loaded graph."""
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Run it. The result may be overwritten by the next call of the same shapes."""
+        """Run it. The result may be overwritten by the next call."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +11,6 @@ import numpy as np
 
 from engine.backends import Options, check_inputs, output_shape
 from engine.manifest import FolderError, Manifest
-
-_KEPT_SHAPES = 8  # result buffers kept, one for each shape
 
 
 def open_session(manifest: Manifest, folder: Path, graph: str, options: Options) -> OnnxRuntimeSession:
@@ -76,7 +75,7 @@ class OnnxRuntimeSession:
             )
         self._session = onnxruntime.InferenceSession(model, settings, providers=providers)
         self._data = data  # ONNX Runtime reads the weights where they are
-        self._buffers: dict[tuple[int, ...], np.ndarray] = {}
+        self._buffer = np.empty(0, np.float32)  # of the largest result so far
         found = [i.name for i in self._session.get_inputs()]
         if sorted(found) != sorted(t.name for t in self.entry.inputs):
             raise FolderError(f"{self.entry.file}: inputs are {', '.join(found)}, not what the manifest says")
@@ -86,15 +85,11 @@ class OnnxRuntimeSession:
         binding = self._session.io_binding()
         for name, array in inputs.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        result = self._buffer(inputs)
+        shape = output_shape(self.entry, self.manifest.geometry, inputs)
+        size = math.prod(shape)
+        if size > self._buffer.size:
+            self._buffer = np.empty(size, np.float32)
+        result = self._buffer[:size].reshape(shape)
         binding.bind_output(self.entry.output.name, "cpu", 0, np.float32, result.shape, result.ctypes.data)
         self._session.run_with_iobinding(binding)
         return result
-
-    def _buffer(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        shape = output_shape(self.entry, self.manifest.geometry, inputs)
-        if shape not in self._buffers:
-            while len(self._buffers) >= _KEPT_SHAPES:
-                self._buffers.pop(next(iter(self._buffers)))
-            self._buffers[shape] = np.empty(shape, np.float32)
-        return self._buffers[shape]
