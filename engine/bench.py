@@ -199,7 +199,7 @@ def _export(generator: Path, out: Path) -> Path:
     from engine.export import export_generator
     from gdpo.generator import OneStepGenerator
 
-    export_generator(OneStepGenerator.from_pretrained(generator), out)
+    export_generator(OneStepGenerator.from_pretrained(generator), out, model={"name": generator.name})
     return out
 
 

@@ -84,7 +84,10 @@ def main() -> int:
 
 
 def _writable(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"{folder}: this is, or lies below, a file; name another folder for the output") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"{folder}: this folder cannot be written")
 
@@ -150,7 +153,7 @@ class _Worker:
         return {"status": "written", "width": width, "height": height, "path": self.up.path}
 
     def _report(self) -> int:
-        if not self.options.no_progress or self.failed:
+        if not self.options.no_progress or self.failed or self.skipped:
             counts = [f"{self.written} written"]
             counts += [f"{self.skipped} skipped (finished before; --overwrite does them again)"] if self.skipped else []
             counts += [f"{len(self.failed)} failed:"] if self.failed else []

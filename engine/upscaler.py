@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -119,6 +120,8 @@ class Upscaler:
             raise ValueError(f"backend must be auto, torch or one of {', '.join(MODULES)}; got {backend!r}")
         portable = manifest.backend == "onnx" and backend in ("onnx", "onnxruntime", "openvino")
         if backend != manifest.backend and not portable:
+            if backend in manifests.PLANS:
+                import_module(MODULES[backend]).load_module(backend)  # first things first: is it installed at all
             source = folder if manifest.backend == "onnx" else "ONNX_FOLDER"
             raise FolderError(
                 f"{folder} is for {manifest.backend}, not {backend}; "

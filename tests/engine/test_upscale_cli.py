@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from engine import upscale
+from engine.backends import tensorrt as trt_backend
 from engine.images import Picture, read_image, write_image
 from engine.jobs import plan
 
@@ -43,7 +44,9 @@ def run(tiny_engine, monkeypatch, capsys):
 
 def test_one_picture_to_one_file(run, photo, tmp_path):
     source = save(tmp_path / "in.png", photo[:30, :41])
-    assert run(source, tmp_path / "out.webp")[0] == 0
+    assert run(source, tmp_path / "out.webp")[::2] == (0, "")
+    code, _, err = run(source, tmp_path / "out.webp")
+    assert code == 0 and "1 skipped (finished before; --overwrite" in err  # silence would pass for success
     assert read_image(tmp_path / "out.webp").pixels.shape == (120, 164, 3)
     code, _, _ = run("-i", source, "-o", tmp_path / "out.png", "-s", "2", "--seed", "5", "--color", "wavelet")
     assert code == 0 and read_image(tmp_path / "out.png").pixels.shape == (60, 82, 3)
@@ -106,13 +109,15 @@ def test_compare_writes_one_self_contained_page(run, photo, tmp_path):
         (["in/a.png", "o.png", "--seed", "-1"], "seed must be in"),
         (["in/a.png", "o.png", "--quality", "0"], "quality must be 1 to 100"),
         (["in/a.png", "o.png", "--precision", "fp16"], "this folder is fp32"),
-        (["in/a.png", "o.png", "--backend", "tensorrt"], "engine.build"),
+        (["in/a.png", "o.png", "--backend", "tensorrt"], "pip install 'gdpo-sr[tensorrt]'"),
+        (["in/a.png", "in/a.jpg/b/o.png"], "lies below, a file"),
         (["in/a.png", "o.png", "--nonsense"], "see: python -m engine.upscale --help"),
         (["in/a.png", "o.png", "--scale", "big"], "scale"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_code_2(run, photo, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(trt_backend._NAMES, "tensorrt", ("tensorrt_that_is_not_installed",))
     save(tmp_path / "in/a.png", photo[:16, :16])
     save(tmp_path / "in/a.jpg", photo[:16, :16])
     (tmp_path / "empty").mkdir()

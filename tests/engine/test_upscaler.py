@@ -6,6 +6,7 @@ import torch
 
 from engine import Upscaler
 from engine import upscaler as module
+from engine.backends import tensorrt as trt_backend
 from engine.backends import torch as backend_torch
 from engine.manifest import FolderError
 from engine.upscaler import default_model
@@ -200,7 +201,13 @@ def test_no_model_is_a_clear_error(tmp_path, monkeypatch):
     assert default_model() == tmp_path / "demo"
 
 
-def test_a_backend_that_is_missing_names_its_extra(tiny_engine):
+def test_a_backend_that_is_missing_names_its_extra(tiny_engine, monkeypatch):
+    monkeypatch.setitem(trt_backend._NAMES, "tensorrt", ("tensorrt_that_is_not_installed",))
+    with pytest.raises(
+        RuntimeError, match=r"backend tensorrt is not installed here .*pip install 'gdpo-sr\[tensorrt\]"
+    ):
+        Upscaler.load(tiny_engine, backend="tensorrt")
+    monkeypatch.setitem(trt_backend._NAMES, "tensorrt", ("types",))  # any module: it is installed
     with pytest.raises(
         FolderError, match=r"is for onnx, not tensorrt; build it: python -m engine.build .* --backend tensorrt"
     ):
