@@ -12,7 +12,7 @@
 
 namespace gdpo {
 
-struct Upscaler::Impl {
+struct GDPO_HIDDEN Upscaler::Impl {
   using Sessions = std::map<std::string, std::unique_ptr<detail::Session>>;
 
   Impl(detail::Manifest manifest, Sessions sessions, std::string backend, std::string version, const Options& options);

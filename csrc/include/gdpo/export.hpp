@@ -3,6 +3,8 @@
 
 #if defined(__GNUC__)
 #define GDPO_API __attribute__((visibility("default")))
+#define GDPO_HIDDEN __attribute__((visibility("hidden")))
 #else
 #define GDPO_API
+#define GDPO_HIDDEN
 #endif

@@ -1,0 +1,86 @@
+"""Builds of csrc/ and engine folders for its tests, made once for all workers of a run."""
+
+import fcntl
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from cpp import CMAKE, ROOT, build, run
+
+from engine.core import library
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    """shared(name, make): a folder that the first worker makes and the others wait for."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if root.name.startswith("popen-") else root
+
+    def get(name: str, make) -> Path:
+        folder, done = root / f"csrc-{name}", root / f"csrc-{name}.done"
+        with open(root / f"csrc-{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                make(folder)
+                done.touch()
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def compiler():
+    if not shutil.which(os.environ.get("CXX", "c++")) or CMAKE is None:
+        pytest.skip("needs a C++ compiler and cmake")
+    if importlib.util.find_spec("nlohmann_json") is None:
+        pytest.skip("needs nlohmann-json (pip install nlohmann-json)")
+
+
+@pytest.fixture(scope="session")
+def folders(shared) -> Path:
+    """Engine folders, good and bad: see csrc_folders.py."""
+
+    def make(out: Path) -> None:
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        run(sys.executable, ROOT / "tests" / "support" / "csrc_folders.py", out, cwd=ROOT, env=environment)
+
+    return shared("folders", make)
+
+
+@pytest.fixture(scope="session")
+def runtime() -> dict[str, str]:
+    """The environment of a program that uses ONNX Runtime."""
+    found = library()
+    if found is None:
+        pytest.skip("the installed onnxruntime package has no shared library")
+    return os.environ | {"GDPO_ONNXRUNTIME": str(found)}
+
+
+@pytest.fixture(scope="session")
+def asan(shared, compiler) -> Path:
+    """The tests and the fuzzers, under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    settings = ("-DGDPO_TESTS=ON", "-DGDPO_SANITIZE=address,undefined")
+    fuzzers = [f"fuzz_{name}" for name in ("manifest", "ppm", "views", "folder")]
+    targets = ("test_parts", "test_upscaler", "test_c_api", *fuzzers)
+    return shared("asan", lambda out: build(out, *settings, targets=targets))
+
+
+@pytest.fixture(scope="session")
+def tsan(shared, compiler) -> Path:
+    """The threaded test, under ThreadSanitizer."""
+    settings = ("-DGDPO_TESTS=ON", "-DGDPO_SANITIZE=thread")
+    return shared("tsan", lambda out: build(out, *settings, targets=("test_threads", "test_parts")))
+
+
+@pytest.fixture(scope="session")
+def installed(shared, compiler) -> Path:
+    """An installed package: what `cmake --install` leaves."""
+
+    def make(out: Path) -> None:
+        build(out.with_name("csrc-plain"), f"-DCMAKE_INSTALL_PREFIX={out}", "-DCMAKE_INSTALL_LIBDIR=lib")
+        run(CMAKE, "--install", out.with_name("csrc-plain"))
+
+    return shared("installed", make)

@@ -1,0 +1,166 @@
+"""engine._core against Python: the same bits from every piece, the same bytes from the whole, and its arrays."""
+
+import shutil
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from engine import Upscaler, noise, resample, tiles
+from engine.core import library
+from engine.manifest import FolderError
+
+_core = pytest.importorskip("engine._core", reason="engine._core was not built (GDPO_BUILD_CSRC=1 shows why)")
+
+
+@pytest.mark.parametrize(
+    "counter, seed, expected",  # Random123's kat_vectors
+    [
+        ((0, 0, 0, 0), 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ((2**32 - 1,) * 4, 2**64 - 1, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), 0x299F31D0A4093822, "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+)
+def test_philox_gives_random123s_published_vectors(counter, seed, expected):
+    assert [f"{w:08x}" for w in _core.philox(counter, seed)] == expected.split()
+
+
+@pytest.mark.parametrize("channels", [1, 4, 8, 13, 48])
+@pytest.mark.parametrize("rows, columns", [((0, 17), (0, 200)), ((5, 6), (63, 65)), ((2**32 - 3, 2**32), (7, 71))])
+def test_the_noise_has_the_same_bits(channels, rows, columns):
+    for seed in (0, 1, 2**64 - 1, 0x0123456789ABCDEF):
+        ours = _core.noise_field(seed, channels, rows, columns)
+        assert np.array_equal(ours, noise.noise_field(seed, channels, rows, columns)) and ours.dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize(
+    "shape, size",
+    [((7, 9), (28, 36)), ((1, 1), (4, 4)), ((50, 60), (21, 22)), ((90, 70), (3, 2)), ((33, 20), (34, 61))],
+)
+def test_the_resampler_has_the_same_bits(shape, size, dtype):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, np.iinfo(dtype).max + 1, (*shape, 3)).astype(dtype)
+    for rows, columns in [((0, size[0]), (0, size[1])), ((-5, size[0] + 40), (1, 2 * size[1] + 3))]:
+        ours = _core.resize_window(pixels, size, rows, columns)
+        assert np.array_equal(ours, resample.resize_window(pixels, size, rows, columns))
+    view = np.zeros((shape[1], shape[0], 5), dtype).transpose(1, 0, 2)[..., 1:4]  # of any strides
+    view[...] = pixels
+    full = ((0, size[0]), (0, size[1]))
+    assert np.array_equal(_core.resize_window(view, size, *full), resample.resize_window(pixels, size, *full))
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("size", [1, 16, 100, 128, 129, 300, 1001])
+def test_tiles_and_their_weights_are_the_same(size, fixed):
+    starts, tile, weights = _core.cover(size, 128, 16, 4, fixed=fixed, resolution=4)
+    axis = tiles.cover(size, 128, 16, 4, fixed=fixed)
+    assert (tuple(starts), tile) == (axis.starts, axis.tile) and np.array_equal(weights, axis.weights(4))
+
+
+def test_both_sha256_are_hashlibs():
+    from hashlib import sha256
+
+    for length in (0, 1, 55, 56, 63, 64, 65, 119, 120, 1000, 100_003):
+        content = np.random.default_rng(length).bytes(length)
+        assert set(_core.sha256(content)) == {sha256(content).hexdigest()}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"color": "wavelet"}, {"scale": 0.6}, {"scale": 5, "color": "wavelet"}], ids=str
+)
+def test_sixteen_bit_has_the_same_bytes(options, folders):
+    rgb = np.random.default_rng(0).integers(0, 65536, (37, 45, 3)).astype(np.uint16)
+    cpp, python = (Upscaler.load(folders / "plain", core=core).upscale(rgb, 5, **options) for core in (True, False))
+    assert cpp.dtype == np.uint16 and np.array_equal(cpp, python)
+
+
+def test_arrays_come_and_go_without_copies(folders):
+    up = _core.Upscaler(str(folders / "plain"), library=str(library()))
+    rgb = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    expected = up.upscale(rgb)
+    out = np.zeros((80, 96, 3), np.uint8)
+    assert up.upscale(rgb, out) is out and np.array_equal(out, expected)
+    tensor = torch.from_numpy(rgb).permute(2, 0, 1).contiguous()  # planes
+    planes = torch.zeros((3, 80, 96), dtype=torch.uint8)
+    made = up.upscale(tensor.permute(1, 2, 0), planes.permute(1, 2, 0))
+    assert torch.equal(made, torch.from_numpy(expected)) and torch.equal(planes, made.permute(2, 0, 1))
+    assert np.array_equal(up.upscale(memoryview(rgb)), expected)
+
+
+@pytest.mark.parametrize(
+    "image, out, error, message",
+    [
+        (np.zeros((4, 4), np.uint8), None, ValueError, r"image must be \[H,W,3\]; got \(4, 4\)"),
+        (np.zeros((4, 4, 4), np.uint8), None, ValueError, r"image must be \[H,W,3\]"),
+        (np.zeros((4, 4, 3), np.float32), None, ValueError, "uint8 or uint16"),
+        (np.zeros((4, 4, 3), np.uint8)[::-1], None, ValueError, "negative stride"),
+        (torch.zeros((4, 4, 3)), None, ValueError, "uint8 or uint16"),
+        ("photo.jpg", None, TypeError, "must be an array"),
+        (np.zeros((4, 4, 3), np.uint8), np.zeros((16, 15, 3), np.uint8), ValueError, "out: size must be 16x16"),
+        (np.zeros((4, 4, 3), np.uint8), np.zeros((16, 16, 3), np.uint16), ValueError, "as many bits"),
+        (np.zeros((4, 4, 3), np.uint8), np.broadcast_to(np.uint8(0), (16, 16, 3)), ValueError, "read-only|not writ"),
+    ],
+    ids=str,
+)
+def test_bad_arrays_are_refused(folders, image, out, error, message):
+    with pytest.raises(error, match=message):
+        _core.Upscaler(str(folders / "plain"), library=str(library())).upscale(image, out)
+
+
+def test_bad_folders_and_numbers_are_pythons_exceptions(folders):
+    with pytest.raises(FolderError, match="is not the manifest's"):
+        Upscaler.load(folders / "stale", core=True)
+    up = Upscaler.load(folders / "plain", core=True)
+    rgb = np.zeros((8, 8, 3), np.uint8)
+    for options, message in [
+        ({"tile": 8}, "tile must be 16 to 256 input pixels"),
+        ({"tile": 2**80}, "tile|incompatible"),
+        ({"batch": 9}, "batch must be 1 to 8"),
+        ({"seed": -1}, "seed must be in"),
+        ({"scale": float("nan")}, "scale must be between"),
+    ]:
+        with pytest.raises((ValueError, TypeError), match=message):
+            up.upscale(rgb, **options)
+    assert np.array_equal(up.upscale(rgb[::-1]), up.upscale(rgb))  # a copy where a stride is negative
+
+
+def test_progress_counts_tiles_and_what_it_raises_cancels(folders):
+    up, seen = Upscaler.load(folders / "plain", core=True), []
+    rgb = np.zeros((60, 60, 3), np.uint8)
+    up.upscale(rgb, tile=24, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(i + 1, len(seen)) for i in range(len(seen))] and len(seen) > 4
+
+    def cancel(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        up.upscale(rgb, tile=24, progress=cancel)
+
+
+def test_the_gil_is_released_and_threads_share_one_object(folders):
+    up = _core.Upscaler(str(folders / "plain"), library=str(library()), concurrency=2)
+    rgb = np.random.default_rng(0).integers(0, 256, (100, 120, 3), dtype=np.uint8)
+    expected, results = up.upscale(rgb, seed=3, tile=32), []
+    threads = [threading.Thread(target=lambda: results.append(up.upscale(rgb, seed=3, tile=32))) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 5 and all(np.array_equal(r, expected) for r in results)
+
+
+@pytest.mark.parametrize("name", ["generator.onnx", "manifest.json", "manifest.sha256"])
+def test_no_mutant_of_a_folder_loads(folders, tmp_path, name):
+    """The bytes are hashed before a backend sees them: not one of these gets past."""
+    folder = tmp_path / "folder"
+    shutil.copytree(folders / "plain", folder)
+    original, rng = (folder / name).read_bytes(), np.random.default_rng(1)
+    for _ in range(40):
+        data = bytearray(original)
+        at = int(rng.integers(len(data)))
+        data[at] ^= 1 << int(rng.integers(8))
+        (folder / name).write_bytes(data if rng.random() < 0.7 else data[:at])
+        with pytest.raises(FolderError, match=r"damaged|SHA-256"):
+            _core.Upscaler(str(folder), library=str(library()))

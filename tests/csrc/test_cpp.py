@@ -1,0 +1,130 @@
+"""The C++ library built and run: its own tests under the sanitizers, the installed package, the tools."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cpp import CMAKE, ROOT, run
+from csrc_folders import write_ppm
+
+from engine import Upscaler
+
+REGRESSIONS = ROOT / "tests" / "csrc" / "regressions"
+
+
+def read_ppm(path: Path) -> np.ndarray:
+    _, size, largest, samples = path.read_bytes().split(b"\n", 3)
+    width, height = map(int, size.split())
+    return np.frombuffer(samples, np.uint8 if largest == b"255" else ">u2").reshape(height, width, 3)
+
+
+def test_the_parts_are_clean_under_address_and_undefined_sanitizers(asan):
+    assert "FAIL" not in run(asan / "tests" / "test_parts")
+
+
+def test_the_upscaler_is_clean_under_address_and_undefined_sanitizers(asan, folders, runtime):
+    run(asan / "tests" / "test_upscaler", folders, env=runtime)
+
+
+def test_the_c_interface_is_clean_under_address_and_undefined_sanitizers(asan, folders, runtime):
+    assert "0 failures" in run(asan / "tests" / "test_c_api", folders / "plain", env=runtime)
+
+
+def test_threads_are_clean_under_the_thread_sanitizer(tsan, folders, runtime):
+    run(tsan / "tests" / "test_parts")
+    assert "8 pictures as expected, 2 cancelled" in run(tsan / "tests" / "test_threads", folders, env=runtime)
+
+
+@pytest.mark.parametrize("seconds", [2, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("target", ["manifest", "ppm", "views", "folder"])
+def test_foreign_bytes_end_in_a_typed_error(asan, folders, runtime, target, seconds, tmp_path):
+    """Earlier findings first, then mutants of good files."""
+    seeds = {
+        "manifest": [folders / "plain" / "manifest.json"],
+        "ppm": [folders / "in.ppm"],
+        "views": [folders / "plain" / "manifest.sha256", folders / "in.ppm"],
+        "folder": [folders / "plain" / "generator.onnx", folders / "inputs" / "generator.onnx"],
+    }[target]
+    seeds += sorted((REGRESSIONS / target).glob("*"))
+    environment = runtime | {"GDPO_FUZZ_FOLDER": str(folders / "plain"), "TMPDIR": str(tmp_path)}
+    program = asan / "tests" / f"fuzz_{target}"
+    run(program, seconds, 1, *seeds, cwd=tmp_path, env=environment)
+
+
+@pytest.fixture(scope="module")
+def example(installed, tmp_path_factory) -> Path:
+    """examples/cpp, built outside the tree against the installed package."""
+    out = tmp_path_factory.mktemp("example")
+    shutil.copytree(ROOT / "examples" / "cpp", out / "source")
+    run(CMAKE, "-S", out / "source", "-B", out / "build", f"-DCMAKE_PREFIX_PATH={installed}")
+    run(CMAKE, "--build", out / "build")
+    return out / "build" / "upscale"
+
+
+def test_a_program_outside_the_tree_finds_the_package_and_runs(example, folders, runtime, tmp_path):
+    run(example, folders / "plain", folders / "in.ppm", tmp_path / "out.ppm", env=runtime)
+    expected = Upscaler.load(folders / "plain", core=False).upscale(read_ppm(folders / "in.ppm"))
+    assert np.array_equal(read_ppm(tmp_path / "out.ppm"), expected)
+    command = [example, folders / "stale", folders / "in.ppm", tmp_path / "x.ppm"]
+    done = subprocess.run(command, capture_output=True, text=True, env=runtime)
+    assert done.returncode == 1 and "is not the manifest's" in done.stderr and not (tmp_path / "x.ppm").exists()
+
+
+def test_pkg_config_links_shared_and_static(installed, folders, runtime, tmp_path):
+    if shutil.which("pkg-config") is None:
+        pytest.skip("needs pkg-config")
+    environment = runtime | {"PKG_CONFIG_PATH": str(installed / "lib" / "pkgconfig")}
+    flags = run("pkg-config", "--cflags", "--libs", "gdpo", env=environment).split()
+    compiler, source = os.environ.get("CXX", "c++"), ROOT / "examples" / "cpp" / "upscale.cpp"
+    run(compiler, "-std=c++17", source, *flags, f"-Wl,-rpath,{installed}/lib", "-o", tmp_path / "shared")
+    static = run("pkg-config", "--cflags", "--libs", "--static", "gdpo", env=environment).split()
+    static = [str(installed / "lib" / "libgdpo.a") if flag == "-lgdpo" else flag for flag in static]
+    run(compiler, "-std=c++17", source, *static, "-o", tmp_path / "static")
+    for program in ("shared", "static"):
+        run(tmp_path / program, folders / "plain", folders / "in.ppm", tmp_path / f"{program}.ppm", env=runtime)
+    assert (tmp_path / "shared.ppm").read_bytes() == (tmp_path / "static.ppm").read_bytes()
+    assert b"libgdpo" not in subprocess.run(["ldd", tmp_path / "static"], capture_output=True).stdout
+
+
+def test_the_shared_library_exports_its_interface_only(installed):
+    names = run("nm", "-D", "--defined-only", "-C", installed / "lib" / "libgdpo.so")
+    symbols = [line.split(maxsplit=2)[2] for line in names.splitlines()]
+    assert any(s.startswith("gdpo::Upscaler::upscale") for s in symbols) and "gdpo_load" in symbols
+    assert not [s for s in symbols if "gdpo::detail" in s or "nlohmann" in s]
+
+
+def test_the_tool_upscales_and_names_what_is_wrong(installed, folders, runtime, tmp_path):
+    tool = installed / "bin" / "gdpo-upscale-cpp"
+    out = tmp_path / "out.ppm"
+    run(tool, folders / "plain", folders / "in.ppm", out, "--seed", "7", "--tile", "24", "--no-progress", env=runtime)
+    assert out.read_bytes() == (folders / "expected-tiled.ppm").read_bytes()
+    assert "usage:" in run(tool, "--help")
+    deep = np.random.default_rng(0).integers(0, 65536, (10, 12, 3)).astype(">u2")
+    (tmp_path / "deep.ppm").write_bytes(b"P6\n12 10\n65535\n" + deep.tobytes())
+    run(tool, folders / "plain", tmp_path / "deep.ppm", tmp_path / "deep4.ppm", "--no-progress", env=runtime)
+    expected = Upscaler.load(folders / "plain", core=False).upscale(deep.astype(np.uint16))
+    assert np.array_equal(read_ppm(tmp_path / "deep4.ppm"), expected)
+    write_ppm(tmp_path / "in.ppm", np.zeros((20, 20, 3), np.uint8))
+    for arguments, message in [
+        ([], "FOLDER, IN and OUT are needed"),
+        (["F", "a.bmp", "b.ppm"], "unknown kind of picture"),
+        ([folders / "plain", "nowhere.ppm", "b.ppm"], "nowhere.ppm"),
+        ([folders / "plain", tmp_path / "in.ppm", "b.ppm", "--tile", "x"], "--tile needs a number"),
+        ([folders / "plain", tmp_path / "in.ppm", "b.ppm", "--tile", "3"], "tile must be 16 to 256"),
+        ([folders / "plain", tmp_path / "in.ppm", "b.ppm", "--frobnicate"], "unknown"),
+    ]:
+        done = subprocess.run([tool, *arguments], capture_output=True, text=True, env=runtime, cwd=tmp_path)
+        assert done.returncode == 2 and message in done.stderr and not (tmp_path / "b.ppm").exists(), message
+
+
+def test_every_source_is_formatted():
+    formatter = shutil.which("clang-format", path=Path(CMAKE).parent) or shutil.which("clang-format")
+    if formatter is None:
+        pytest.skip("needs clang-format (pip install clang-format)")
+    folders = ("csrc", "tests/csrc", "examples/cpp", "kernels")
+    kinds = {".cpp", ".hpp", ".h", ".c", ".cu", ".cuh"}
+    sources = [f for folder in folders for f in sorted((ROOT / folder).rglob("*")) if f.suffix in kinds]
+    run(formatter, "--dry-run", "-Werror", f"--style=file:{ROOT / '.clang-format'}", *sources)

@@ -1,0 +1,41 @@
+"""engine.Upscaler on its two paths: C++ (csrc/, engine._core) and Python give the same bytes."""
+
+import numpy as np
+import pytest
+
+from engine import Upscaler, core
+
+pytest.importorskip("engine._core", reason="engine._core was not built (GDPO_BUILD_CSRC=1 shows why)")
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[np.ndarray]:
+    """Three real photos, not of the model's multiples."""
+    from skimage import data
+
+    return [data.astronaut()[60:151, 120:241], data.coffee()[90:187, 200:333], data.chelsea()[40:160, 80:180]]
+
+
+@pytest.mark.parametrize("engine", ["tiny_engine", "tiny_split_engine"])
+@pytest.mark.parametrize(
+    "options", [{}, {"tile": 48, "batch": 3}, {"tile": 48, "color": "wavelet"}, {"scale": 3, "color": "none"}], ids=str
+)
+def test_pictures_have_the_same_bytes(engine, options, request, photos):
+    folder = request.getfixturevalue(engine)
+    cpp, python = Upscaler.load(folder, core=True), Upscaler.load(folder, core=False)
+    assert (cpp.path, python.path) == ("C++", "Python")
+    for seed, rgb in enumerate(photos):
+        assert np.array_equal(cpp.upscale(rgb, seed, **options), python.upscale(rgb, seed, **options))
+
+
+def test_the_cpp_path_is_taken_where_it_can_run_the_folder(tiny_engine, tiny_model, monkeypatch):
+    assert Upscaler.load(tiny_engine).path == "C++"
+    assert Upscaler.load(tiny_engine, backend="openvino").path == "Python"
+    with pytest.raises(RuntimeError, match="it runs onnx and onnxruntime, not openvino"):
+        Upscaler.load(tiny_engine, backend="openvino", core=True)
+    with pytest.raises(RuntimeError, match="not torch"):
+        Upscaler.load(tiny_model, backend="torch", core=True)
+    monkeypatch.setattr(core, "library", lambda: None)
+    assert Upscaler.load(tiny_engine).path == "Python"
+    with pytest.raises(RuntimeError, match="no libonnxruntime"):
+        Upscaler.load(tiny_engine, core=True)
