@@ -39,6 +39,9 @@ class Backend {
   virtual const std::string& version() const = 0;
 };
 
+/// The N of "cuda:N", 0 for "cuda", -1 for "cpu". @throws InvalidArgument: another device
+int gpu_index(const std::string& device);
+
 /// @throws BackendError: its library is not here; the message names the remedy
 std::unique_ptr<Backend> onnxruntime_backend(const Options& options);
 std::unique_ptr<Backend> tensorrt_backend(const Options& options);

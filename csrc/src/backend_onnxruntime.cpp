@@ -227,7 +227,8 @@ class OnnxRuntimeSession : public Session {
 class OnnxRuntimeBackend : public Backend {
  public:
   explicit OnnxRuntimeBackend(const Options& options)
-      : threads_(options.threads > 0 ? options.threads : usable_cores()), device_(parse(options.device)) {
+      : threads_(options.threads > 0 ? options.threads : usable_cores()),
+        device_(options.device.empty() ? -1 : gpu_index(options.device)) {
     runtime_ =
         shared_runtime(candidates(options.library, "GDPO_ONNXRUNTIME", {"libonnxruntime.so.1", "libonnxruntime.so"}));
     if (device_ >= 0 && !has_cuda()) {
@@ -262,17 +263,6 @@ class OnnxRuntimeBackend : public Backend {
  private:
   static std::string minor(const std::string& version) {
     return version.substr(0, version.find('.', version.find('.') + 1));
-  }
-
-  /// The index of the GPU, or -1 for the CPU.
-  static int parse(const std::string& device) {
-    if (device.empty() || device == "cpu") return -1;
-    if (device == "cuda") return 0;
-    if (device.rfind("cuda:", 0) == 0 && device.size() > 5 && device.size() < 9 &&
-        device.find_first_not_of("0123456789", 5) == std::string::npos) {
-      return std::atoi(device.c_str() + 5);
-    }
-    throw InvalidArgument("device must be cpu, cuda or cuda:N; got '" + device + "'");
   }
 
   bool has_cuda() const {

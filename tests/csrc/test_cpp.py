@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cpp import CMAKE, ROOT, run
+from cpp import CMAKE, ROOT, build, run
 from csrc_folders import write_ppm
 
 from engine import Upscaler
@@ -128,3 +128,10 @@ def test_every_source_is_formatted():
     kinds = {".cpp", ".hpp", ".h", ".c", ".cu", ".cuh"}
     sources = [f for folder in folders for f in sorted((ROOT / folder).rglob("*")) if f.suffix in kinds]
     run(formatter, "--dry-run", "-Werror", f"--style=file:{ROOT / '.clang-format'}", *sources)
+
+
+def test_the_tensorrt_backend_compiles_with_warnings_as_errors(compiler, tmp_path):
+    root = os.environ.get("TENSORRT_ROOT")
+    if not root:
+        pytest.skip("needs TENSORRT_ROOT: the headers of TensorRT 10 or 11 (and CUDA_HOME: the CUDA toolkit's)")
+    build(tmp_path, f"-DTENSORRT_ROOT={root}", targets=("gdpo_shared",))
