@@ -9,6 +9,8 @@
 namespace gdpo::detail {
 namespace {
 
+constexpr std::int64_t kMaxSide = 1'000'000'000;
+
 struct Dimension {
   const char* name;
   std::int64_t count, stride;
@@ -27,6 +29,10 @@ std::uint64_t reach(const char* name, const BasicImage<Void>& image) {
   if (image.data == nullptr) throw InvalidArgument(text(name, ": data is null"));
   if (image.size.height < 1 || image.size.width < 1) {
     throw InvalidArgument(text(name, ": size must be at least 1x1; got ", image.size.height, "x", image.size.width));
+  }
+  if (image.size.height > kMaxSide || image.size.width > kMaxSide) {  // a stride of 0 makes any size fit its buffer
+    throw InvalidArgument(
+        text(name, ": sides must be at most ", kMaxSide, "; got ", image.size.height, "x", image.size.width));
   }
   if (image.channels != 3) throw InvalidArgument(text(name, ": channels must be 3 (RGB); got ", image.channels));
   if (image.sample != Sample::u8 && image.sample != Sample::u16) {

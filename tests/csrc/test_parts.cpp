@@ -122,7 +122,11 @@ TEST(views_are_checked) {
   THROWS(InvalidArgument, "channels must be 3", with([](auto& i) { i.channels = 4; }));
   THROWS(InvalidArgument, "size must be at least 1x1", with([](auto& i) { i.size.height = 0; }));
   THROWS(InvalidArgument, "beyond all memory", with([](auto& i) { i.row_stride = INT64_MAX; }));
-  THROWS(InvalidArgument, "beyond all memory", with([](auto& i) { i.size = {INT64_MAX, INT64_MAX}; }));
+  THROWS(InvalidArgument, "beyond all memory", with([](auto& i) {
+           i.size = {900000000, 900000000}, i.row_stride = 1 << 30, i.column_stride = INT64_MAX / 2;
+         }));
+  THROWS(InvalidArgument, "sides must be at most",
+         with([](auto& i) { i.size.width = INT64_MAX, i.column_stride = 0; }));
   THROWS(InvalidArgument, "sample must be", with([](auto& i) { i.sample = static_cast<Sample>(9); }));
   const auto span = [&](auto change) {
     ImageSpan image = target;
