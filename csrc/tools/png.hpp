@@ -26,10 +26,13 @@ inline File open(const std::string& path, const char* mode) {
 }
 
 /// libpng reports through this; an exception passes through its frames, which own nothing.
-[[noreturn]] inline void fail(png_structp, png_const_charp message) {
-  throw InvalidArgument(std::string("PNG: ") + message);
+[[noreturn]] inline void fail(png_structp png, png_const_charp message) {
+  throw InvalidArgument(*static_cast<const std::string*>(png_get_error_ptr(png)) + ": PNG: " + message);
 }
 inline void ignore(png_structp, png_const_charp) {}
+
+/// What `fail` finds again: the path.
+inline void* owner(const std::string& path) { return const_cast<std::string*>(&path); }
 
 inline std::vector<png_bytep> rows(Picture& picture) {
   const std::size_t stride = picture.bytes.size() / static_cast<std::size_t>(picture.size.height);
@@ -43,7 +46,7 @@ inline std::vector<png_bytep> rows(Picture& picture) {
 /// RGB of any PNG that is not transparent; palettes and gray are expanded.
 inline Picture read_png(const std::string& path, std::int64_t max_pixels) {
   const png::File file = png::open(path, "rb");
-  png_structp reader = png_create_read_struct(PNG_LIBPNG_VER_STRING, nullptr, png::fail, png::ignore);
+  png_structp reader = png_create_read_struct(PNG_LIBPNG_VER_STRING, png::owner(path), png::fail, png::ignore);
   if (reader == nullptr) throw std::bad_alloc();
   png_infop info = png_create_info_struct(reader);
   const auto free = [&](void*) { png_destroy_read_struct(&reader, &info, nullptr); };
@@ -78,7 +81,7 @@ inline void write_png(const std::string& path, const Picture& picture) {
   const std::string staged = path + ".part";
   try {
     png::File file = png::open(staged, "wb");
-    png_structp writer = png_create_write_struct(PNG_LIBPNG_VER_STRING, nullptr, png::fail, png::ignore);
+    png_structp writer = png_create_write_struct(PNG_LIBPNG_VER_STRING, png::owner(path), png::fail, png::ignore);
     if (writer == nullptr) throw std::bad_alloc();
     png_infop info = png_create_info_struct(writer);
     const auto free = [&](void*) { png_destroy_write_struct(&writer, &info); };

@@ -76,6 +76,19 @@ def test_sixteen_bit_has_the_same_bytes(options, folders):
     assert cpp.dtype == np.uint16 and np.array_equal(cpp, python)
 
 
+def test_weights_beside_the_model_are_hashed_and_used(folders, tmp_path):
+    rgb = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    expected = Upscaler.load(folders / "plain", core=True).upscale(rgb)
+    for core in (True, False):
+        assert np.array_equal(Upscaler.load(folders / "external", core=core).upscale(rgb), expected)
+    shutil.copytree(folders / "external", tmp_path / "folder")
+    data = bytearray((tmp_path / "folder" / "generator.onnx.data").read_bytes())
+    data[100] ^= 1
+    (tmp_path / "folder" / "generator.onnx.data").write_bytes(data)
+    with pytest.raises(FolderError, match=r"generator\.onnx\.data: its SHA-256"):
+        Upscaler.load(tmp_path / "folder", core=True)
+
+
 def test_arrays_come_and_go_without_copies(folders):
     up = _core.Upscaler(str(folders / "plain"), library=str(library()))
     rgb = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)

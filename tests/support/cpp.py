@@ -25,6 +25,6 @@ def build(out: Path, *settings: str, targets: tuple[str, ...] = ()) -> None:
     json = Path(importlib.util.find_spec("nlohmann_json").origin).parent / "include"
     fast = ["-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O1"]
     unity = ["-DCMAKE_UNITY_BUILD=ON", "-DCMAKE_UNITY_BUILD_BATCH_SIZE=0"]
-    own = [f"-DGDPO_JSON_INCLUDE={json}", "-DTENSORRT_ROOT="]
+    own = [f"-DGDPO_JSON_INCLUDE={json}", "-DTENSORRT_ROOT=", "-DGDPO_WERROR=ON"]
     run(CMAKE, "-S", ROOT / "csrc", "-B", out, *fast, *unity, *own, *settings)
     run(CMAKE, "--build", out, *(["--target", *targets] if targets else []))

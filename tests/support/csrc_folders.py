@@ -46,10 +46,12 @@ def model(image: str = "image") -> bytes:
     return made.SerializeToString()
 
 
-def write_folder(folder: Path, content: bytes) -> Path:
-    """A folder whose manifest fits `content`, whatever that is."""
+def write_folder(folder: Path, content: bytes, data: bytes | None = None) -> Path:
+    """A folder whose manifest fits `content`, whatever that is, and the weights `data` beside it."""
     folder.mkdir(parents=True)
     (folder / "generator.onnx").write_bytes(content)
+    if data is not None:
+        (folder / "generator.onnx.data").write_bytes(data)
     graph = Graph(
         "generator.onnx",
         hashlib.sha256(content).hexdigest(),
@@ -58,6 +60,7 @@ def write_folder(folder: Path, content: bytes) -> Path:
             Tensor("noise", ("batch", 48, "latent_height", "latent_width")),
         ),
         Tensor("output", ("batch", 3, "height", "width")),
+        {} if data is None else {"generator.onnx.data": hashlib.sha256(data).hexdigest()},
     )
     geometry = Geometry(scale=4, factor=4, channels=48, multiple=16, overlap=64)
     Manifest("onnx", "opset 18", "fp32", geometry, Profile(), {"generator": graph}).save(folder)
@@ -72,6 +75,11 @@ def make(out: Path) -> None:
     plain = write_folder(out / "plain", model())
     write_folder(out / "inputs", model("picture"))
     write_folder(out / "truncated", model()[:-200])
+    split = onnx.load_model_from_string(model())
+    onnx.save_model(
+        split, out / "split.onnx", save_as_external_data=True, location="generator.onnx.data", size_threshold=0
+    )
+    write_folder(out / "external", (out / "split.onnx").read_bytes(), (out / "generator.onnx.data").read_bytes())
     (out / "empty").mkdir()
     for name in ("edited", "stale", "linked"):
         shutil.copytree(plain, out / name)

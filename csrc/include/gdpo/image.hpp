@@ -35,15 +35,16 @@ struct BasicImage {
     using Plain = std::remove_const_t<T>;
     static_assert(std::is_same_v<Plain, std::uint8_t> || std::is_same_v<Plain, std::uint16_t>,
                   "samples are 8 or 16 bit");
-    constexpr auto width = static_cast<std::int64_t>(sizeof(T));
+    constexpr std::uint64_t item = sizeof(T);
+    const std::uint64_t row = static_cast<std::uint64_t>(size.width) * 3 * item;  // absurd sizes are refused when used
     BasicImage image;
     image.data = data;
     image.size = size;
     image.sample = sizeof(T) == 1 ? Sample::u8 : Sample::u16;
-    image.row_stride = size.width * 3 * width;
-    image.column_stride = 3 * width;
-    image.channel_stride = width;
-    image.bytes = static_cast<std::size_t>(size.height * image.row_stride);
+    image.row_stride = static_cast<std::int64_t>(row);
+    image.column_stride = 3 * item;
+    image.channel_stride = item;
+    image.bytes = static_cast<std::size_t>(static_cast<std::uint64_t>(size.height) * row);
     return image;
   }
 
