@@ -274,7 +274,8 @@ def _parity(generator: OneStepGenerator, manifest: Manifest, folder: Path, cases
         import onnxruntime
 
         against = f"ONNX Runtime {onnxruntime.__version__}"
-        sessions = {n: OnnxRuntimeSession(manifest, n, *manifest.read(folder, n), Options()) for n in manifest.graphs}
+        options = Options(whole_batches=True)
+        sessions = {n: OnnxRuntimeSession(manifest, n, *manifest.read(folder, n), options) for n in manifest.graphs}
 
         def run(image, noise):
             if "generator" in sessions:

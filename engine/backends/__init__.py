@@ -30,12 +30,14 @@ class Options:
         threads: of a CPU backend; 0 lets it choose.
         trust_plan: load a TensorRT plan (executable code) that this user did not build.
         bf16: let OpenVINO compute in bfloat16 where the CPU has it.
+        whole_batches: hand a batch to ONNX Runtime in one piece on a CPU too, to check the graph.
     """
 
     device: str | None = None
     threads: int = 0
     trust_plan: bool = False
     bf16: bool = False
+    whole_batches: bool = False
 
 
 class Session(Protocol):

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from engine import Upscaler
+from engine import manifest as manifests
 from engine import upscaler as module
+from engine.backends import Options, open_session
 from engine.backends import tensorrt as trt_backend
 from engine.backends import torch as backend_torch
 from engine.manifest import FolderError
@@ -189,6 +191,18 @@ def test_a_batch_or_tile_beyond_the_profile_is_refused_by_the_session(tiny_engin
         session({"image": image[:1], "noise": noise[:1, :4]})
     with pytest.raises(ValueError, match="inputs must be image, noise"):
         session({"image": image[:1]})
+
+
+def test_a_batch_is_its_pictures_whole_or_one_at_a_time(tiny_engine):
+    manifest, rng = manifests.load(tiny_engine), np.random.default_rng(0)
+    inputs = {"image": rng.uniform(-1, 1, (3, 3, 64, 80)), "noise": rng.standard_normal((3, 48, 16, 20))}
+    inputs = {name: array.astype(np.float32) for name, array in inputs.items()}
+    apart, whole = (
+        open_session("onnxruntime", manifest, tiny_engine, "generator", Options(whole_batches=w)) for w in (False, True)
+    )
+    expected = np.concatenate([whole({k: v[i : i + 1] for k, v in inputs.items()}).copy() for i in range(3)])
+    assert np.array_equal(apart(inputs), expected)
+    assert np.abs(whole(inputs) - expected).max() < 1e-5
 
 
 def test_no_model_is_a_clear_error(tmp_path, monkeypatch):
