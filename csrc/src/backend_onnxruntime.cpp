@@ -123,9 +123,10 @@ class Owned {
 class OnnxRuntimeSession : public Session {
  public:
   OnnxRuntimeSession(std::shared_ptr<Runtime> runtime, const Graph& graph, const Bytes& model,
-                     std::map<std::string, Bytes> data, const ort::SessionOptions* options)
+                     std::map<std::string, Bytes> data, const ort::SessionOptions* options, bool one_by_one)
       : runtime_(std::move(runtime)),
         api_(runtime_->api),
+        one_by_one_(one_by_one),
         data_(std::move(data)),
         memory_(api_.ReleaseMemoryInfo),
         session_(api_.ReleaseSession) {
@@ -137,6 +138,21 @@ class OnnxRuntimeSession : public Session {
   }
 
   void run(const std::vector<Feed>& inputs, float* output, const Shape& shape) override {
+    const std::int64_t step = one_by_one_ ? 1 : shape[0];
+    for (std::int64_t first = 0; first < shape[0]; first += step) {
+      const auto part = [&](Shape sides) {
+        sides[0] = step;
+        return sides;
+      };
+      const auto skipped = [&](const Shape& sides) { return elements(first, sides[1], sides[2], sides[3]); };
+      std::vector<Feed> feeds;
+      for (const auto& feed : inputs) feeds.push_back({feed.data + skipped(feed.shape), part(feed.shape)});
+      call(feeds, output + skipped(shape), part(shape));
+    }
+  }
+
+ private:
+  void call(const std::vector<Feed>& inputs, float* output, const Shape& shape) const {
     std::vector<std::unique_ptr<Owned<ort::Value>>> values;
     std::vector<const ort::Value*> bound;
     std::vector<const char*> names;
@@ -149,7 +165,6 @@ class OnnxRuntimeSession : public Session {
     runtime_->check(api_.Run(session_.get(), nullptr, names.data(), bound.data(), bound.size(), &name, 1, &result));
   }
 
- private:
   ort::Value* value(std::vector<std::unique_ptr<Owned<ort::Value>>>& values, float* data, const Shape& shape) const {
     values.push_back(std::make_unique<Owned<ort::Value>>(api_.ReleaseValue));
     const std::size_t bytes = elements(shape[0], shape[1], shape[2], shape[3]) * sizeof(float);
@@ -217,6 +232,7 @@ class OnnxRuntimeSession : public Session {
 
   std::shared_ptr<Runtime> runtime_;
   const ort::Api& api_;
+  const bool one_by_one_;
   std::map<std::string, Bytes> data_;  // ONNX Runtime reads the weights where they are
   Owned<ort::MemoryInfo> memory_;
   Owned<ort::Session> session_;
@@ -252,7 +268,9 @@ class OnnxRuntimeBackend : public Backend {
     configure(settings);
     if (!data.empty()) runtime_->add_external(settings.get(), data);
     try {
-      return std::make_unique<OnnxRuntimeSession>(runtime_, graph, model, std::move(data), settings.get());
+      // A CPU gains nothing from a batch and its caches lose by it: one tile at a time.
+      const bool one_by_one = device_ < 0 && manifest.batch[0] == 1;
+      return std::make_unique<OnnxRuntimeSession>(runtime_, graph, model, std::move(data), settings.get(), one_by_one);
     } catch (const BackendError& error) {
       throw FolderError(text(folder, "/", graph.file, ": ONNX Runtime refuses it (", error.what(), ")"));
     }

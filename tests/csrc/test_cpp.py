@@ -35,7 +35,8 @@ def test_the_c_interface_is_clean_under_address_and_undefined_sanitizers(asan, f
 
 def test_threads_are_clean_under_the_thread_sanitizer(tsan, folders, runtime):
     run(tsan / "tests" / "test_parts")
-    assert "8 pictures as expected, 2 cancelled" in run(tsan / "tests" / "test_threads", folders, env=runtime)
+    environment = runtime | {"TSAN_OPTIONS": f"suppressions={ROOT / 'tests' / 'csrc' / 'tsan.supp'}"}
+    assert "8 pictures as expected, 2 cancelled" in run(tsan / "tests" / "test_threads", folders, env=environment)
 
 
 @pytest.mark.parametrize("seconds", [2, pytest.param(200, marks=pytest.mark.slow)])
