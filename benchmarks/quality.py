@@ -128,6 +128,7 @@ def main() -> None:
     if not args.realsr and not args.crops:
         raise ValueError("name a set: --realsr DIR, --crops DIR, or both")
     out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
     sets: dict[str, tuple[Path, int]] = {}
     if args.realsr:
         sets["realsr"] = (Path(args.realsr), args.every)
