@@ -8,7 +8,7 @@ cross-attention, linear projections and latents of 4 channels at 1/8 of the pict
 
     mini   narrow and shallow, for tests: made in seconds
     small  a fifth of the widths of SD 2.1-base, so that UNet and VAE keep their shares of the time: for CPU benchmarks
-    sd21   the public configuration of stable-diffusion-2-1-base (865 M parameters in the UNet)
+    sd21   the public configuration of stable-diffusion-2-1-base: configs/sd21.yaml (865 M parameters in the UNet)
 """
 
 from __future__ import annotations
@@ -17,45 +17,61 @@ import gzip
 import importlib.util
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from torch import nn
 
 from engine import cli
 from gdpo.storage import staged_folder
 
-DOWN = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
-UP = ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3
+
+def _text(width: int, layers: int, heads: int) -> dict[str, int]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "projection_dim": width // 2,
+    }
 
 
-@dataclass(frozen=True)
-class Size:
-    """What differs between the sizes. `unet_heads` is the number of heads of each block (diffusers' misnomer
-    attention_head_dim)."""
-
-    unet: tuple[int, int, int, int]
-    unet_heads: tuple[int, int, int, int]
-    unet_layers: int
-    unet_groups: int
-    vae: tuple[int, int, int, int]
-    vae_layers: int
-    vae_groups: int
-    text_width: int
-    text_layers: int
-    text_heads: int
-
-
-SIZES = {
-    "mini": Size((16, 32, 32, 32), (1, 2, 4, 4), 1, 8, (8, 16, 16, 16), 1, 4, 32, 2, 4),
-    "small": Size((64, 128, 256, 256), (1, 2, 4, 4), 2, 32, (24, 48, 96, 96), 2, 8, 192, 4, 4),
-    "sd21": Size((320, 640, 1280, 1280), (5, 10, 20, 20), 2, 32, (128, 256, 512, 512), 2, 32, 1024, 23, 16),
+PUBLIC = Path(__file__).resolve().parent.parent / "configs" / "sd21.yaml"
+NARROWER: dict[str, dict[str, dict[str, Any]]] = {  # what the other sizes have instead
+    "mini": {
+        "unet": {
+            "block_out_channels": [16, 32, 32, 32],
+            "attention_head_dim": [1, 2, 4, 4],
+            "layers_per_block": 1,
+            "cross_attention_dim": 32,
+            "norm_num_groups": 8,
+        },
+        "vae": {"block_out_channels": [8, 16, 16, 16], "layers_per_block": 1, "norm_num_groups": 4},
+        "text_encoder": _text(32, 2, 4),
+    },
+    "small": {
+        "unet": {
+            "block_out_channels": [64, 128, 256, 256],
+            "attention_head_dim": [1, 2, 4, 4],
+            "cross_attention_dim": 192,
+        },
+        "vae": {"block_out_channels": [24, 48, 96, 96], "norm_num_groups": 8},
+        "text_encoder": _text(192, 4, 4),
+    },
+    "sd21": {},
 }
+SIZES = tuple(NARROWER)
 # The public text encoder has 49408 tokens: 512 bytes (alone and at a word's end), 48894 merges, start and end of text.
 MERGES = 49408 - 512 - 2
 WORDS = ["clean", "high", "resolution", "photo", "detailed", "sharp", "texture", "blurry", "painting", "low", "quality"]
+
+
+def architecture(size: str) -> dict[str, dict[str, Any]]:
+    """Keyword arguments of unet, vae, text_encoder and scheduler: configs/sd21.yaml, narrowed for the other sizes."""
+    public = yaml.safe_load(PUBLIC.read_text(encoding="utf-8"))
+    return {part: values | NARROWER[size].get(part, {}) for part, values in public.items()}
 
 
 def build_folder(
@@ -84,56 +100,33 @@ def build_folder(
         raise ValueError(f"vae must be kl or taesd; got {vae!r}")
     if out.exists():
         raise FileExistsError(f"{out} exists; remove it or choose another folder")
-    shape = SIZES[size]
+    shape = architecture(size)
     merges = _clip_merges() if size == "sd21" else _word_merges(WORDS)
     with staged_folder(out) as root, torch.random.fork_rng(devices=[]):
         parts = {
-            "unet": lambda: _unet(shape),
-            "vae": lambda: _taesd(size) if vae == "taesd" else _vae(shape),
-            "text_encoder": lambda: _text_encoder(shape, 512 + len(merges) + 2),
+            "unet": lambda: _unet(shape["unet"]),
+            "vae": lambda: _taesd(size) if vae == "taesd" else _vae(shape["vae"]),
+            "text_encoder": lambda: _text_encoder(shape["text_encoder"], 512 + len(merges) + 2),
         }
         for number, (name, build) in enumerate(parts.items()):
             torch.manual_seed(seed * len(parts) + number)
             nn.Module.to(build(), dtype).save_pretrained(root / name)
         _write_tokenizer(root / "tokenizer", merges)
-        _scheduler().save_pretrained(root / "scheduler")
+        _scheduler(shape["scheduler"]).save_pretrained(root / "scheduler")
         _write_index(root, vae)
     return out
 
 
-def _unet(shape: Size) -> Any:
+def _unet(config: dict[str, Any]) -> Any:
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel(
-        sample_size=64,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=shape.unet,
-        down_block_types=DOWN,
-        up_block_types=UP,
-        layers_per_block=shape.unet_layers,
-        attention_head_dim=shape.unet_heads,
-        cross_attention_dim=shape.text_width,
-        norm_num_groups=shape.unet_groups,
-        use_linear_projection=True,
-    )
+    return UNet2DConditionModel(**config)
 
 
-def _vae(shape: Size) -> Any:
+def _vae(config: dict[str, Any]) -> Any:
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=4,
-        block_out_channels=shape.vae,
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        layers_per_block=shape.vae_layers,
-        norm_num_groups=shape.vae_groups,
-        sample_size=768,
-        scaling_factor=0.18215,
-    )
+    return AutoencoderKL(**config)
 
 
 def _taesd(size: str) -> Any:
@@ -150,24 +143,10 @@ def _taesd(size: str) -> Any:
     )
 
 
-def _text_encoder(shape: Size, vocabulary: int) -> Any:
+def _text_encoder(config: dict[str, Any], vocabulary: int) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    config = CLIPTextConfig(
-        vocab_size=vocabulary,
-        hidden_size=shape.text_width,
-        intermediate_size=4 * shape.text_width,
-        num_hidden_layers=shape.text_layers,
-        num_attention_heads=shape.text_heads,
-        projection_dim=shape.text_width // 2,
-        max_position_embeddings=77,
-        hidden_act="gelu",
-        # As in the public files: nonsense ids that transformers knows to mean "the highest id ends the text".
-        bos_token_id=0,
-        pad_token_id=1,
-        eos_token_id=2,
-    )
-    return CLIPTextModel(config)
+    return CLIPTextModel(CLIPTextConfig(vocab_size=vocabulary, **config))
 
 
 def _write_tokenizer(folder: Path, merges: list[tuple[str, str]]) -> None:
@@ -219,17 +198,10 @@ def _clip_merges() -> list[tuple[str, str]]:
     return [(left, right) for left, right in map(str.split, lines)]
 
 
-def _scheduler() -> Any:
+def _scheduler(config: dict[str, Any]) -> Any:
     from diffusers import DDPMScheduler
 
-    return DDPMScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        steps_offset=1,
-    )
+    return DDPMScheduler(**config)
 
 
 def _write_index(root: Path, vae: str) -> None:

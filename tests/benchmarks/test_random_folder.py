@@ -69,7 +69,7 @@ def test_taesd_half_precision_and_no_change_of_the_callers_random_state(tmp_path
 @pytest.mark.parametrize(("size", "millions"), [("small", 34.6), ("sd21", 865.9)])
 def test_the_larger_sizes_have_the_documented_number_of_parameters(size, millions):
     with torch.device("meta"):
-        unet = random_folder._unet(random_folder.SIZES[size])
+        unet = random_folder._unet(random_folder.architecture(size)["unet"])
     assert sum(p.numel() for p in unet.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
 
 
