@@ -4,8 +4,8 @@
 
 Both are the same folder: "before" is the model with its LoRA off. For every crop, N noises are drawn once and given to
 both; the 2N samples form one group, scored as in training (min-max inside the group, weighted by the smooth and the
-textured share). Reported: the mean difference of that reward with its standard error over crops, the raw scores, and a
-sheet.
+textured share). Reported: the mean difference of that reward with its standard error and its 95% bootstrap interval
+over crops, the raw scores, the two artefact figures (lower is better), and a sheet.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -22,6 +23,7 @@ from engine.files import atomic_write
 from gdpo.data import CropDataset, loader
 from gdpo.degradation import Degradation, DegradationConfig
 from gdpo.generator import OneStepGenerator
+from gdpo.metrics import grid_artefact, oversharpening
 from gdpo.rewards import build_rewards
 from gdpo.train.gain import compare
 from gdpo.train.pictures import sheet
@@ -56,8 +58,16 @@ class Options:
 
 
 @torch.no_grad()
-def measure(o: Options) -> dict[str, float]:
-    generator = OneStepGenerator.from_pretrained(o.model)
+def measure(generator: OneStepGenerator, o: Options) -> dict[str, float]:
+    """Compare the generator with and without its LoRA on held-out crops, and write sheet.png.
+
+    Raises:
+        ValueError: fewer than 2 crops, which have no spread.
+
+    Returns: for every score NAME_before, NAME_after, NAME_gain, NAME_standard_error, NAME_low and NAME_high (95%).
+    """
+    if o.crops < 2:
+        raise ValueError(f"crops must be at least 2; got {o.crops}")
     degrade = Degradation(DegradationConfig(preset=o.preset))  # type: ignore[arg-type]
     rewards = build_rewards(list(o.reward_funcs))
     dataset = CropDataset(o.data, "val", o.crop_size)
@@ -73,17 +83,24 @@ def measure(o: Options) -> dict[str, float]:
         compared = compare(
             generator, bicubic, hr, rewards, samples=batch.samples, seed=o.seed, noises=o.noises
         )  # fmt: skip
-        for name, values in compared.scores.items():
-            found.setdefault(name, []).append(values[0])
+        scores = {name: values[0] for name, values in compared.scores.items()}
+        for artefact in (grid_artefact, oversharpening):
+            pair = torch.cat([compared.before, compared.after]).clamp(-1, 1) / 2 + 0.5
+            scores[artefact.__name__] = artefact(pair.float(), batch.hr.expand_as(pair))
+        for name, values in scores.items():
+            found.setdefault(name, []).append(values)
         if i in shown:
             pictures.append([bicubic, compared.before, compared.after, hr])
     result: dict[str, float] = {"crops": float(o.crops), "noises": float(o.noises)}
+    picks = np.random.default_rng(0).integers(0, o.crops, (10_000, o.crops))
     for name, per_crop in found.items():
         before_after = torch.stack(per_crop).double()  # [crops,2]
         gain = before_after[:, 1] - before_after[:, 0]
         result[f"{name}_before"], result[f"{name}_after"] = before_after.mean(0).tolist()
         result[f"{name}_gain"] = float(gain.mean())
         result[f"{name}_standard_error"] = float(gain.std() / len(gain) ** 0.5)
+        low, high = np.percentile(gain.numpy()[picks].mean(1), (2.5, 97.5))
+        result[f"{name}_low"], result[f"{name}_high"] = float(low), float(high)
     titles = ("bicubic", "before", "after GDPO", "HR")
     sheet([(t, torch.cat([p[i] for p in pictures])) for i, t in enumerate(titles)], Path(o.out) / "sheet.png")
     return result
@@ -93,14 +110,15 @@ def table(result: dict[str, float]) -> str:
     """The result as Markdown."""
     names = [k.removesuffix("_gain") for k in result if k.endswith("_gain")]
     lines = [
-        f"{result['crops']:.0f} held-out crops, {result['noises']:.0f} noises each; ± is one standard error.",
+        f"{result['crops']:.0f} held-out crops, {result['noises']:.0f} noises each; ± is one standard error, "
+        "the interval holds 95% of 10,000 bootstrap resamples.",
         "",
-        "| score | before | after GDPO | difference |",
-        "|---|---|---|---|",
+        "| score | before | after GDPO | difference | interval |",
+        "|---|---|---|---|---|",
     ]
     for n in names:
-        values = (result[f"{n}_{part}"] for part in ("before", "after", "gain", "standard_error"))
-        lines.append("| {} | {:.4f} | {:.4f} | {:+.4f} ± {:.4f} |".format(n, *values))
+        values = (result[f"{n}_{part}"] for part in ("before", "after", "gain", "standard_error", "low", "high"))
+        lines.append("| {} | {:.4f} | {:.4f} | {:+.4f} ± {:.4f} | [{:.4f}, {:.4f}] |".format(n, *values))
     return "\n".join(lines) + "\n"
 
 
@@ -110,7 +128,7 @@ def main() -> int:
     options = Options(**vars(parser.parse_args()))
     if options.write_rows:
         rows.require_clean()
-    result = measure(options)
+    result = measure(OneStepGenerator.from_pretrained(options.model), options)
     text = table(result)
     atomic_write(Path(options.out) / "table.md", text)
     print(text)
