@@ -1,17 +1,21 @@
 """Seconds per GDPO step and peak memory: this project's step against the released procedure, in one run.
 
     python -m benchmarks.gdpo_step [--folder SD_FOLDER | --size small] [--crop 256] [--precision fp32 bf16]
+                                   [--variants plain checkpointing reuse-latents compile-frozen]
 
-Each procedure runs in a process of its own (peak memory is a property of a process), on the same crop of a real photo,
-with the same group size, rank and scores. The processes alternate, `--rounds` times, so that a slow minute of the
-machine does not fall on one side. One step is degradation to optimiser step; the first of each process is not counted.
+Each procedure runs in a process of its own (on a CPU peak memory is a property of a process), on the same crop of a
+real photo, with the same group size, rank and scores. The processes alternate, `--rounds` times, so that a slow minute
+of the machine does not fall on one side. One step is degradation to optimiser step; the first is not counted, and must
+give log 2, the loss of a policy that is its reference: a figure of a wrong step is not kept.
 Processor seconds are given beside: on a machine that others use they say more than the clock (set OMP_NUM_THREADS=1
 there, since threads that wait for each other spin).
 """
 
 from __future__ import annotations
 
+import gc
 import json
+import math
 import os
 import resource
 import subprocess
@@ -28,17 +32,43 @@ from engine import cli
 
 PROCEDURES = ("released", "ours")
 REWARDS = ["psnr_y", "region_detail"]
+VARIANTS = ("plain", "checkpointing", "reuse-latents", "compile-frozen")
+OURS_ALONE = ("reuse-latents", "compile-frozen")  # the released procedure has no such choice: compared with its plain
 
 
-def worker(procedure: str, folder: str, crop: int, group: int, precision: str, steps: int) -> dict[str, Any]:
-    """Run one procedure in this process: {"seconds", "cpu_seconds": one per counted step, "peak_mib", "loss"}."""
+def worker(
+    procedure: str, variants: list[str], folder: str, crop: int, group: int, precision: str, steps: int
+) -> dict[str, dict[str, Any]]:
+    """Run a procedure in this process: {variant: {"seconds", "cpu_seconds": one per counted step, "peak_mib", "loss"}},
+    or {variant: {"error"}} where the memory does not suffice."""
     import torch
     from accelerate import Accelerator
 
-    torch.manual_seed(0)
     accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
-    run = (_released if procedure == "released" else _ours)(folder, accelerator, crop, group)
+    found: dict[str, dict[str, Any]] = {}
+    for variant in variants:
+        try:
+            found[variant] = _steps(procedure, variant, folder, accelerator, crop, group, steps)
+        except torch.cuda.OutOfMemoryError as error:
+            found[variant] = {"error": str(error).split(". ")[0]}
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return found
+
+
+def _steps(
+    procedure: str, variant: str, folder: str, accelerator: Any, crop: int, group: int, steps: int
+) -> dict[str, Any]:
+    import torch
+
+    torch.manual_seed(0)
     on_gpu = accelerator.device.type == "cuda"
+    if on_gpu:
+        if (left := torch.cuda.memory_allocated() >> 20) > 512:
+            raise RuntimeError(f"{left} MiB are still held by the variant before {variant}: its peak would be wrong")
+        torch.cuda.reset_peak_memory_stats()
+    run = (_released if procedure == "released" else _ours)(folder, accelerator, crop, group, variant)
     seconds, cpu_seconds, loss = [], [], 0.0
     for step in range(steps + 1):
         started, cpu_started = time.perf_counter(), time.process_time()
@@ -48,6 +78,8 @@ def worker(procedure: str, folder: str, crop: int, group: int, precision: str, s
         if step:
             seconds.append(time.perf_counter() - started)
             cpu_seconds.append(time.process_time() - cpu_started)
+        elif not abs(loss - math.log(2)) < 2e-3:
+            raise RuntimeError(f"{procedure} {variant}: the first loss is {loss:.4f}, not log 2: no figure is taken")
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mib": peak / 2**20, "loss": loss}
 
@@ -65,23 +97,28 @@ def _batch(crop: int, step: int, device: Any) -> Any:
     return Batch(["astronaut"], None, [step], hr.to(device))
 
 
-def _released(folder: str, accelerator: Any, crop: int, group: int) -> Any:
+def _released(folder: str, accelerator: Any, crop: int, group: int, variant: str = "plain") -> Any:
     from .released_procedure import ReleasedProcedure
 
-    return ReleasedProcedure(folder, accelerator, group=group).step
+    procedure = ReleasedProcedure(folder, accelerator, group=group)
+    if variant == "checkpointing":
+        procedure.policy.enable_gradient_checkpointing()
+    return procedure.step
 
 
-def _ours(folder: str, accelerator: Any, crop: int, group: int) -> Any:
+def _ours(folder: str, accelerator: Any, crop: int, group: int, variant: str = "plain") -> Any:
     import torch
 
     from gdpo.train.config import DataConfig, GDPOConfig, ModelConfig
     from gdpo.train.gdpo import GDPO
 
     config = GDPOConfig(
-        model=ModelConfig(pretrained=folder),
+        model=ModelConfig(pretrained=folder, gradient_checkpointing=variant == "checkpointing"),
         data=DataConfig(crop_size=crop),
         num_generations=group,
         reward_funcs=REWARDS,
+        reuse_latents=variant == "reuse-latents",
+        compile_frozen=variant == "compile-frozen",
         mixed_precision=accelerator.mixed_precision,
     )
     config.validate()
@@ -98,7 +135,7 @@ def _ours(folder: str, accelerator: Any, crop: int, group: int) -> Any:
     return step
 
 
-def _spawn(*arguments: object) -> dict[str, Any]:
+def _spawn(*arguments: object) -> dict[str, dict[str, Any]]:
     command = [sys.executable, "-m", "benchmarks.gdpo_step", "--worker", json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -106,20 +143,39 @@ def _spawn(*arguments: object) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(folder: str, crop: int, group: int, precision: str, steps: int, rounds: int) -> dict[str, dict[str, float]]:
-    """{procedure: {"p50_s", "p50_cpu_s", "peak_mib"}} over alternating processes."""
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in PROCEDURES}
+def compare(
+    variants: list[str], together: bool, rounds: int, *setting: object
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """{(procedure, variant): figures} over alternating processes; `setting` is what follows `variants` in `worker`."""
+    own = {"ours": variants, "released": [v for v in dict.fromkeys(["plain", *variants]) if v not in OURS_ALONE]}
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {(p, v): [] for p in PROCEDURES for v in own[p]}
     for round_ in range(rounds):
         for name in PROCEDURES if round_ % 2 == 0 else PROCEDURES[::-1]:
-            runs[name].append(_spawn(name, folder, crop, group, precision, steps))
+            for some in [own[name]] if together else [[v] for v in own[name]]:
+                for variant, run in _spawn(name, some, *setting).items():
+                    runs[name, variant].append(run)
+    return {key: _figures(taken) for key, taken in runs.items()}
+
+
+def _figures(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over all steps of all processes, the median of each process as the spread, the highest peak."""
+    if errors := [run["error"] for run in runs if "error" in run]:
+        return {"error": errors[0]}
     return {
-        name: {
-            "p50_s": round(median(s for run in own for s in run["seconds"]), 4),
-            "p50_cpu_s": round(median(s for run in own for s in run["cpu_seconds"]), 4),
-            "peak_mib": round(max(run["peak_mib"] for run in own)),
-        }
-        for name, own in runs.items()
+        "p50_s": round(median(s for run in runs for s in run["seconds"]), 4),
+        "rounds_p50_s": [round(median(run["seconds"]), 4) for run in runs],
+        "p50_cpu_s": round(median(s for run in runs for s in run["cpu_seconds"]), 4),
+        "peak_mib": round(max(run["peak_mib"] for run in runs)),
     }
+
+
+def _row(released: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """Both procedures' figures side by side, and their ratios where both ran."""
+    row = {f"{name}_{k}": v for name, own in (("released", released), ("ours", ours)) for k, v in own.items()}
+    for name, key in (("speedup", "p50_s"), ("speedup_cpu", "p50_cpu_s"), ("memory_ratio", "peak_mib")):
+        if key in released and key in ours:
+            row[name] = round(released[key] / ours[key], 3)
+    return row
 
 
 def main() -> None:
@@ -133,6 +189,10 @@ def main() -> None:
     parser.add_argument("--precision", type=Literal["fp32", "bf16", "fp16"], nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--steps", type=PositiveInt, default=3, help="counted steps of each process")
     parser.add_argument("--rounds", type=PositiveInt, default=2, help="processes of each procedure")
+    parser.add_argument("--variants", type=Literal[VARIANTS], nargs="+", default=["plain"], help="of the step")
+    parser.add_argument(
+        "--together", action="store_true", help="all variants of a procedure in one process (a GPU's peak can be reset)"
+    )
     parser.add_argument("--dry", action="store_true", help="print, and write no rows")
     parser.add_argument("--worker", type=str | None, help="used by this command itself")
     args = parser.parse_args()
@@ -149,23 +209,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or str(build_folder(Path(temporary) / args.size, args.size))
         for precision in args.precision:
-            result = compare(folder, args.crop, args.group, precision, args.steps, args.rounds)
-            released, ours = result["released"], result["ours"]
-            figures = {
-                "model": Path(args.folder).name if args.folder else f"random {args.size}",
-                "crop": args.crop,
-                "group": args.group,
-                "precision": precision,
-                "device": "cuda" if torch.cuda.is_available() else "cpu",
-                "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-                **{f"{name}_{key}": value for name, own in result.items() for key, value in own.items()},
-                "speedup": round(released["p50_s"] / ours["p50_s"], 3),
-                "speedup_cpu": round(released["p50_cpu_s"] / ours["p50_cpu_s"], 3),
-                "memory_ratio": round(released["peak_mib"] / ours["peak_mib"], 3),
-            }
-            print(json.dumps(figures))
-            if not args.dry:
-                append_row("gdpo_step", **figures)
+            setting = (folder, args.crop, args.group, precision, args.steps)
+            found = compare(args.variants, args.together, args.rounds, *setting)
+            for variant in args.variants:
+                figures = {
+                    "model": Path(args.folder).name if args.folder else f"random {args.size}",
+                    "variant": variant,
+                    "crop": args.crop,
+                    "group": args.group,
+                    "precision": precision,
+                    "device": "cuda" if torch.cuda.is_available() else "cpu",
+                    "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+                    **_row(found["released", "plain" if variant in OURS_ALONE else variant], found["ours", variant]),
+                }
+                print(json.dumps(figures), flush=True)
+                if not args.dry:
+                    append_row("gdpo_step", **figures)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
 from benchmarks.rows import ROOT, append_row, require_clean
@@ -225,7 +226,9 @@ def peak_mib(run: Callable[[], Any]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def measure(case: Case, device: str, clock: Clock, copied: float, compiled: bool) -> Iterator[dict[str, Any]]:
+def measure(
+    case: Case, device: str, clock: Clock, copied: float, compiled: bool, rounds: int = 1
+) -> Iterator[dict[str, Any]]:
     expected = case.call(backend="torch")
     runs: dict[tuple[str, str], Callable[[], Any]] = {}
     for name, call in implementations(case, device, compiled):
@@ -233,13 +236,17 @@ def measure(case: Case, device: str, clock: Clock, copied: float, compiled: bool
             raise RuntimeError(f"{case.op} {name} at {case.size} is wrong: no figure is taken of it")
         runs |= {(name, mode): run for mode, run in modes(case, call)}
     peaks = {key: peak_mib(run) if device == "cuda" else None for key, run in runs.items()}
-    for (name, mode), times in clock(runs).items():
+    taken = [clock(runs) for _ in range(rounds)]
+    for name, mode in runs:
+        each = [one[name, mode] for one in taken]
+        times = sorted(t for round_ in each for t in round_)
         p20, p50, p80 = (times[int(q * (len(times) - 1))] for q in (0.2, 0.5, 0.8))
         rate = case.traffic[mode] / (p50 / 1e3)
         yield {
             "op": case.op, "mode": mode, "implementation": name, "size": list(case.size),
             "dtype": str(case.dtype).removeprefix("torch."), "device": device, "p20_ms": p20, "p50_ms": p50,
-            "p80_ms": p80, "runs": len(times), "bytes": case.traffic[mode], "bytes_per_s": rate,
+            "p80_ms": p80, "runs": len(times), "rounds_p50_ms": [statistics.median(t) for t in each],
+            "bytes": case.traffic[mode], "bytes_per_s": rate,
             "copy_bytes_per_s": copied, "share_of_copy": rate / copied, "peak_mib": peaks[name, mode],
         }  # fmt: skip
 
@@ -257,9 +264,15 @@ def main() -> None:
     parser = cli.Parser(prog="python -m benchmarks.kernel_bench", description=__doc__)
     parser.add_argument("--ops", type=list[str], default=list(CASES), help="which operations")
     parser.add_argument("--dry_run", type=bool, default=False, help="miniature sizes, no gate, no rows")
-    parser.add_argument("--compile", type=bool, default=True, help="measure torch.compile too")
+    parser.add_argument(
+        "--gate", type=bool, default=True, help="false where the tests have just been run on this device"
+    )
+    parser.add_argument(
+        "--compile", type=bool | Literal["first"], default=True, help="measure torch.compile too; first: smallest sizes"
+    )
     parser.add_argument("--large", type=bool | None, default=None, help="the large sizes too; default: on a GPU")
     parser.add_argument("--seconds", type=float, default=1.0, help="time budget of one figure")
+    parser.add_argument("--rounds", type=PositiveInt, default=1, help="how often each figure is taken")
     options: Any = parser.parse_args()
     if unknown := set(options.ops) - set(CASES):
         raise ValueError(f"unknown operation {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
@@ -272,14 +285,15 @@ def main() -> None:
     copied = copy_bandwidth(clock, device)
     large = options.large if options.large is not None else device == "cuda"
     for op in options.ops:
-        if not options.dry_run:
+        if options.gate and not options.dry_run:
             gate(op, device)
         sizes = MINIATURE[op] if options.dry_run else FULL[op] if large else FULL[op][:1]
         several = device == "cuda" and op in ("gdpo_loss", "attribute_statistics")
         for dtype in (torch.float32, torch.bfloat16) if several else (torch.float32,):
             for size in sizes:
                 case = CASES[op](size, dtype, device)
-                for row in measure(case, device, clock, copied, options.compile):
+                compiled = size == sizes[0] if options.compile == "first" else options.compile
+                for row in measure(case, device, clock, copied, compiled, options.rounds):
                     show(row)
                     if not options.dry_run:
                         append_row("kernels", **row)

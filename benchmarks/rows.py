@@ -6,6 +6,7 @@
 
 A row is the figures plus `time`, `commit`, `dirty`, `machine` (CPU, cores, threads, memory, GPU, driver), `versions`.
 Outside a git checkout (a tree copied to a GPU machine) the environment variable GDPO_COMMIT names the commit.
+GDPO_RESULTS names another folder for the rows.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = Path(os.environ.get("GDPO_RESULTS") or ROOT / "benchmarks" / "results")
 PACKAGES = ("torch", "triton", "numpy", "diffusers", "onnxruntime", "openvino", "opencv-python-headless")
 
 

@@ -217,6 +217,7 @@ class GDPOConfig(TrainConfig):
             depends on the noise alone then cancels between samples, because advantages sum to zero.
         reuse_latents: take the sampled latents as they are instead of decoding and encoding them (not in the paper).
         sample_batch_size: pictures generated or encoded at once; 0 is all B*G.
+        compile_frozen: torch.compile of what is frozen and compared with nothing: the sampler and the autoencoder.
     """
 
     algorithm: Literal["gdpo", "dpo"] = "gdpo"
@@ -230,6 +231,7 @@ class GDPOConfig(TrainConfig):
     shared_noise: bool = False
     reuse_latents: bool = False
     sample_batch_size: int = 0
+    compile_frozen: bool = False
 
     def validate(self) -> None:
         super().validate()

@@ -1,0 +1,308 @@
+"""Everything that needs a GPU, in one command: `make bench-gpu`, or
+
+    python -m benchmarks.gpu [--parts kernels gdpo-step] [--again gdpo-step] [--minutes 9] [--out DIR] [--dry]
+
+A sequence of parts, each a process of its own with a time limit and a log file (PARTS below, `--list` shows them). What
+a part finished is remembered in DIR/state.json: the next call at the same commit on the same GPU goes on with the rest.
+A part whose package is missing is skipped with the reason; the others go on. Exit code 1 names what is not done.
+`--dry` runs every part on the CPU at miniature size and writes no rows.
+
+Rows and plots go to benchmarks/results (or --results). The tree must be a commit; a copy without .git names it in the
+environment variable GDPO_COMMIT. Logs, state: --out. The random model and compiled kernels: --cache.
+
+What a GPU machine needs, beside torch with CUDA (2.11 or newer) and its triton, Python 3.11 or newer:
+    all parts        numpy pyyaml jsonargparse (4.49 or newer, under 5)
+    kernels-test     pytest hypothesis; faster with pytest-xdist
+    kernels          scikit-image opencv-python-headless
+    model, inference diffusers transformers safetensors huggingface-hub (and what these ask for: regex requests
+                     tokenizers packaging filelock), tqdm; openai-clip for CLIP's own vocabulary, else one is made up
+    gdpo-step        these, accelerate peft psutil scipy pillow scikit-image
+    tensorrt-rtx     these, onnx onnxscript onnxruntime tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings
+    plots            matplotlib
+Where torch, transformers, accelerate, peft, pytest and the usual scientific packages are at hand, that leaves two
+wheels: diffusers and jsonargparse (both pure Python), and the two of TensorRT-RTX. No torchvision, pyiqa or network.
+"""
+
+from __future__ import annotations
+
+import argparse  # nothing but the standard library here: what is not installed is for the parts to say
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rows import RESULTS, ROOT, commit, environment, require_clean
+from engine.files import atomic_write
+
+SKIPPED = 77  # exit code of a part that cannot run here; its last line says why
+ROUNDS = "2"  # every figure is taken twice
+TRAINING = ("torch", "numpy", "yaml", "jsonargparse", "diffusers", "transformers", "safetensors")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of this command: where things go, and whether it is the miniature."""
+
+    dry: bool
+    out: Path
+    cache: Path
+    results: Path
+    commit: str
+    gpu: str | None
+    finished: set[str] = field(default_factory=set)
+
+    @property
+    def model(self) -> Path:
+        """The folder with random weights."""
+        return self.cache / ("mini" if self.dry else "sd21")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process: what it is for, the modules it needs, its time limit and its command after `python -m`."""
+
+    about: str
+    seconds: int
+    needs: tuple[str, ...]
+    command: Callable[[Run], list[str]]
+    after: tuple[str, ...] = ()
+
+
+def _kernels_test(run: Run) -> list[str]:
+    names = ["bad_input"] if run.dry else ["bad_input", "loss", "statistics", "complexity", "reward"]
+    fast = ["-n", "8"] if importlib.util.find_spec("xdist") and not run.dry else []
+    return ["pytest", "-q", "-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider",
+            "--import-mode=importlib", *fast, *(f"tests/kernels/test_{n}.py" for n in names)]  # fmt: skip
+
+
+def _kernels(run: Run) -> list[str]:
+    if run.dry:
+        return ["benchmarks.kernel_bench", "--dry_run", "true", "--compile", "false", "--seconds", "0.01"]
+    tested = "kernels-test" in run.finished  # at this commit, on this GPU
+    return ["benchmarks.kernel_bench", "--compile", "first", "--seconds", "0.2", "--rounds", ROUNDS,
+            "--gate", "false" if tested else "true"]  # fmt: skip
+
+
+def _gdpo_step(run: Run) -> list[str]:
+    command = ["benchmarks.gdpo_step", "--folder", str(run.model), "--precision", "bf16"]
+    if run.dry:
+        return [*command, "--crop", "64", "--group", "2", "--steps", "1", "--rounds", "1", "--together", "--dry",
+                "--variants", "checkpointing", "reuse-latents"]  # fmt: skip
+    return [*command, "--crop", "512", "--group", "6", "--steps", "5", "--rounds", ROUNDS, "--together",
+            "--variants", "plain", "checkpointing", "reuse-latents", "compile-frozen"]  # fmt: skip
+
+
+def _inference(run: Run) -> list[str]:
+    command = ["benchmarks.torch_backend", "--folder", str(run.model)]
+    if run.dry:
+        return [*command, "--pictures", "64", "--batches", "1", "2", "--dry"]
+    return [*command, "--pictures", "512", "1024", "--batches", "1", "2", "4", "8", "16"]
+
+
+def _own(name: str) -> Callable[[Run], list[str]]:
+    """A part of gpu_parts.py."""
+    return lambda run: ["benchmarks.gpu_parts", name, "--cache", str(run.cache), "--out", str(run.out),
+                        *(["--dry"] if run.dry else [])]  # fmt: skip
+
+
+PARTS: dict[str, Part] = {
+    "environment": Part("the machine: versions, copy bandwidth, bf16 product", 60, ("torch", "jsonargparse"), _own("environment")),
+    "kernels-test": Part(
+        "the kernels against fp64, on this device", 150, ("torch", "numpy", "pytest", "hypothesis"), _kernels_test
+    ),
+    "kernels": Part(
+        "the kernels against eager torch, torch.compile and a copy", 150,
+        ("torch", "numpy", "jsonargparse", "skimage", "cv2"), _kernels,
+    ),
+    "model": Part("a folder of Stable Diffusion 2.1-base's shape, random weights", 120, TRAINING, _own("model")),
+    "gdpo-step": Part(
+        "the GDPO step against the released procedure, with peak memory", 240,
+        (*TRAINING, "accelerate", "peft", "scipy", "PIL", "skimage"), _gdpo_step, ("model",),
+    ),
+    "inference": Part(
+        "the generator on a GPU: pictures of 512 and 1024, batches of 1 to 16", 200,
+        (*TRAINING, "benchmarks.torch_backend"), _inference, ("model",),
+    ),
+    "tensorrt-rtx": Part(
+        "does a plan built without a GPU load and run on this one", 150,
+        (*TRAINING, "onnx", "onnxscript", "onnxruntime", "tensorrt_rtx | tensorrt_rtx_bindings"), _own("tensorrt-rtx"),
+    ),
+    "plots": Part("pictures of the rows", 40, ("jsonargparse", "matplotlib"), _own("plots")),
+}  # fmt: skip
+
+
+def missing(needs: tuple[str, ...]) -> list[str]:
+    """The modules of `needs` that are not there ("a | b": either will do); nothing is imported to find out."""
+
+    def there(module: str) -> bool:
+        try:
+            return importlib.util.find_spec(module) is not None
+        except ModuleNotFoundError:  # the package around it
+            return False
+
+    return [need for need in needs if not any(there(m) for m in need.split(" | "))]
+
+
+def load_state(run: Run) -> dict[str, dict[str, Any]]:
+    """What earlier calls recorded about each part.
+
+    Raises:
+        ValueError: state.json is not what this command writes.
+    """
+    file = run.out / "state.json"
+    if not file.is_file():
+        return {}
+    try:
+        parts = json.loads(file.read_text(encoding="utf-8"))["parts"]
+        assert isinstance(parts, dict) and all(isinstance(p, dict) for p in parts.values())
+    except (ValueError, KeyError, TypeError, AssertionError):
+        raise ValueError(f"{file} is not a state of this command; remove it or name another --out") from None
+    return parts
+
+
+def is_done(name: str, state: dict[str, dict[str, Any]], run: Run) -> bool:
+    """Whether a part was finished at this commit on this machine, and what it made is still there."""
+    found = state.get(name, {})
+    same = (found.get("commit"), found.get("gpu"), found.get("dry")) == (run.commit, run.gpu, run.dry)
+    return found.get("status") == "done" and same and (name != "model" or run.model.is_dir())
+
+
+def execute(name: str, run: Run, seconds: float) -> dict[str, Any]:
+    """Run one part to its end or its time limit: what state.json remembers of it."""
+    part = PARTS[name]
+    record = {"commit": run.commit, "gpu": run.gpu, "dry": run.dry}
+    if absent := missing(part.needs):
+        return record | {"status": "skipped", "reason": f"not installed here: {', '.join(absent)}"}
+    if before := [p for p in part.after if p not in run.finished]:
+        return record | {"status": "skipped", "reason": f"it needs the part {', '.join(before)}, which is not done"}
+    log = run.out / f"{name}.log"
+    began = time.monotonic()
+    code = _process([sys.executable, "-m", *part.command(run)], log, _environment(run), seconds)
+    record |= {"seconds": round(time.monotonic() - began, 1), "log": str(log)}
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    last = lines[-1].strip() if lines else "it said nothing"
+    if code == 0:
+        return record | {"status": "done"}
+    if code == SKIPPED:
+        return record | {"status": "skipped", "reason": last}
+    return record | {
+        "status": "failed",
+        "reason": f"stopped after {seconds:.0f} s" if code is None else f"exit code {code}: {last}",
+    }
+
+
+def _environment(run: Run) -> dict[str, str]:
+    extra = {
+        "GDPO_RESULTS": str(run.results),
+        "TRITON_CACHE_DIR": str(run.cache / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(run.cache / "inductor"),
+        "TRITON_INTERPRET": "1" if run.dry else "0",
+    }
+    return os.environ | extra | ({"CUDA_VISIBLE_DEVICES": ""} if run.dry else {})
+
+
+def _process(command: list[str], log: Path, environment: dict[str, str], seconds: float) -> int | None:
+    """The exit code, or None past the time limit. The process and its children never outlive this call."""
+    with open(log, "w", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            return process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its own session: workers of pytest, compilers
+            process.wait()
+
+
+def run_parts(wanted: list[str], again: list[str], run: Run, minutes: float) -> list[str]:
+    """Run what is not done yet, in the order of PARTS; one line for every part that is not done in the end."""
+    state, end, problems = load_state(run), time.monotonic() + 60 * minutes, []
+    run.finished.clear()
+    run.finished.update(name for name in PARTS if name not in again and is_done(name, state, run))
+    for number, name in enumerate(wanted, 1):
+        heading = f"[{number}/{len(wanted)}] {name}: {PARTS[name].about}"
+        if name in run.finished:
+            say(f"{heading}: done before ({state[name].get('seconds')} s)")
+            continue
+        left = end - time.monotonic()
+        if left < 5:
+            problems.append(f"{name}: not reached in {minutes:g} minutes; run the same command again")
+            continue
+        say(f"{heading} ...")
+        state[name] = execute(name, run, min(left, PARTS[name].seconds))
+        atomic_write(run.out / "state.json", json.dumps({"parts": state}, indent=2) + "\n")
+        status, reason = state[name]["status"], state[name].get("reason", "")
+        say(f"    {status}" + (f": {reason}" if reason else f" in {state[name]['seconds']} s"))
+        if status == "done":
+            run.finished.add(name)
+        elif status == "failed":
+            problems.append(f"{name}: {reason} (log: {state[name]['log']})")
+    return problems
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="default: all")
+    parser.add_argument("--again", nargs="+", choices=PARTS, default=[], metavar="PART", help="even if done before")
+    parser.add_argument("--minutes", type=float, default=9, help="what is not reached by then waits for the next call")
+    parser.add_argument("--out", type=Path, help="logs and state (default: runs/gpu, dry: runs/gpu-dry)")
+    parser.add_argument("--cache", type=Path, help="the random model, compiled kernels (default: OUT/cache)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="rows and plots (default: benchmarks/results)")
+    parser.add_argument("--dry", action="store_true", help="miniature, on the CPU; no rows")
+    parser.add_argument("--list", action="store_true", help="name the parts and what they need, and end")
+    options = parser.parse_args()
+    if options.list:
+        print("\n".join(f"{n:14}{p.seconds:4} s  {p.about}; needs {', '.join(p.needs)}" for n, p in PARTS.items()))
+        return 0
+    if not options.minutes > 0:
+        parser.error(f"--minutes must be above 0; got {options.minutes:g}")
+    gpu = None if options.dry else environment()["machine"]["gpu"]
+    try:
+        if not options.dry:
+            require_clean()
+            if gpu is None:
+                raise RuntimeError("there is no NVIDIA GPU here (nvidia-smi finds none); --dry runs on the CPU")
+        out = (options.out or ROOT / "runs" / ("gpu-dry" if options.dry else "gpu")).resolve()
+        cache = (options.cache or out / "cache").resolve()
+        for folder in (out, cache):
+            folder.mkdir(parents=True, exist_ok=True)
+        run = Run(options.dry, out, cache, options.results.resolve(), commit()[0], gpu)
+        asked = {*options.parts, *options.again}
+        asked |= {before for name in asked for before in PARTS[name].after}
+        wanted = [name for name in PARTS if name in asked]
+        problems = run_parts(wanted, options.again, run, options.minutes)
+    except (RuntimeError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for problem in problems:
+        print(f"not done: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _terminate(signum: int, frame: object) -> None:
+    sys.exit(143)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        print("interrupted; what is done is kept", file=sys.stderr)
+        code = 130
+    sys.exit(code)

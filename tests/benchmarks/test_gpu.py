@@ -1,0 +1,128 @@
+"""`make bench-gpu` without a GPU: every part at miniature size, and what happens when one is missing, fails or hangs."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu, rows
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(*options: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", *options],
+        cwd=ROOT, capture_output=True, text=True, timeout=500, env=os.environ | environment,
+    )  # fmt: skip
+
+
+def test_the_dry_run_does_every_part_writes_no_rows_and_is_not_repeated(tmp_path):
+    before = {p: p.read_bytes() for p in rows.RESULTS.glob("*")}
+    out = tmp_path / "out"
+    done = command("--dry", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    state = json.loads((out / "state.json").read_text())["parts"]
+    assert list(state) == list(gpu.PARTS)
+    for name, found in state.items():
+        absent = gpu.missing(gpu.PARTS[name].needs)
+        assert found["status"] == ("skipped" if absent else "done"), found
+        assert all(module in found.get("reason", "") for module in absent)
+    assert '"variant": "checkpointing"' in (out / "gdpo-step.log").read_text()
+    assert (out / "gpu_gdpo_step.png").read_bytes()[:4] == b"\x89PNG"
+    assert {p: p.read_bytes() for p in rows.RESULTS.glob("*")} == before
+
+    began = time.monotonic()
+    done_before = [name for name, found in state.items() if found["status"] == "done"]
+    again = command("--dry", "--out", str(out), "--parts", *done_before, "--again", "environment")
+    assert again.returncode == 0 and again.stderr.count("done before") == len(done_before) - 1
+    assert "environment: the machine: versions, copy bandwidth, bf16 product ..." in again.stderr
+    assert time.monotonic() - began < 30
+
+
+def stand_in(out: Path, code: str, seconds=20, needs=(), after=()) -> gpu.Part:
+    """A part that is a line of Python; that it was started is a letter in the file `ran`."""
+    script = f"open({str(out / 'ran')!r}, 'a').write('x'); {code}"
+    return gpu.Part("a stand-in", seconds, needs, lambda run: [script], after)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "PARTS", {
+        "good": stand_in(tmp_path, "print('fine')"),
+        "absent": stand_in(tmp_path, "", needs=("json", "no_such_package", "no_such.module", "nor_this | json")),
+        "bad": stand_in(tmp_path, "raise SystemExit('it broke')"),
+        "after-bad": stand_in(tmp_path, "", after=("bad",)),
+        "refuses": stand_in(tmp_path, f"print('no driver'); raise SystemExit({gpu.SKIPPED})"),
+        "after-good": stand_in(tmp_path, "print('fine')", after=("good",)),
+    })  # fmt: skip
+    process = gpu._process
+    monkeypatch.setattr(gpu, "_process", lambda command, *rest: process([command[0], "-c", command[2]], *rest))
+    return gpu.Run(True, tmp_path, tmp_path / "cache", tmp_path / "results", "abc", None)
+
+
+def ran(run):
+    return len((run.out / "ran").read_text())
+
+
+def states(run):
+    return {name: found["status"] for name, found in gpu.load_state(run).items()}
+
+
+def test_a_failed_part_is_named_and_the_others_go_on(run):
+    problems = gpu.run_parts(list(gpu.PARTS), [], run, 1)
+    assert problems == [f"bad: exit code 1: it broke (log: {run.out / 'bad.log'})"]
+    assert states(run) == {
+        "good": "done", "absent": "skipped", "bad": "failed", "after-bad": "skipped", "refuses": "skipped",
+        "after-good": "done",
+    }  # fmt: skip
+    reasons = {name: found.get("reason") for name, found in gpu.load_state(run).items()}
+    assert reasons["absent"] == "not installed here: no_such_package, no_such.module"
+    assert reasons["after-bad"] == "it needs the part bad, which is not done"
+    assert reasons["refuses"] == "no driver"
+
+
+def test_what_is_done_at_this_commit_is_not_repeated(run):
+    gpu.run_parts(["good"], [], run, 1)
+    gpu.run_parts(["good", "after-good"], [], run, 1)
+    assert ran(run) == 2
+    gpu.run_parts(["good"], ["good"], run, 1)
+    assert ran(run) == 3
+    for other in ({"commit": "def"}, {"gpu": "another"}, {"dry": False}):
+        assert not gpu.is_done("good", gpu.load_state(run), replace(run, **other))
+
+
+def test_a_part_that_hangs_is_stopped_with_its_children(run, monkeypatch, tmp_path):
+    pid = tmp_path / "pid"
+    child = f"import subprocess, time; p = subprocess.Popen(['sleep', '60']); open({str(pid)!r}, 'w').write(str(p.pid))"
+    monkeypatch.setitem(gpu.PARTS, "bad", stand_in(tmp_path, f"{child}; time.sleep(60)", seconds=3))
+    began = time.monotonic()
+    (problem,) = gpu.run_parts(["bad"], [], run, 1)
+    assert problem.startswith("bad: stopped after 3 s") and time.monotonic() - began < 20
+    status = Path(f"/proc/{pid.read_text()}/status")
+    assert not status.exists() or "State:\tZ" in status.read_text()
+
+
+def test_what_the_time_does_not_reach_waits_for_the_next_call(run):
+    problems = gpu.run_parts(["good", "after-good"], [], run, 0.01)
+    assert len(problems) == 2 and "not reached in 0.01 minutes" in problems[0] and states(run) == {}
+
+
+def test_a_foreign_state_is_refused(run):
+    (run.out / "state.json").write_text('{"parts": [1]}')
+    with pytest.raises(ValueError, match="is not a state of this command; remove it"):
+        gpu.load_state(run)
+
+
+def test_bad_usage_is_one_line_and_exit_code_2(tmp_path):
+    nothing = command("--out", str(tmp_path), PATH="/nonexistent")  # neither git nor nvidia-smi
+    assert nothing.returncode == 2 and len(nothing.stderr.splitlines()) == 1 and "GDPO_COMMIT" in nothing.stderr
+    no_gpu = command("--out", str(tmp_path), PATH="/nonexistent", GDPO_COMMIT="abc")
+    assert no_gpu.returncode == 2 and "no NVIDIA GPU here" in no_gpu.stderr
+    assert command("--parts", "nonsense").returncode == 2
+    assert "minutes must be above 0" in command("--dry", "--minutes", "0").stderr
