@@ -97,7 +97,15 @@ def _gdpo_step(run: Run) -> list[str]:
         return [*command, "--crop", "64", "--group", "2", "--steps", "1", "--rounds", "1", "--together", "--dry",
                 "--variants", "checkpointing", "reuse-latents"]  # fmt: skip
     return [*command, "--crop", "512", "--group", "6", "--steps", "5", "--rounds", ROUNDS, "--together",
-            "--variants", "plain", "checkpointing", "reuse-latents", "compile-frozen"]  # fmt: skip
+            "--variants", "plain", "checkpointing", "reuse-latents"]  # fmt: skip
+
+
+def _gdpo_compiled(run: Run) -> list[str]:
+    """A part of its own: a compiler that takes its time must not cost the other figures."""
+    if run.dry:  # two minutes of compiling for one core of a CPU: tests/gdpo/test_step_speed.py, marked slow
+        return ["benchmarks.gdpo_step", "--help"]
+    return ["benchmarks.gdpo_step", "--folder", str(run.model), "--precision", "bf16", "--crop", "512", "--group", "6",
+            "--steps", "5", "--rounds", ROUNDS, "--together", "--variants", "compile-frozen"]  # fmt: skip
 
 
 def _inference(run: Run) -> list[str]:
@@ -114,7 +122,9 @@ def _own(name: str) -> Callable[[Run], list[str]]:
 
 
 PARTS: dict[str, Part] = {
-    "environment": Part("the machine: versions, copy bandwidth, bf16 product", 60, ("torch", "jsonargparse"), _own("environment")),
+    "environment": Part(
+        "the machine: versions, copy bandwidth, bf16 product", 60, ("torch", "jsonargparse"), _own("environment")
+    ),
     "kernels-test": Part(
         "the kernels against fp64, on this device", 150, ("torch", "numpy", "pytest", "hypothesis"), _kernels_test
     ),
@@ -134,6 +144,10 @@ PARTS: dict[str, Part] = {
     "tensorrt-rtx": Part(
         "does a plan built without a GPU load and run on this one", 150,
         (*TRAINING, "onnx", "onnxscript", "onnxruntime", "tensorrt_rtx | tensorrt_rtx_bindings"), _own("tensorrt-rtx"),
+    ),
+    "gdpo-compiled": Part(
+        "the same with the sampler and the autoencoder compiled", 150,
+        (*TRAINING, "accelerate", "peft", "scipy", "PIL", "skimage"), _gdpo_compiled, ("model",),
     ),
     "plots": Part("pictures of the rows", 40, ("jsonargparse", "matplotlib"), _own("plots")),
 }  # fmt: skip

@@ -84,8 +84,9 @@ def parameters(model: Any, adapter: str = "default") -> dict[str, nn.Parameter]:
 
 def activate(model: Any, adapter: str | None) -> None:
     """Use one adapter, or the base alone (None). `requires_grad` flags are left as they are."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    for layer in _layers(model):
+    layers = list(_layers(model))
+    flags = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+    for layer in layers:
         layer.enable_adapters(adapter is not None)
         if adapter is not None:
             layer.set_adapter(adapter)
@@ -104,6 +105,15 @@ def using(models: list[nn.Module], adapter: str | None, back_to: str = "default"
     finally:
         for m in models:
             activate(m, back_to)
+
+
+def leave_casts_to_autocast(model: Any) -> None:
+    """Under autocast a half-precision input needs no fp32 copy on its way into an fp32 LoRA: autocast casts the weight.
+
+    Same values, but without that copy, and the backward pass keeps the input itself instead of one more of its size.
+    """
+    for layer in _layers(model):
+        layer.cast_input_dtype_enabled = False
 
 
 def merge(model: Any, strength: float = 1.0, adapter: str = "default") -> None:

@@ -30,6 +30,8 @@ class GDPO:
         lora.add(
             self.generator.unet, model.lora_rank, lora_targets(self.generator), alpha=model.lora_alpha, seed=config.seed
         )  # fmt: skip
+        if accelerator.mixed_precision != "no":
+            lora.leave_casts_to_autocast(self.generator.unet)
         self.generator.requires_grad_(False)
         self.trained = lora.parameters(self.generator.unet)
         for p in self.trained.values():
@@ -38,6 +40,21 @@ class GDPO:
         self.degrade = Degradation(config.degradation)
         self.prompts = Prompts(self.generator, config.data.captions, accelerator.device)
         self.rewards = build_rewards(config.reward_funcs, device=accelerator.device)
+        self._make_frozen_calls()
+
+    def _make_frozen_calls(self) -> None:
+        """The sampler and the autoencoder, compiled if asked for.
+
+        The reference of the LOSS is not among them: it is subtracted from the policy, and beta = 5000 would turn the
+        roundings in which a compiled UNet differs from an eager one into a margin.
+        """
+        generator = self.generator
+        calls: tuple[Callable[..., torch.Tensor], ...] = (
+            generator.encode, lambda z, n, c: generator.predict(z, n, c).x0, generator.decode,
+        )  # fmt: skip
+        if self.config.compile_frozen:
+            calls = tuple(torch.compile(call, dynamic=False) for call in calls)
+        self.encode, self.sample, self.decode = calls
 
     def step(self, batch: Batch, step: int, backward: Callable[[torch.Tensor], None]) -> dict[str, torch.Tensor]:
         """One micro-batch: sample a group, score it, learn from the comparison. Shapes: B images, G samples each."""
@@ -47,11 +64,11 @@ class GDPO:
         with torch.no_grad(), self.accelerator.autocast():
             text = self.prompts(batch)
             text = None if text is None else self._grouped(text)
-            condition = self._grouped(generator.encode(lr_up * 2 - 1))  # [B*G,C,h,w], image after image
+            condition = self._grouped(self.encode(lr_up * 2 - 1))  # [B*G,C,h,w], image after image
             noise = group_noise(condition.shape, config.seed, "sample", batch.samples, g).to(condition)
             with generator.reference():
-                x0 = self._chunked(lambda z, n, c: generator.predict(z, n, c).x0, condition, noise, text)
-            images = self._chunked(generator.decode, x0).unflatten(0, (-1, g))  # [B,G,3,H,W]
+                x0 = self._chunked(self.sample, condition, noise, text)
+            images = self._chunked(self.decode, x0).unflatten(0, (-1, g))  # [B,G,3,H,W]
         advantage, mask, metrics = self._advantage(images.float(), hr)
 
         if config.algorithm == "dpo":  # best against worst: a group of two
@@ -70,7 +87,7 @@ class GDPO:
             if config.reuse_latents:
                 latents = x0.flatten(0, 1)
             else:
-                latents = self._chunked(generator.encode, images.flatten(0, 1))
+                latents = self._chunked(self.encode, images.flatten(0, 1))
             fresh = group_noise(latents.shape, config.seed, "loss", batch.samples, g).to(latents).unflatten(0, (-1, g))
             fresh = fresh[:, :1].expand_as(fresh) if config.shared_noise else fresh
             fresh = _pick(fresh, keep).flatten(0, 1)

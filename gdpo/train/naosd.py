@@ -57,6 +57,8 @@ class NAOSD:
             if generator.vae is not None and type(generator.vae).__name__ == "AutoencoderKL":
                 lora.add(generator.vae, rank, lora.VAE_ENCODER_TARGETS, alpha=alpha, seed=seed)
                 self.trained |= {f"vae.{k}": p for k, p in lora.parameters(generator.vae).items()}
+            if self.accelerator.mixed_precision != "no":
+                lora.leave_casts_to_autocast(generator)
         generator.requires_grad_(False)
         for p in self.trained.values():
             p.requires_grad_(True)

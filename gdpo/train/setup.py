@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from .. import lora
 from ..data import Batch, CropDataset, loader
@@ -46,7 +47,34 @@ def base_generator(config: TrainConfig, accelerator: Accelerator) -> OneStepGene
         generator.unet.enable_gradient_checkpointing()
     if model.channels_last:
         generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return generator.to(accelerator.device).eval()  # dropout has no place here; LoRA trains all the same
+    generator.to(accelerator.device).eval()  # dropout has no place here; LoRA trains all the same
+    if accelerator.device.type == "cuda" and accelerator.mixed_precision != "no" and not model.full:
+        norms_in_own_precision(generator)  # a CPU's autocast leaves them so
+    return generator
+
+
+class _GroupNorm(nn.GroupNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
+class _LayerNorm(nn.LayerNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
+def norms_in_own_precision(model: nn.Module) -> None:
+    """Keep CUDA's autocast from widening every normalisation to fp32, in place.
+
+    The statistics are fp32 inside the kernels anyway; what autocast adds are fp32 outputs, which the activation after
+    them computes on and the backward pass keeps: twice the bytes for values that the next convolution rounds.
+    """
+    own: dict[type, type] = {nn.GroupNorm: _GroupNorm, nn.LayerNorm: _LayerNorm}
+    for module in model.modules():
+        if type(module) in own:
+            module.__class__ = own[type(module)]
 
 
 def validation_batch(config: TrainConfig) -> Batch | None:

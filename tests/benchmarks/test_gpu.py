@@ -1,4 +1,4 @@
-"""`make bench-gpu` without a GPU: every part at miniature size, and what happens when one is missing, fails or hangs."""
+"""`make bench-gpu` without a GPU: every part at miniature size; what happens when one is missing, fails or hangs."""
 
 import json
 import os

@@ -1,0 +1,107 @@
+"""What makes the step cheaper leaves its results: casts, normalisations, compiled frozen parts."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import gdpo_step
+from gdpo import lora
+from gdpo.train.setup import norms_in_own_precision
+
+
+@pytest.fixture
+def accelerator():
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    def make(precision: str) -> Accelerator:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return Accelerator(cpu=True, mixed_precision=precision)
+
+    yield make
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def losses(accelerator, folder, variant="plain", steps=3):
+    step = gdpo_step._ours(str(folder), accelerator, 64, 2, variant)
+    return [step(gdpo_step._batch(64, i, "cpu"), i) for i in range(steps)]
+
+
+def test_without_the_copies_that_autocast_makes_needless_the_losses_are_the_same_bits(
+    mini_sd, accelerator, monkeypatch
+):
+    without = losses(accelerator("bf16"), mini_sd)
+    monkeypatch.setattr(lora, "leave_casts_to_autocast", lambda model: None)
+    assert without == losses(accelerator("bf16"), mini_sd)
+    assert without[0] == pytest.approx(math.log(2), abs=1e-6) and without[1] != without[0]
+
+
+def saved_bytes(unet, *inputs) -> int:
+    """Bytes of distinct tensors, parameters apart, that the backward pass keeps."""
+    own, kept = {p.untyped_storage().data_ptr() for p in unet.parameters()}, {}
+
+    def keep(x):
+        if x.untyped_storage().data_ptr() not in own:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        held = unet(*inputs)  # the graph keeps the storages, so that no address is given out twice
+    del held
+    return sum(kept.values())
+
+
+def test_the_backward_pass_keeps_less_and_the_lora_stays_fp32(mini_sd):
+    from gdpo.generator import OneStepGenerator
+
+    unet = OneStepGenerator.from_pretrained(mini_sd, dtype=torch.bfloat16).unet
+    lora.add(unet, 4, lora.UNET_TARGETS)
+    for p in lora.parameters(unet).values():
+        p.requires_grad_(True)
+    inputs = (torch.randn(2, 4, 16, 16, dtype=torch.bfloat16), 100, torch.randn(2, 77, 32, dtype=torch.bfloat16))
+    before = saved_bytes(unet, *inputs)
+    lora.leave_casts_to_autocast(unet)
+    assert saved_bytes(unet, *inputs) < 0.85 * before
+    assert {p.dtype for p in lora.parameters(unet).values()} == {torch.float32}
+    assert {p.dtype for n, p in unet.named_parameters() if ".lora_" not in n} == {torch.bfloat16}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [lambda: nn.GroupNorm(4, 16), lambda: nn.LayerNorm(16)], ids=["group", "layer"])
+def test_normalisations_keep_their_type_under_autocast_and_fp32_statistics(make):
+    torch.manual_seed(0)
+    norm = nn.Sequential(make()).bfloat16()
+    for p in norm.parameters():
+        p.data = torch.randn_like(p)
+    x = (torch.randn(8, 16) * 3 + 40).bfloat16()  # a large mean: statistics of 8 bits would be far off
+    exact = norm.double()(x.double())
+    norm.bfloat16()
+    expected = norm(x)
+    norms_in_own_precision(norm)
+    assert type(norm[0]) not in (nn.GroupNorm, nn.LayerNorm) and set(norm.state_dict()) == {"0.weight", "0.bias"}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(norm(x), expected) and norm(x.float()).dtype == torch.bfloat16
+    assert float((expected.double() - exact).norm() / exact.norm()) < 2**-8
+
+
+def test_only_what_is_compared_with_nothing_is_compiled(mini_sd, accelerator, monkeypatch):
+    """A stand-in for the compiler that is wrong by a little: the samples feel it, the loss of step one does not."""
+    compiled = []
+
+    def rough(call, dynamic):
+        compiled.append(call)
+        return lambda *inputs: call(*inputs) * (1 + 1e-3)
+
+    monkeypatch.setattr(torch, "compile", rough)
+    step = gdpo_step._ours(str(mini_sd), accelerator("no"), 64, 2, "compile-frozen")
+    assert len(compiled) == 3
+    assert step(gdpo_step._batch(64, 0, "cpu"), 0) == pytest.approx(math.log(2), abs=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call", "ignore:::torch", "ignore::DeprecationWarning")
+def test_compiled_frozen_parts_give_the_same_training(mini_sd, accelerator):
+    plain = losses(accelerator("no"), mini_sd)
+    assert losses(accelerator("no"), mini_sd, "compile-frozen") == pytest.approx(plain, rel=5e-3)
