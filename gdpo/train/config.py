@@ -161,6 +161,7 @@ class NAOSDConfig(TrainConfig):
         num_noises: noises drawn per picture in a step.
         diversity: above 0 the perceptual distance is the energy score on VGG features (gdpo.train.energy) with this
             weight of its spread term; needs num_noises of 2 or more. 1 is the proper score, 0 the plain distance.
+        grid_weight: above 0, a penalty on errors that repeat every 8 pixels (gdpo.train.grid; not in the paper).
         vsd_cfg: guidance scale of the VSD teacher.
         vsd_t: range of VSD timesteps as fractions of T.
         vsd_lora_rank, vsd_learning_rate: of the LoRA "fake" model that is trained beside.
@@ -175,6 +176,7 @@ class NAOSDConfig(TrainConfig):
     perceptual_blocks: int = 3
     num_noises: int = 1
     diversity: float = 0.0
+    grid_weight: float = 0.0
     vsd_weight: float = 1.0
     vsd_cfg: float = 7.5
     vsd_t: tuple[float, float] = (0.02, 0.5)
@@ -184,8 +186,10 @@ class NAOSDConfig(TrainConfig):
 
     def validate(self) -> None:
         super().validate()
-        for name in ("pixel_weight", "perceptual_weight", "vsd_weight", "diversity"):
+        for name in ("pixel_weight", "perceptual_weight", "vsd_weight", "diversity", "grid_weight"):
             _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        if self.grid_weight:
+            _require(self.data.crop_size >= 32, "data.crop_size", "at least 32 with grid_weight", self.data.crop_size)
         _require(self.num_noises >= 1, "num_noises", "at least 1", self.num_noises)
         _require(
             not (self.diversity and self.num_noises < 2),

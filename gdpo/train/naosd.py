@@ -21,6 +21,7 @@ from ..features import load_perceptual
 from ..randomness import uniform
 from .config import NAOSDConfig
 from .energy import EnergyScore
+from .grid import grid_penalty
 from .setup import Prompts, base_generator, group_noise, lora_targets
 from .vsd import VSD
 
@@ -95,6 +96,9 @@ class NAOSD:
         target = hr.repeat_interleave(k, dim=0)
         pixel = (F.mse_loss if config.pixel == "l2" else F.l1_loss)(restored, target)
         loss, metrics = config.pixel_weight * pixel, {str(config.pixel): pixel}
+        if config.grid_weight:
+            grid = grid_penalty(restored, target)
+            loss, metrics["grid"] = loss + config.grid_weight * grid, grid
         if self.perceptual is not None:
             restored, target = self._crop(restored, samples, k), self._crop(target, samples, k)
             if config.diversity:

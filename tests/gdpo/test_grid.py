@@ -1,0 +1,42 @@
+"""The penalty sees a grid, and neither noise, texture nor a wrong colour."""
+
+import pytest
+import torch
+
+from gdpo.randomness import normal
+from gdpo.train.grid import grid_penalty
+
+
+def level(x: torch.Tensor) -> float:
+    """The penalty of an error, in 8-bit levels."""
+    return float(grid_penalty(x, torch.zeros_like(x))) * 127.5
+
+
+@pytest.mark.parametrize("period", [2, 4, 8])
+def test_a_grid_is_measured_by_its_rms(period):
+    pattern = normal((1, 3, period, period), 0, "pattern")
+    pattern = pattern - pattern.mean((2, 3), keepdim=True)
+    pattern = pattern / pattern.square().mean((2, 3), keepdim=True).sqrt()
+    grid = pattern.repeat(1, 1, 64 // period, 64 // period) / 127.5
+    assert level(grid) == pytest.approx(1, rel=0.01)
+    assert float(grid_penalty(grid, grid)) * 127.5 < 0.05
+
+
+def test_what_is_no_grid_counts_little():
+    noise = normal((1, 3, 64, 64), 0, "noise") / 127.5
+    assert level(noise) < 0.3  # a sixteenth of its energy
+    assert level(torch.full((1, 3, 64, 64), 0.3)) < 0.05
+    moved = torch.sin(torch.arange(64) * 2 * torch.pi / 6.4).expand(1, 3, 64, 64) / 127.5  # a texture of another period
+    assert level(moved) < 0.3
+
+
+def test_descent_takes_the_grid_off_and_leaves_the_rest():
+    target = normal((2, 3, 70, 64), 1, "target") * 0.3
+    grid = normal((1, 3, 4, 4), 1, "grid").repeat(2, 1, 18, 16)[:, :, :70] * 0.02
+    restored = (target + grid - grid.mean()).requires_grad_()
+    before = grid_penalty(restored, target)
+    for _ in range(200):
+        (gradient,) = torch.autograd.grad(grid_penalty(restored, target), restored)
+        restored = (restored - 2.0 * gradient).detach().requires_grad_()
+    assert grid_penalty(restored, target) < 0.3 * before
+    assert float((restored - target)[:, :, 64:].abs().max()) > 0.005  # beyond the last block nothing is seen
