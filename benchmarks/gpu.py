@@ -45,6 +45,7 @@ from engine.files import atomic_write
 SKIPPED = 77  # exit code of a part that cannot run here; its last line says why
 ROUNDS = "2"  # every figure is taken twice
 TRAINING = ("torch", "numpy", "yaml", "jsonargparse", "diffusers", "transformers", "safetensors")
+STEP = (*TRAINING, "accelerate", "peft", "scipy", "PIL", "skimage")
 
 
 @dataclass(frozen=True)
@@ -91,21 +92,15 @@ def _kernels(run: Run) -> list[str]:
             "--gate", "false" if tested else "true"]  # fmt: skip
 
 
-def _gdpo_step(run: Run) -> list[str]:
-    command = ["benchmarks.gdpo_step", "--folder", str(run.model), "--precision", "bf16"]
-    if run.dry:
-        return [*command, "--crop", "64", "--group", "2", "--steps", "1", "--rounds", "1", "--together", "--dry",
-                "--variants", "checkpointing", "reuse-latents"]  # fmt: skip
-    return [*command, "--crop", "512", "--group", "6", "--steps", "5", "--rounds", ROUNDS, "--together",
-            "--variants", "plain", "checkpointing", "reuse-latents"]  # fmt: skip
+def _gdpo_step(*variants: str) -> Callable[[Run], list[str]]:
+    def command(run: Run) -> list[str]:
+        size = ["--crop", "64", "--group", "2", "--steps", "1", "--rounds", "1", "--dry"]
+        if not run.dry:
+            size = ["--crop", "512", "--group", "6", "--steps", "5", "--rounds", ROUNDS]
+        return ["benchmarks.gdpo_step", "--folder", str(run.model), "--precision", "bf16", *size, "--together",
+                "--variants", *variants]  # fmt: skip
 
-
-def _gdpo_compiled(run: Run) -> list[str]:
-    """A part of its own: a compiler that takes its time must not cost the other figures."""
-    if run.dry:  # two minutes of compiling for one core of a CPU: tests/gdpo/test_step_speed.py, marked slow
-        return ["benchmarks.gdpo_step", "--help"]
-    return ["benchmarks.gdpo_step", "--folder", str(run.model), "--precision", "bf16", "--crop", "512", "--group", "6",
-            "--steps", "5", "--rounds", ROUNDS, "--together", "--variants", "compile-frozen"]  # fmt: skip
+    return command
 
 
 def _inference(run: Run) -> list[str]:
@@ -135,7 +130,7 @@ PARTS: dict[str, Part] = {
     "model": Part("a folder of Stable Diffusion 2.1-base's shape, random weights", 120, TRAINING, _own("model")),
     "gdpo-step": Part(
         "the GDPO step against the released procedure, with peak memory", 240,
-        (*TRAINING, "accelerate", "peft", "scipy", "PIL", "skimage"), _gdpo_step, ("model",),
+        STEP, _gdpo_step("plain", "checkpointing", "reuse-latents"), ("model",),
     ),
     "inference": Part(
         "the generator on a GPU: pictures of 512 and 1024, batches of 1 to 16", 200,
@@ -145,9 +140,8 @@ PARTS: dict[str, Part] = {
         "does a plan built without a GPU load and run on this one", 150,
         (*TRAINING, "onnx", "onnxscript", "onnxruntime", "tensorrt_rtx | tensorrt_rtx_bindings"), _own("tensorrt-rtx"),
     ),
-    "gdpo-compiled": Part(
-        "the same with the sampler and the autoencoder compiled", 150,
-        (*TRAINING, "accelerate", "peft", "scipy", "PIL", "skimage"), _gdpo_compiled, ("model",),
+    "gdpo-compiled": Part(  # apart: a compiler that takes its time must not cost the other figures
+        "the same with the sampler and the autoencoder compiled", 150, STEP, _gdpo_step("compile-frozen"), ("model",)
     ),
     "plots": Part("pictures of the rows", 40, ("jsonargparse", "matplotlib"), _own("plots")),
 }  # fmt: skip
@@ -214,13 +208,14 @@ def execute(name: str, run: Run, seconds: float) -> dict[str, Any]:
 
 
 def _environment(run: Run) -> dict[str, str]:
+    dry = {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}  # compiling takes minutes on a CPU
     extra = {
         "GDPO_RESULTS": str(run.results),
         "TRITON_CACHE_DIR": str(run.cache / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(run.cache / "inductor"),
         "TRITON_INTERPRET": "1" if run.dry else "0",
     }
-    return os.environ | extra | ({"CUDA_VISIBLE_DEVICES": ""} if run.dry else {})
+    return os.environ | extra | (dry if run.dry else {})
 
 
 def _process(command: list[str], log: Path, environment: dict[str, str], seconds: float) -> int | None:
