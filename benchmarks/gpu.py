@@ -178,6 +178,8 @@ def load_state(run: Run) -> dict[str, dict[str, Any]]:
 
 def is_done(name: str, state: dict[str, dict[str, Any]], run: Run) -> bool:
     """Whether a part was finished at this commit on this machine, and what it made is still there."""
+    if name == "plots":  # of whatever rows there are by then
+        return False
     found = state.get(name, {})
     same = (found.get("commit"), found.get("gpu"), found.get("dry")) == (run.commit, run.gpu, run.dry)
     return found.get("status") == "done" and same and (name != "model" or run.model.is_dir())
