@@ -29,21 +29,19 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 SHIPPED = Path(__file__).parent / "data" / "tiny"
-DEMO = Path(__file__).parents[1] / "runs" / "demo" / "engine"  # of a checkout
 MAX_OUTPUT_PIXELS = 1_000_000_000
 _BAND = 256  # output rows aligned and quantised at a time
 
 
 def default_model() -> Path:
-    """The folder of the model that ships with the project, else the one that `make demo` trained here.
+    """The folder of the model that ships with the project.
 
     Raises:
-        FolderError: there is neither.
+        FolderError: this installation lacks it.
     """
-    for folder in (SHIPPED, DEMO):
-        if (folder / "manifest.json").is_file():
-            return folder
-    raise FolderError(f"no model: {SHIPPED} is not there and neither is {DEMO}; run `make demo`, or name one (--model)")
+    if not (SHIPPED / "manifest.json").is_file():
+        raise FolderError(f"no model: {SHIPPED} is missing from this installation; name one (--model)")
+    return SHIPPED
 
 
 class Upscaler:

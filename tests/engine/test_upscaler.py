@@ -207,12 +207,8 @@ def test_a_batch_is_its_pictures_whole_or_one_at_a_time(tiny_engine):
 
 def test_no_model_is_a_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SHIPPED", tmp_path / "none")
-    monkeypatch.setattr(module, "DEMO", tmp_path / "demo")
-    with pytest.raises(FolderError, match="make demo"):
+    with pytest.raises(FolderError, match="none is missing .* --model"):
         default_model()
-    (tmp_path / "demo").mkdir()
-    (tmp_path / "demo" / "manifest.json").touch()
-    assert default_model() == tmp_path / "demo"
 
 
 def test_a_backend_that_is_missing_names_its_extra(tiny_engine, monkeypatch):

@@ -1,0 +1,49 @@
+"""The model that ships: whole, small, documented; on photos that it never saw it does what it is for."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine import Upscaler
+from engine.resample import resize
+from engine.upscaler import SHIPPED
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def up():
+    return Upscaler.load(threads=1)
+
+
+def test_it_is_small_and_its_card_names_every_photo():
+    assert sum(f.stat().st_size for f in SHIPPED.iterdir()) < 15 * 2**20
+    card = (SHIPPED / "README.md").read_text("utf-8")
+    photos = [p for p in json.loads((ROOT / "gdpo/data/photos.json").read_text("utf-8")) if p["sha256"] in card]
+    assert len(photos) >= 30
+    assert all(p["author"] in card and p["licence"] in card for p in photos)
+    assert card.count("| training |") + card.count("| held out |") == len(photos)
+
+
+def small_and_noisy(photo: np.ndarray, sigma: float) -> np.ndarray:
+    small = photo.reshape(64, 4, 64, 4, 3).mean((1, 3))
+    small = small + np.random.default_rng(0).normal(0, sigma, small.shape)
+    return small.clip(0, 255).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize(("name", "y", "x"), [("astronaut", 20, 120), ("chelsea", 20, 100), ("coffee", 120, 200)])
+def test_it_sharpens_clean_photos_and_cleans_noisy_ones(up, name, y, x):
+    from skimage import data
+
+    photo = getattr(data, name)()[y : y + 256, x : x + 256].astype(np.float32)
+    clean = small_and_noisy(photo, 2)
+    ours, bicubic = up.upscale(clean, seed=0).astype(np.float32), resize(clean, (256, 256)).astype(np.float32)
+    detail, its_detail = (float(np.abs(np.diff(p.mean(2), axis=1)).mean()) for p in (ours, bicubic))
+    assert detail > its_detail
+    assert abs(ours.mean((0, 1)) - clean.mean((0, 1))).max() < 1  # no colour shift
+
+    noisy = small_and_noisy(photo, 20)
+    ours, bicubic = up.upscale(noisy, seed=0).astype(np.float32), resize(noisy, (256, 256)).astype(np.float32)
+    assert np.square(ours - photo).mean() < np.square(bicubic - photo).mean()
