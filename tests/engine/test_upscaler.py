@@ -207,7 +207,7 @@ def test_a_batch_is_its_pictures_whole_or_one_at_a_time(tiny_engine):
 
 def test_no_model_is_a_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SHIPPED", tmp_path / "none")
-    with pytest.raises(FolderError, match="none is missing .* --model"):
+    with pytest.raises(FolderError, match=r"is missing from this installation.*--model"):
         default_model()
 
 
