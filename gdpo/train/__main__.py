@@ -43,13 +43,13 @@ def train(method: str, config: TrainConfig) -> None:
 
     from ..data import CropDataset
     from .loop import Loop
-    from .setup import precision, validation_batch
+    from .setup import precision, tracker, validation_batch
 
     torch.manual_seed(config.seed)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # else accelerate ignores a launcher on a machine without GPU
         mixed_precision=precision(config),
-        log_with=None if config.report_to == "none" else config.report_to,
+        log_with=tracker(config),
         project_dir=config.output_dir,
     )
     dataset = CropDataset(config.data.folder, "train", config.data.crop_size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -16,10 +18,39 @@ from .config import TrainConfig
 
 
 def precision(config: TrainConfig) -> str:
-    """The autocast precision: "auto" is bf16 on a GPU that has it, else none."""
+    """The autocast precision: "auto" is bf16 on a GPU that has it, else none.
+
+    Raises:
+        ValueError: fp16 without a GPU, where accelerate would train in fp32 or fail at the first backward pass.
+    """
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("mixed_precision must be bf16 or no on a CPU (fp16 needs a CUDA GPU); got fp16")
     if config.mixed_precision != "auto":
         return config.mixed_precision
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+
+
+# What accelerate needs of each tracker, and the extra of this package that installs it.
+TRACKERS = {"tensorboard": ("torch.utils.tensorboard", "SummaryWriter", "train"), "wandb": ("wandb", "init", "cluster")}
+
+
+def tracker(config: TrainConfig) -> str | None:
+    """The tracker for accelerate, or None.
+
+    Raises:
+        ValueError: its package is missing; accelerate would only warn and train untracked.
+    """
+    if config.report_to == "none":
+        return None
+    module, needed, extra = TRACKERS[config.report_to]
+    try:
+        getattr(import_module(module), needed)  # a mere folder called wandb/ can be imported too
+    except (ImportError, AttributeError):
+        raise ValueError(
+            f"report_to {config.report_to} needs the package {config.report_to}, which is not installed; "
+            f"pip install 'gdpo-sr[{extra}]', or report_to none (metrics.jsonl is written all the same)"
+        ) from None
+    return config.report_to
 
 
 def base_generator(config: TrainConfig, accelerator: Accelerator) -> OneStepGenerator:
