@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from jsonargparse import Namespace
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile, Namespace
 
 from engine.cli import Parser, run
 
 from .config import GDPOConfig, NAOSDConfig, TrainConfig
 
 CONFIGS: dict[str, type[TrainConfig]] = {"naosd": NAOSDConfig, "gdpo": GDPOConfig}
+
+
+class ConfigFile(ActionConfigFile):
+    """--config: a YAML file of options. One that cannot be read is named; jsonargparse tells what, but not where."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        if os.path.isfile(values):
+            try:
+                options = yaml.safe_load(Path(values).read_text("utf-8"))
+            except (UnicodeDecodeError, yaml.YAMLError) as error:
+                raise ValueError(f"{values} is not a YAML file ({error})") from None
+            if not isinstance(options, dict):
+                raise ValueError(f"{values} must hold options, a line each (learning_rate: 1.0e-4); it holds none")
+        super().__call__(parser, cfg, values, option_string)
 
 
 def parser() -> Parser:
@@ -21,9 +40,11 @@ def parser() -> Parser:
     }
     for name, config in CONFIGS.items():
         sub = Parser(prog=f"python -m gdpo.train {name}", description=texts[name])
-        sub.add_argument("--config", action="config", help="a YAML file of the options below")
+        sub.add_argument("--config", action=ConfigFile, help="a YAML file of the options below")
         sub.add_class_arguments(config, nested_key=None)
+        prog = sub.prog
         methods.add_subcommand(name, sub, help=texts[name])
+        sub.prog = prog  # jsonargparse puts "[options]" into it, which no shell takes
     return top
 
 

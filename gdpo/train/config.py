@@ -6,6 +6,7 @@ Leaf names follow diffusers' training scripts, the RL names follow TRL.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from typing import Any, Literal
 
 from ..degradation import DegradationConfig
@@ -115,23 +116,18 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raise ValueError naming the option, what it must be, and what it is."""
-        positive = (
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "max_train_steps",
-            "checkpointing_steps",
-            "logging_steps",
-        )
-        for name in positive:
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        _require(
-            self.checkpoints_total_limit >= 2, "checkpoints_total_limit", "at least 2", self.checkpoints_total_limit
-        )
-        _require(self.learning_rate > 0, "learning_rate", "above 0", self.learning_rate)
-        _require(0 <= self.ema_decay < 1, "ema_decay", "in [0,1)", self.ema_decay)
-        _require(self.max_grad_norm >= 0, "max_grad_norm", "0 or more", self.max_grad_norm)
-        _require(self.validation_steps >= 0, "validation_steps", "0 or more", self.validation_steps)
-        _require(self.model.lora_rank >= 1, "model.lora_rank", "at least 1", self.model.lora_rank)
+        _at_least(1, self, "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps")
+        _at_least(1, self, "logging_steps", "data.crop_size", "model.lora_rank", "model.layers_per_block")
+        _at_least(2, self, "checkpoints_total_limit")
+        _at_least(0, self, "lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "validation_steps")
+        _at_least(0, self, "validation_images", "data.num_workers")
+        _above_0(self, "learning_rate", "adam_epsilon")
+        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+            _require(0 <= getattr(self, name) < 1, name, "in [0,1)", getattr(self, name))
+        if self.model.lora_alpha is not None:
+            _at_least(1, self, "model.lora_alpha")
+        widths = self.model.block_out_channels
+        _require(min(widths, default=0) >= 1, "model.block_out_channels", "one or more widths of at least 1", widths)
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the run that it continues: all that the weights depend on."""
@@ -186,11 +182,13 @@ class NAOSDConfig(TrainConfig):
 
     def validate(self) -> None:
         super().validate()
-        for name in ("pixel_weight", "perceptual_weight", "vsd_weight", "diversity", "grid_weight"):
-            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        _at_least(0, self, "pixel_weight", "perceptual_weight", "vsd_weight", "diversity", "grid_weight")
+        _at_least(0, self, "perceptual_size")
+        _at_least(1, self, "num_noises", "vsd_lora_rank")
+        _above_0(self, "vsd_learning_rate")
+        _require(1 <= self.perceptual_blocks <= 5, "perceptual_blocks", "1 to 5", self.perceptual_blocks)
         if self.grid_weight:
             _require(self.data.crop_size >= 32, "data.crop_size", "at least 32 with grid_weight", self.data.crop_size)
-        _require(self.num_noises >= 1, "num_noises", "at least 1", self.num_noises)
         _require(
             not (self.diversity and self.num_noises < 2),
             "diversity",
@@ -240,7 +238,8 @@ class GDPOConfig(TrainConfig):
     def validate(self) -> None:
         super().validate()
         _require(self.num_generations >= 2, "num_generations", "at least 2 (a group is compared)", self.num_generations)
-        _require(self.beta > 0, "beta", "above 0", self.beta)
+        _at_least(0, self, "sample_batch_size")
+        _above_0(self, "beta")
         _require(bool(self.reward_funcs), "reward_funcs", "at least one name", self.reward_funcs)
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
             raise ValueError(
@@ -255,6 +254,17 @@ class GDPOConfig(TrainConfig):
             not self.model.full, "model.full", "false for gdpo (the reference is the UNet with its LoRA off)", True
         )
         _require(self.model.pretrained != "tiny", "model.pretrained", "the folder of a trained generator", "tiny")
+
+
+def _at_least(least: int, config: TrainConfig, *names: str) -> None:
+    for name in names:
+        value = attrgetter(name)(config)
+        _require(value >= least, name, f"at least {least}", value)
+
+
+def _above_0(config: TrainConfig, *names: str) -> None:
+    for name in names:
+        _require(getattr(config, name) > 0, name, "above 0", getattr(config, name))
 
 
 def _require(ok: bool, name: str, expected: str, actual: object) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 
 import pytest
 import torch
 from training import GDPO, NAOSD, train
 
+from engine.cli import run
 from gdpo.train import __main__ as cli
 from gdpo.train.config import GDPOConfig, NAOSDConfig, TrainConfig
 from gdpo.train.setup import precision
@@ -56,3 +58,51 @@ def test_a_folder_called_wandb_is_not_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(ValueError, match="cluster"):
         cli.train("naosd", TrainConfig(report_to="wandb"))
+
+
+OPTIONS = {
+    NAOSDConfig: [
+        "--validation_images=-1", "--validation_steps=-1", "--lr_warmup_steps=-1", "--data.num_workers=-1",
+        "--data.crop_size=0", "--adam_beta1=1", "--adam_beta2=-0.1", "--adam_epsilon=0", "--adam_weight_decay=-1",
+        "--model.block_out_channels=[]", "--model.block_out_channels=[8,0]", "--model.layers_per_block=0",
+        "--model.lora_alpha=0", "--perceptual_size=-1", "--perceptual_blocks=6", "--vsd_lora_rank=0",
+        "--vsd_learning_rate=0", "--learning_rate=.nan",
+    ],
+    GDPOConfig: ["--sample_batch_size=-1", "--lr_warmup_steps=-1", "--beta=0"],
+}  # fmt: skip
+
+
+def refused(capsys, monkeypatch, *arguments: str) -> str:
+    """The one line with which the command refuses its arguments (in this process: a start costs seconds)."""
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the handlers of this process stay its own
+    with pytest.raises(SystemExit) as end:
+        run(cli.main)
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(("config", "option"), [(c, o) for c, options in OPTIONS.items() for o in options])
+def test_options_out_of_range(config, option, crops, trained, tmp_path, monkeypatch, capsys):
+    common = {NAOSDConfig: NAOSD, GDPOConfig: [*GDPO, f"--model.pretrained={trained}"]}[config]
+    line = refused(capsys, monkeypatch, *common, f"--data.folder={crops}", f"--output_dir={tmp_path / 'o'}", option)
+    name = option.removeprefix("--").split("=")[0]
+    assert line.startswith(f"error: {name} must be ") and "; got " in line
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n\x00\xff", b"a: [1,", b"just words", b""])
+def test_a_config_that_is_no_config_is_named(content, tmp_path, monkeypatch, capsys):
+    (tmp_path / "c.yaml").write_bytes(content)
+    assert f"{tmp_path / 'c.yaml'}" in refused(capsys, monkeypatch, "naosd", f"--config={tmp_path / 'c.yaml'}")
+
+
+def test_the_hint_can_be_pasted(monkeypatch, capsys):
+    line = refused(capsys, monkeypatch, "naosd", "--no_such_option=1")
+    assert line.endswith("(see: python -m gdpo.train naosd --help)")
+    monkeypatch.setattr(sys, "argv", ["train", "naosd", "--help"])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit, match="0"):
+        run(cli.main)
+    assert "usage: python -m gdpo.train naosd [" in capsys.readouterr().out
