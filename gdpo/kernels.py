@@ -19,6 +19,7 @@ _HOME = {
     "AttributeStatistics": "statistics",
     "attribute_reward": "reward",
     "gdpo_loss": "loss",
+    "group_norm": "norm",
 }
 __all__ = [*_HOME]
 

@@ -21,6 +21,10 @@ REGISTERS = {
     "_complexity_fwd_kernel": 128,
     "_ratios_fwd_kernel": 64,
     "_attribute_reward_fwd_kernel": 64,
+    "_group_norm_small_kernel": 128,
+    "_group_norm_partial_kernel": 96,
+    "_group_norm_reduce_kernel": 64,
+    "_group_norm_apply_kernel": 80,
 }
 STREAMING = {"_gdpo_loss_fwd_kernel", "_gdpo_loss_bwd_kernel", "_attribute_statistics_fwd_kernel"}
 
@@ -49,3 +53,9 @@ def test_kernels_compile_without_spills_and_with_wide_loads(capability, tmp_path
             assert ("bwd" not in row["kernel"]) or row["stores_128bit"] >= 1, row
         else:  # three channels, here and in the row below, of the target and of the samples; 1 in 4 columns apart
             assert row["loads_128bit"] >= 12 and row["loads"] <= 40, row
+    norms = [row for row in rows if row["variant"].startswith(("vae", "unet large")) and "small" not in row["kernel"]]
+    assert len(norms) == (10 if capability == 90 else 8)
+    for row in norms:
+        if "reduce" not in row["kernel"]:  # every element of the features; nothing else is as large
+            assert row["loads_128bit"] >= 2 and row["loads"] == row["loads_128bit"], row
+            assert "apply" not in row["kernel"] or row["stores_128bit"] >= 2, row

@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gdpo.kernels import complexity, loss, reward, statistics
+from gdpo.kernels import complexity, loss, norm, reward, statistics
 
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32",
@@ -52,7 +52,7 @@ class Recorder:
         return launch
 
 
-def record(call: Callable[[], object], modules=(complexity, loss, reward, statistics)) -> list[dict[str, Any]]:
+def record(call: Callable[[], object], modules=(complexity, loss, norm, reward, statistics)) -> list[dict[str, Any]]:
     """What `call` launches, without launching it."""
     launches: list[dict[str, Any]] = []
     kernels = [(m, n, k) for m in modules for n, k in vars(m).items() if n.endswith("_kernel")]
@@ -147,8 +147,23 @@ def _statistics(b: int, g: int, side: int, dtype: torch.dtype) -> None:
     statistics._launch(_new(b, g, 3, side, side, dtype=dtype), _new(b, 3, side, side, dtype=dtype), mask)
 
 
+def _norm(n: int, channels: int, side: int, dtype: torch.dtype, silu: bool) -> None:
+    x = torch.empty(n, side, side, channels, dtype=dtype, device="meta").movedim(-1, 1)
+    norm._launch(x, 32, _new(channels, dtype=dtype), _new(channels, dtype=dtype), 1e-5, silu)
+
+
 # Not compiled but for the H100: what differs from the rest in a count or a type.
-ONLY_H100 = ("odd", "one", "map", "training float16", "training bfloat16", "large bfloat16")
+ONLY_H100 = (
+    "odd",
+    "unet float32",
+    "unet float16",
+    "vae float16",
+    "one",
+    "map",
+    "training float16",
+    "training bfloat16",
+    "large bfloat16",
+)
 
 
 def _chosen(kernel: str, variant: str, capability: int) -> bool:
@@ -166,6 +181,10 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"large {name}", lambda dtype=dtype: _loss(16, 16, 128, dtype, False)
         yield f"training {name}", lambda dtype=dtype: _statistics(1, 6, 512, dtype)
         yield f"large {name}", lambda dtype=dtype: _statistics(16, 16, 1024, dtype)
+        yield f"vae {name}", lambda dtype=dtype: _norm(8, 128, 512, dtype, True)
+        yield f"unet {name}", lambda dtype=dtype: _norm(1, 320, 64, dtype, True)
+    yield "unet large", lambda: _norm(1, 2560, 16, torch.bfloat16, True)
+    yield "unet small", lambda: _norm(1, 1280, 8, torch.bfloat16, False)
     yield "weighted float32", lambda: _loss(16, 16, 128, torch.float32, True)
     yield "odd float32", lambda: _loss(3, 2, 7, torch.float32, True, channels=1)
     yield "odd float32", lambda: _statistics(1, 1, 37, torch.float32)
