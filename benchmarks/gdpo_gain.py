@@ -20,7 +20,7 @@ from tqdm import tqdm
 from benchmarks import rows
 from engine.cli import Parser, run
 from engine.files import atomic_write
-from gdpo.data import CropDataset, loader
+from gdpo.data import CropDataset, loader, read_jsonl
 from gdpo.degradation import Degradation, DegradationConfig
 from gdpo.generator import OneStepGenerator
 from gdpo.metrics import grid_artefact, oversharpening
@@ -36,7 +36,7 @@ class Options:
         model: a folder that gdpo.train gdpo made (base and LoRA apart).
         data: a folder made by gdpo.prepare; its val split is used.
         out: folder for the sheet.
-        crops: how many held-out crops.
+        crops: how many held-out crops, at most as many as there are.
         crop_size: side of the crops.
         noises: samples of each model per crop.
         reward_funcs: as in training.
@@ -62,15 +62,18 @@ def measure(generator: OneStepGenerator, o: Options) -> dict[str, float]:
     """Compare the generator with and without its LoRA on held-out crops, and write sheet.png.
 
     Raises:
-        ValueError: fewer than 2 crops, which have no spread.
+        ValueError: fewer than 2 crops, which have no spread, or more than there are (repeats are no observations).
 
-    Returns: for every score NAME_before, NAME_after, NAME_gain, NAME_standard_error, NAME_low and NAME_high (95%).
+    Returns: crops, noises, photos (from which the crops are cut, where the folder's manifest tells), and for every
+    score NAME_before, NAME_after, NAME_gain, NAME_standard_error, NAME_low and NAME_high (95%).
     """
     if o.crops < 2:
         raise ValueError(f"crops must be at least 2; got {o.crops}")
     degrade = Degradation(DegradationConfig(preset=o.preset))  # type: ignore[arg-type]
     rewards = build_rewards(list(o.reward_funcs))
     dataset = CropDataset(o.data, "val", o.crop_size)
+    if o.crops > len(dataset):
+        raise ValueError(f"crops must be at most {len(dataset)}, the held-out crops of {o.data}; got {o.crops}")
     samples = [i * len(dataset) // o.crops for i in range(o.crops)]
     found: dict[str, list[torch.Tensor]] = {}
     pictures: list[list[torch.Tensor]] = []
@@ -92,6 +95,8 @@ def measure(generator: OneStepGenerator, o: Options) -> dict[str, float]:
         if i in shown:
             pictures.append([bicubic, compared.before, compared.after, hr])
     result: dict[str, float] = {"crops": float(o.crops), "noises": float(o.noises)}
+    if photos := photos_of(dataset, samples):
+        result["photos"] = float(photos)
     picks = np.random.default_rng(0).integers(0, o.crops, (10_000, o.crops))
     for name, per_crop in found.items():
         before_after = torch.stack(per_crop).double()  # [crops,2]
@@ -106,12 +111,24 @@ def measure(generator: OneStepGenerator, o: Options) -> dict[str, float]:
     return result
 
 
+def photos_of(dataset: CropDataset, samples: list[int]) -> int | None:
+    """From how many photos these crops of the val split are cut, or None where no manifest tells."""
+    manifest = dataset.folder / "manifest.jsonl"
+    if not manifest.is_file():
+        return None
+    sources = {row["file"]: row.get("source") for row in read_jsonl(manifest, "file")}
+    found = {sources.get(dataset.names[i]) for i in samples}
+    return None if None in found else len(found)
+
+
 def table(result: dict[str, float]) -> str:
     """The result as Markdown."""
     names = [k.removesuffix("_gain") for k in result if k.endswith("_gain")]
+    photos = f" of {result['photos']:.0f} photo(s)" if "photos" in result else ""
+    caveat = " Crops of one photo are alike: the errors are those of these photos, not of photos at large."
     lines = [
-        f"{result['crops']:.0f} held-out crops, {result['noises']:.0f} noises each; ± is one standard error, "
-        "the interval holds 95% of 10,000 bootstrap resamples.",
+        f"{result['crops']:.0f} held-out crops{photos}, {result['noises']:.0f} noises each; ± is one standard error, "
+        f"the interval holds 95% of 10,000 bootstrap resamples.{caveat if photos else ''}",
         "",
         "| score | before | after GDPO | difference | interval |",
         "|---|---|---|---|---|",

@@ -1,14 +1,16 @@
 """The ablation trains its variants, measures them at every checkpoint and goes on where it was."""
 
 import json
+import shutil
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import gdpo_ablation
+from benchmarks import gdpo_ablation, gdpo_gain
 from gdpo import lora
+from gdpo.generator import OneStepGenerator
 from gdpo.train import checkpoint as checkpoints
 
 
@@ -52,3 +54,27 @@ def test_another_models_checkpoint_is_refused(tmp_path, trained):
     )
     with pytest.raises(ValueError, match="another model's checkpoint"):
         gdpo_ablation.at_checkpoint(str(trained), folder)
+
+
+def gain(trained, folder, out, crops: int) -> str:
+    """The table that benchmarks.gdpo_gain prints."""
+    options = gdpo_gain.Options(
+        str(trained), data=str(folder), out=str(out), crops=crops, crop_size=64, noises=1, reward_funcs=("psnr_y",),
+        preset="light",
+    )  # fmt: skip
+    return gdpo_gain.table(gdpo_gain.measure(OneStepGenerator.from_pretrained(trained), options))
+
+
+def test_a_crop_is_counted_once_and_its_photo_is_told(tmp_path, crops, trained):
+    folder = tmp_path / "crops"
+    shutil.copytree(crops, folder / "val")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=r"crops must be at most 16, .*; got 17"):
+        gain(trained, folder, tmp_path / "out", 17)
+    assert gain(trained, folder, tmp_path / "out", 2).startswith("2 held-out crops, 1 noises")
+
+    # Crops 0, 5 and 10 are taken: with six crops a photo the first two are of one photo.
+    names = sorted(p.name for p in (folder / "val").iterdir())
+    rows = [{"file": f"val/{n}", "size": 96, "source": f"photo{i // 6}"} for i, n in enumerate(names)]
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert gain(trained, folder, tmp_path / "out", 3).startswith("3 held-out crops of 2 photo(s), 1 noises")
