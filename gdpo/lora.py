@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,7 +55,8 @@ def add(
         modules_to_save=list(train_whole) or None,
         init_lora_weights=True,
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is meant (VSD's fake)
         torch.manual_seed(seed_of(seed, "lora", adapter))
         inject_adapter_in_model(config, model, adapter)
     # The base may be bf16; what is trained stays fp32.
