@@ -187,6 +187,12 @@ class OneStepGenerator(nn.Module):
                 save_file({"prompt_embeds": embeds}, root / "prompt_embeds.safetensors")
                 self._copy_text_models(root)
 
+    def saved_bytes(self) -> int:
+        """About how many bytes `save_pretrained` writes: all weights (a spare adapter's too) and the text models."""
+        weights = sum(p.numel() * p.element_size() for p in self.parameters())
+        files = (file for part in self._text_models() for file in part.rglob("*") if file.is_file())
+        return weights + sum(file.stat().st_size for file in files)
+
     def _save_unet(self, folder: Path) -> None:
         unet = _without_lora(self.unet)
         if isinstance(unet, TinyUNet):
@@ -199,13 +205,16 @@ class OneStepGenerator(nn.Module):
         else:
             unet.save_pretrained(folder)
 
+    def _text_models(self) -> list[Path]:
+        """The folders of the text encoder and its tokenizer, if it was loaded from a folder that has them."""
+        source = self.prompt_encoder.folder if self.prompt_encoder else None
+        return [source / part for part in ("text_encoder", "tokenizer") if source and (source / part).is_dir()]
+
     def _copy_text_models(self, root: Path) -> None:
         import shutil
 
-        source = self.prompt_encoder.folder if self.prompt_encoder else None
-        for part in ("text_encoder", "tokenizer"):
-            if source and (source / part).is_dir():
-                shutil.copytree(source / part, root / part)
+        for part in self._text_models():
+            shutil.copytree(part, root / part.name)
 
     # ---- the method
 

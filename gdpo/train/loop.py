@@ -31,6 +31,7 @@ from engine.cli import Terminated
 from engine.files import atomic_write
 
 from ..data import Batch, CropDataset, loader
+from ..generator import OneStepGenerator
 from . import checkpoint as checkpoints
 from . import pictures
 from .config import TrainConfig
@@ -42,9 +43,11 @@ class Method(Protocol):
     """A training method.
 
     `groups`: name -> (learning rate, parameters by name), one optimiser group each. `step` runs one micro-batch and
-    calls `backward(loss)` itself, once or more, because adapters may have to be switched between.
+    calls `backward(loss)` itself, once or more, because adapters may have to be switched between. `save` writes the
+    generator.
     """
 
+    generator: OneStepGenerator
     groups: dict[str, tuple[float, dict[str, nn.Parameter]]]
 
     def step(self, batch: Batch, step: int, backward: Callable[[torch.Tensor], None]) -> Metrics: ...
@@ -235,14 +238,14 @@ class Loop:
         self.root.mkdir(parents=True, exist_ok=True)
         atomic_write(self.root / ".probe", "")
         (self.root / ".probe").unlink()
+        kept = self.config.checkpoints_total_limit + 1  # an old one goes when the new one is there
         trained = sum(p.numel() for p in self.parameters.values())
-        one = trained * 4 * (4 if self.ema else 3)
-        needed = one * (self.config.checkpoints_total_limit + 1) + (16 << 20)
-        free = shutil.disk_usage(self.root).free
+        checkpoint, model = trained * 4 * (4 if self.ema else 3), self.method.generator.saved_bytes()
+        needed, free = kept * checkpoint + model + (16 << 20), shutil.disk_usage(self.root).free
         if free < needed:
             raise ValueError(
-                f"output_dir {self.root} has {free >> 20} MiB free, but {self.config.checkpoints_total_limit + 1} "
-                f"checkpoints need {needed >> 20} MiB; free some space or lower checkpoints_total_limit"
+                f"output_dir {self.root} has {free >> 20} MiB free, but {kept} checkpoints and the trained model need "
+                f"{needed >> 20} MiB; free some space or lower checkpoints_total_limit"
             )
 
     def _resume(self, wanted: str) -> int:

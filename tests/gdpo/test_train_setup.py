@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from training import GDPO, NAOSD, train
 
 from engine.cli import run
+from gdpo.generator import OneStepGenerator
 from gdpo.train import __main__ as cli
 from gdpo.train.config import GDPOConfig, NAOSDConfig, TrainConfig
 from gdpo.train.setup import precision
@@ -106,3 +111,41 @@ def test_the_hint_can_be_pasted(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         run(cli.main)
     assert "usage: python -m gdpo.train naosd [" in capsys.readouterr().out
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def test_bytes_of_a_model_folder_are_foreseen(mini_sd, tmp_path):
+    generator = OneStepGenerator.from_pretrained(mini_sd)
+    generator.save_pretrained(tmp_path / "model")
+    assert generator.saved_bytes() == pytest.approx(folder_bytes(tmp_path / "model"), rel=0.05)
+
+
+@pytest.fixture
+def own_accelerator():
+    """accelerate keeps what it was started with for the whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("own_accelerator")
+def test_a_disk_too_small_for_checkpoints_and_model_is_found_at_once(trained, crops, tmp_path, monkeypatch, capsys):
+    run_folder, mib = tmp_path / "run", 1 << 20
+    arguments = [*GDPO, f"--model.pretrained={trained}", f"--data.folder={crops}", f"--output_dir={run_folder}"]
+    generator = OneStepGenerator.from_pretrained(trained)
+    monkeypatch.setattr(OneStepGenerator, "saved_bytes", lambda self: 3000 * mib)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3000 * mib))  # for the model alone
+    line = refused(capsys, monkeypatch, *arguments)
+    assert f"{run_folder} has 3000 MiB free" in line and "checkpoints and the trained model need 30" in line
+    assert not any(run_folder.iterdir())
+
+    # The same disk will do where the model is as small as it is.
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=17 * mib + generator.saved_bytes()))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["train", *arguments, "--max_train_steps=1"])
+    with pytest.raises(SystemExit, match="0"):
+        run(cli.main)
