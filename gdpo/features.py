@@ -114,12 +114,17 @@ class PerceptualDistance(nn.Module):
         if x.ndim != 4 or y.shape not in (x.shape, (1, *x.shape[1:])):
             raise ValueError(f"x and y must have one shape; got {tuple(x.shape)} and {tuple(y.shape)}")
         step = max(1, _CPU_PIXELS // (x.shape[2] * x.shape[3])) if x.device.type == "cpu" else len(x)
-        targets = y.split(step) if len(y) == len(x) else [y] * -(-len(x) // step)
-        return torch.cat([self._distance(a, b) for a, b in zip(x.split(step), targets)])
+        if len(y) < len(x):  # one target of all: its features once
+            target = self._features_of_target(y)
+            return torch.cat([self._distance(part, target) for part in x.split(step)])
+        parts = zip(x.split(step), y.split(step))
+        return torch.cat([self._distance(part, self._features_of_target(t)) for part, t in parts])
 
-    def _distance(self, x: Tensor, y: Tensor) -> Tensor:
+    def _features_of_target(self, y: Tensor) -> list[Tensor]:
         with nullcontext() if y.requires_grad else torch.no_grad():
-            target = self.vgg(y)
+            return self.vgg(y)
+
+    def _distance(self, x: Tensor, target: list[Tensor]) -> Tensor:
         return torch.stack([_unit_distance(f, t) for f, t in zip(self.vgg(x), target)]).sum(0)
 
 
