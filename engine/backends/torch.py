@@ -1,55 +1,146 @@
-"""Eager torch on a generator's folder: the definition that the other backends are compared with."""
+"""torch on a generator's folder: as it is, the definition that other backends are compared with; or made fast.
+
+With bf16 it is prepared by engine.fuse; on an NVIDIA GPU a shape that comes again is recorded as a CUDA graph, with
+pinned host memory at both ends.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from engine.backends import Options, check_inputs
 from engine.export import descriptors, geometry_of, profile_of
+from engine.fuse import DEFINITION, Steps, fastest, prepare
 from engine.manifest import Manifest
 from gdpo.generator import OneStepGenerator
 
+KEPT_SHAPES = 4  # recorded graphs; each has buffers of its own
+INDEXABLE = 2**31 - 1  # elements of one feature map that cuDNN and torch index with 32 bits
+_WIDEST = 256  # channels at full size, in Stable Diffusion's decoder
 
-def open_generator(folder: Path, options: Options) -> tuple[Manifest, TorchSession]:
+
+def open_generator(folder: Path, options: Options, steps: Steps | None = None) -> tuple[Manifest, TorchSession]:
     """Load a generator's folder (not an engine folder) with everything an Upscaler needs."""
-    generator = OneStepGenerator.from_pretrained(folder)
-    return from_generator(generator, options)
+    return from_generator(OneStepGenerator.from_pretrained(folder), options, steps)
 
 
-def from_generator(generator: OneStepGenerator, options: Options | None = None) -> tuple[Manifest, TorchSession]:
-    """The same for a generator in memory, which is used as it is."""
+def from_generator(
+    generator: OneStepGenerator, options: Options | None = None, steps: Steps | None = None
+) -> tuple[Manifest, TorchSession]:
+    """The same for a generator in memory.
+
+    Args:
+        generator: used as it is, or prepared in place.
+        steps: None takes the definition, and with bf16 all that is fast on the device.
+
+    Raises:
+        ValueError: CUDA graphs without CUDA; what `prepare` refuses.
+    """
     options = options or Options()
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if steps is None:
+        steps = fastest(device) if options.bf16 else DEFINITION
+    if steps.graphs and device.type != "cuda":
+        raise ValueError(f"steps.graphs needs an NVIDIA GPU (CUDA graphs); the device is {device}")
     geometry = geometry_of(generator)
-    profile = profile_of(geometry, batch=1, max_batch=64, tile=512, max_tile=4096, static=False)
+    batch = 8 if device.type == "cuda" else 1  # a CPU gains nothing from a batch
+    profile = profile_of(geometry, batch=batch, max_batch=64, tile=512, max_tile=4096, static=False)
     (_, entry), *_ = descriptors(generator, "fp32", split=False).values()
-    precision = "bf16" if options.bf16 else "fp32"
-    manifest = Manifest("torch", torch.__version__, precision, geometry, profile, {"generator": entry})
-    return manifest, TorchSession(generator.to(device).eval(), manifest, device, options)
+    manifest = Manifest("torch", torch.__version__, steps.precision, geometry, profile, {"generator": entry})
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return manifest, TorchSession(generator.to(device), manifest, device, steps)
 
 
 class TorchSession:
-    """Encode, predict, decode, as training does."""
+    """A prepared generator on a device."""
 
-    def __init__(self, generator: OneStepGenerator, manifest: Manifest, device: torch.device, options: Options):
-        self.generator, self.manifest, self.device, self.bf16 = generator, manifest, device, options.bf16
-        if options.threads:
-            torch.set_num_threads(options.threads)
+    def __init__(self, generator: OneStepGenerator, manifest: Manifest, device: torch.device, steps: Steps):
+        self.generator, self.manifest, self.device, self.steps = generator, manifest, device, steps
+        with torch.no_grad():
+            self.module = prepare(generator, steps)
+        self._shapes: dict[tuple[int, ...], Recorded | None] = {}  # None: met, not recorded yet
+        self._pool = torch.cuda.graph_pool_handle() if steps.graphs else None
 
     def compile(self) -> None:
-        """Compile the UNet and the autoencoder (torch.compile), at the first call of each shape."""
-        vae = self.generator.vae
-        for part in (self.generator.unet, getattr(vae, "encoder", None), getattr(vae, "decoder", None)):
-            if part is not None:
-                part.compile(dynamic=False)
+        """Compile (torch.compile), at the first call of each shape."""
+        self.module.compile(dynamic=False)
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         check_inputs(self.manifest.graphs["generator"], self.manifest, inputs)
-        image, noise = (torch.from_numpy(np.ascontiguousarray(inputs[k])).to(self.device) for k in ("image", "noise"))
-        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            result = self.generator.decode(self.generator.predict(self.generator.encode(image), noise).x0)
-        return result.float().cpu().numpy()
+        image, noise = (torch.from_numpy(np.ascontiguousarray(inputs[k])) for k in ("image", "noise"))
+        if self.device.type != "cuda":
+            return self.run(image, noise).numpy()
+        with torch.cuda.device(self.device):
+            image, noise = (t.pin_memory().to(self.device, non_blocking=True) for t in (image, noise))
+            output = self.run(image, noise)
+            result = torch.empty(output.shape, pin_memory=True)  # torch keeps pinned memory for the next call
+            result.copy_(output, non_blocking=True)
+            torch.cuda.current_stream().synchronize()
+        return result.numpy()
+
+    @torch.inference_mode()
+    def run(self, image: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """image [B,3,H,W], noise [B,C,h,w] on the device -> output like image, overwritten by the next call."""
+        at_once = max(1, INDEXABLE // (_WIDEST * image.shape[2] * image.shape[3]))
+        pieces = -(-len(image) // at_once)
+        if pieces == 1:
+            return self._piece(image, noise)
+        output = torch.empty_like(image)
+        for part, *inputs in zip(*(t.tensor_split(pieces) for t in (output, image, noise))):
+            part.copy_(self._piece(*inputs))
+        return output
+
+    def _piece(self, image: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        if not self.steps.graphs:
+            return self.module(image, noise)
+        shape = tuple(image.shape)
+        again = shape in self._shapes
+        recorded = self._shapes.pop(shape, None)
+        while len(self._shapes) >= KEPT_SHAPES:
+            self._shapes.pop(next(iter(self._shapes)))  # the one not used for longest
+        if again and recorded is None:
+            recorded = Recorded(self.module, (image, noise), self._pool)
+        self._shapes[shape] = recorded
+        return recorded(image, noise) if recorded else self.module(image, noise)
+
+    def forget(self) -> None:
+        """Free the recorded graphs and their memory."""
+        self._shapes.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class Recorded:
+    """A CUDA graph of one shape: one launch instead of thousands. Inputs and output stay at their addresses."""
+
+    def __init__(self, module: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], pool: Any):
+        self._inputs = tuple(t.clone() for t in inputs)
+        with _measured_convolutions():
+            module(*self._inputs)  # what a recording must not do: measure, compile, allocate workspaces
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+                self._output = module(*self._inputs)
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        for own, given in zip(self._inputs, inputs):
+            own.copy_(given)
+        self._graph.replay()
+        return self._output
+
+
+@contextlib.contextmanager
+def _measured_convolutions() -> Iterator[None]:
+    """Inside, cuDNN chooses algorithms by measuring them. Results may differ by rounding from process to process."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
