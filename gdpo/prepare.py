@@ -167,9 +167,9 @@ def _start_worker() -> None:
     Thread(target=lambda: (connection.wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
-def process_all(todo: list[Source], settings: Settings, work: Path, workers: int) -> None:
+def process_all(todo: list[Source], settings: Settings, work: Path, workers: int, progress: bool = True) -> None:
     """Process photos with a progress bar; an interrupt waits for the photos in hand."""
-    with tqdm(total=len(todo), unit="photo", file=sys.stderr, disable=not todo) as bar:
+    with tqdm(total=len(todo), unit="photo", file=sys.stderr, disable=not (todo and progress)) as bar:
         if workers <= 1:
             for source in todo:
                 process(source, settings, work)
@@ -363,13 +363,15 @@ def _sheet(root: Path, manifest: list[dict], columns: int = 10, rows: int = 8, s
         sheet.save(staged)
 
 
-def prepare(photos: list[Path], out: Path, settings: Settings, workers: int = 1) -> dict:
+def prepare(photos: list[Path], out: Path, settings: Settings, workers: int = 1, progress: bool = True) -> dict:
     """What the command does; returns the summary.
 
     Raises:
         ValueError: bad arguments, or no photo gave a crop.
     """
     settings.validate()
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1; got {workers}")
     sources, captions = find_sources(photos, out)
     if not sources:
         raise ValueError(f"no pictures ({' '.join(SUFFIXES)}) in {', '.join(map(str, photos))}")
@@ -377,7 +379,7 @@ def prepare(photos: list[Path], out: Path, settings: Settings, workers: int = 1)
     with folder.locked():
         folder.check_strangers(sources)
         while todo := folder.todo(sources):
-            process_all(todo, settings, folder.work, workers)
+            process_all(todo, settings, folder.work, workers, progress)
         return folder.finish(sources, captions)
 
 
@@ -386,13 +388,14 @@ def main() -> int:
     parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTOS", help="folders of photos, or single photos")
     parser.add_argument("--out", type=Path, required=True, help="the folder to make, or to go on with")
     parser.add_argument("--workers", type=int, default=1, help="processes to work with")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     types = get_type_hints(Settings)
     for option in fields(Settings):
         names = sorted({f"--{option.name.replace('_', '-')}", f"--{option.name}"})  # the dash first
         parser.add_argument(*names, type=types[option.name], default=option.default, help=option.metadata["help"])
     options = vars(parser.parse_args())
-    photos, out, workers = (options.pop(name) for name in ("photos", "out", "workers"))
-    summary = prepare(photos, out, Settings(**options), workers)
+    photos, out, workers, quiet = (options.pop(name) for name in ("photos", "out", "workers", "no_progress"))
+    summary = prepare(photos, out, Settings(**options), workers, progress=not quiet)
     report(summary)
     if not sum(summary["crops"].values()):
         raise ValueError(f"none of {summary['photos']['found']} photo(s) gave a crop; the reasons are above")

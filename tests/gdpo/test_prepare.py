@@ -363,3 +363,18 @@ def test_near_duplicates_are_found_by_distance():
     near = np.asarray(Image.fromarray(cat).resize((300, 200)))
     distances = [(difference_hash(cat) ^ difference_hash(other)).bit_count() for other in (near, coffee, cat[:, ::-1])]
     assert distances[0] <= 3 and min(distances[1:]) > 15
+
+
+def test_progress_and_workers(photos, tmp_path, capfd):
+    with pytest.raises(ValueError, match="workers must be at least 1; got -3"):
+        prepare([photos], tmp_path / "out", SMALL, workers=-3)
+    assert not (tmp_path / "out").exists()
+    prepare([photos], tmp_path / "shown", SMALL)
+    assert "photo/s" in capfd.readouterr().err
+    prepare([photos], tmp_path / "out", SMALL, progress=False)
+    assert "photo" not in capfd.readouterr().err
+
+
+def test_no_progress_on_the_command_line(photos, tmp_path):
+    done = command(photos, "--out", tmp_path / "out", "--size=64", "--halve=false", "--no-progress")
+    assert done.returncode == 0 and "photo/s" not in done.stderr, done.stderr
