@@ -1,0 +1,259 @@
+"""What each step of the torch backend gains, beside the floor: one generator, eager fp16 to recorded and compiled.
+
+    python -m benchmarks.torch_backend --folder F [--pictures 512 1024] [--batches 1 2 4 8 16] [--seconds 180] [--dry]
+
+Every step of the ladder is on top of those before it. The whole ladder is measured where a user waits for one picture
+and at a batch of 8, both of the first size; elsewhere its ends are. Before a figure is taken, the output is compared
+with fp32 (relative L2), and a figure of a wrong result is not kept: exit code 1 names it. Contenders take turns in two
+rounds; a figure is the median of all calls on pictures that are on the device, the spread each round's median.
+The floor: FLOP counted on the definition over the rate of a large bf16 product measured in the same run.
+Compiling comes last, as far as --seconds go. `--dry`: few calls, no rows, on the CPU too (without graphs and compiler).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from jsonargparse.typing import PositiveFloat, PositiveInt
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.gpu_parts import medians
+from benchmarks.rows import append_row, require_clean
+from engine import cli
+from engine.backends import Options
+from engine.backends.torch import TorchSession, from_generator
+from engine.fuse import DEFINITION, Plain, Steps
+from gdpo.generator import OneStepGenerator
+
+_EAGER = Steps("fp16")
+_LAST = replace(_EAGER, channels_last=True)
+_BF16 = replace(_LAST, precision="bf16")
+_FOLDED = replace(_BF16, folded=True)
+_ATTENTION = replace(_FOLDED, attention=True)
+_NORMS = replace(_ATTENTION, norms=True)
+_GRAPHS = replace(_NORMS, graphs=True)
+_COMPILED = replace(_GRAPHS, compiled=True)
+LADDER = {
+    "eager fp16": _EAGER,
+    "channels-last": _LAST,
+    "bf16": _BF16,
+    "folded": _FOLDED,
+    "one qkv product": _ATTENTION,
+    "fused norms": _NORMS,
+    "CUDA graph": _GRAPHS,
+    "compiled": _COMPILED,
+}
+LIMIT = 0.05  # relative L2 against fp32
+ROUNDS = 2
+
+
+@dataclass
+class Bench:
+    """One run: the model in fp32, sessions made of copies of it, and what was refused."""
+
+    model: str
+    master: OneStepGenerator
+    device: torch.device
+    dry: bool
+    flop_per_s: float
+    refused: list[str] = field(default_factory=list)
+
+    @functools.cached_property
+    def reference(self) -> TorchSession:
+        """The definition, on the model itself, which it leaves as it is."""
+        return from_generator(self.master, Options(str(self.device)), DEFINITION)[1]
+
+    def session(self, steps: Steps) -> TorchSession:
+        return from_generator(copy.deepcopy(self.master), Options(str(self.device)), steps)[1]
+
+    def inputs(self, side: int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pictures that differ, and noise."""
+        random = torch.Generator().manual_seed(side + batch)
+        codec = self.master.codec
+        coarse = torch.rand(batch, 3, side // 16, side // 16, generator=random) * 2 - 1
+        image = torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic").clamp(-1, 1)
+        noise = torch.randn(batch, codec.channels, side // codec.factor, side // codec.factor, generator=random)
+        return image.to(self.device), noise.to(self.device)
+
+
+def flop(master: OneStepGenerator, side: int) -> int:
+    """Floating point operations of one picture, counted on tensors without data."""
+    generator = copy.deepcopy(master).to("meta")
+    latent = side // master.codec.factor
+    image, noise = (torch.empty(1, c, s, s, device="meta") for c, s in ((3, side), (master.codec.channels, latent)))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        Plain(generator, "fp32")(image, noise)
+    return counter.get_total_flops()
+
+
+def product_rate(device: torch.device, dry: bool) -> float:
+    """FLOP/s of a bf16 product."""
+    n = 256 if dry else 8192
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * n**3 / medians(lambda: a @ b, device.type)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(run: TorchSession, inputs: tuple[torch.Tensor, ...], budget: float) -> list[float]:
+    """Seconds of calls that end with the device idle: three or more, `budget` seconds of them, 50 at most."""
+    taken: list[float] = []
+    while len(taken) < 3 or (sum(taken) < budget and len(taken) < 50):
+        begin = time.perf_counter()
+        run.run(*inputs)
+        _synchronize(run.device)
+        taken.append(time.perf_counter() - begin)
+    return taken
+
+
+def error_of(run: TorchSession, inputs: tuple[torch.Tensor, ...], expected: torch.Tensor) -> float:
+    """The worst picture's relative L2, of the third call: by then a shape is recorded and replayed."""
+    for _ in range(2):
+        run.run(*inputs)
+    difference = (run.run(*inputs) - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    return float(difference.max())
+
+
+def compare(bench: Bench, runs: dict[str, TorchSession], side: int, batch: int, work: int) -> list[dict[str, Any]]:
+    """Check, then time, the contenders on one shape; rows of those that are right and fit the memory."""
+    inputs = bench.inputs(side, batch)
+    expected = torch.cat([bench.reference.run(i[None], n[None]) for i, n in zip(*inputs)])
+    errors: dict[str, float] = {}
+    for name, run in runs.items():
+        try:
+            errors[name] = error_of(run, inputs, expected)
+        except torch.cuda.OutOfMemoryError:
+            run.forget()
+            bench.refused.append(f"{name}, {side}x{side}, batch {batch}: out of memory")
+            continue
+        if not errors[name] < LIMIT:
+            bench.refused.append(
+                f"{name}, {side}x{side}, batch {batch}: {errors[name]:.2g} from fp32 (relative L2), at most {LIMIT}"
+            )
+    right = {name: runs[name] for name, error in errors.items() if error < LIMIT}
+    times: dict[str, list[list[float]]] = {name: [] for name in right}
+    for _ in range(ROUNDS):
+        for name, run in right.items():
+            times[name].append(seconds_of(run, inputs, 0 if bench.dry else 0.3))
+    floor = 1e3 * work * batch / bench.flop_per_s
+    rows: list[dict[str, Any]] = []
+    for name in right:
+        p50 = 1e3 * median(s for taken in times[name] for s in taken)
+        row: dict[str, Any] = {
+            "model": bench.model, "step": name, "side": side, "batch": batch, "device": bench.device.type,
+            "p50_ms": p50, "rounds_p50_ms": [1e3 * median(taken) for taken in times[name]],
+            "pictures_per_s": 1e3 * batch / p50, "floor_ms": floor, "times_floor": p50 / floor,
+            "relative_error": errors[name], "bf16_flop_per_s": bench.flop_per_s, "tflop_per_picture": work / 1e12,
+        }  # fmt: skip
+        if rows:
+            row["gain"] = rows[-1]["p50_ms"] / p50
+        if "eager fp16" in times:
+            row["speedup"] = 1e3 * median(s for taken in times["eager fp16"] for s in taken) / p50
+        rows.append(row)
+    for run in runs.values():
+        run.forget()
+    return rows
+
+
+COLUMNS = {"side": 6, "batch": 6, "ms": 10, "rounds": 20, "pic/s": 9, "gain": 7, "x eager": 8, "x floor": 8, "error": 9}
+HEADER = " " * 16 + "".join(f"{name:>{width}}" for name, width in COLUMNS.items())
+
+
+def _show(row: dict[str, Any]) -> None:
+    rounds = " ".join(f"{ms:.2f}" for ms in row["rounds_p50_ms"])
+    ratios = "".join(f"{row[k]:>{w}.2f}" if k in row else " " * w for k, w in (("gain", 7), ("speedup", 8)))
+    print(
+        f"{row['step']:16}{row['side']:>6}{row['batch']:>6}{row['p50_ms']:>10.2f}{rounds:>20}"
+        f"{row['pictures_per_s']:>9.1f}{ratios}{row['times_floor']:>8.1f}{row['relative_error']:>9.1e}",
+        flush=True,
+    )
+
+
+def measure(folder: str | Path, sizes: list[int], batches: list[int], dry: bool = False, seconds: float = 180) -> Bench:
+    """Measure the ladder on a folder, print a table and write rows (unless dry).
+
+    Args:
+        folder: a generator's.
+        sizes: sides of the output.
+        batches: pictures at once.
+        dry: few calls, no rows.
+        seconds: past them no further shape is begun.
+
+    Returns:
+        The run; `refused` names what has no figure.
+
+    Raises:
+        ValueError: a side that the model does not take.
+        RuntimeError: no GPU and not dry; a tree that differs from its commit.
+    """
+    end = time.monotonic() + seconds
+    if not dry:
+        require_clean()
+        if not torch.cuda.is_available():
+            raise RuntimeError("there is no NVIDIA GPU here; --dry runs on the CPU")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    master = OneStepGenerator.from_pretrained(folder).merge_lora()
+    if bad := [side for side in sizes if side % max(master.multiple, 16)]:
+        raise ValueError(f"pictures must be multiples of {max(master.multiple, 16)}; got {bad[0]}")
+    if master.uses_text:
+        master.text_embeds(1)
+        master.prompt_encoder = None  # its work is done
+    bench = Bench(Path(folder).name, master.to(device), device, dry, product_rate(device, dry))
+    ladder = LADDER if device.type == "cuda" else {n: s for n, s in LADDER.items() if not s.graphs}
+    runs = {name: bench.session(steps) for name, steps in ladder.items() if not steps.compiled}
+    ends = {name: run for name, run in runs.items() if name in (next(iter(runs)), next(reversed(runs)))}
+    whole = {(sizes[0], batch) for batch in (batches[0], 8) if batch in batches}
+    shapes = sorted([(s, b) for s in sizes for b in batches], key=lambda shape: (shape not in whole, shape))
+    work = {side: flop(master, side) for side in sizes}
+    print(f"{bench.model} on {device.type}: bf16 product {bench.flop_per_s / 1e12:.3g} TFLOP/s; ", end="")
+    print(", ".join(f"{side}x{side}: {work[side] / 1e12:.3g} TFLOP" for side in sizes) + f"\n{HEADER}")
+
+    def take(contenders: dict[str, TorchSession], side: int, batch: int) -> None:
+        for row in compare(bench, contenders, side, batch, work[side]):
+            _show(row)
+            if not dry:
+                append_row("torch_backend", **row)
+
+    begun = 0
+    for side, batch in shapes:
+        if time.monotonic() > end:
+            break
+        take(runs if (side, batch) in whole else ends, side, batch)
+        begun += 1
+    for side, batch in sorted(whole, key=lambda shape: shape[1]):
+        if "compiled" in ladder and time.monotonic() < end:
+            take({"CUDA graph": runs["CUDA graph"], "compiled": bench.session(ladder["compiled"])}, side, batch)
+            begun += 1
+    expected = len(shapes) + ("compiled" in ladder) * len(whole)
+    if begun < expected:
+        print(f"{expected - begun} shapes were not begun within {seconds:g} s")
+    return bench
+
+
+def main() -> int:
+    parser = cli.Parser(prog="python -m benchmarks.torch_backend", description=__doc__.split("\n")[0])
+    parser.add_argument("--folder", required=True, help="a generator's folder")
+    parser.add_argument("--pictures", type=PositiveInt, nargs="+", default=[512, 1024], help="sides of the output")
+    parser.add_argument("--batches", type=PositiveInt, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--seconds", type=PositiveFloat, default=180.0, help="past them no further shape is begun")
+    parser.add_argument("--dry", action="store_true", help="few calls, no rows, without a GPU too")
+    args = parser.parse_args()
+    bench = measure(args.folder, args.pictures, args.batches, args.dry, args.seconds)
+    for line in bench.refused:
+        print(f"no figure: {line}", file=sys.stderr)
+    return 1 if any("relative L2" in line for line in bench.refused) else 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,68 @@
+"""The ladder of the torch backend in miniature: every step is measured, a wrong result has no figure, FLOP are right."""
+
+import re
+
+import pytest
+import torch
+
+from benchmarks import rows, torch_backend
+from benchmarks.random_folder import architecture
+from engine.fuse import FusedGroupNorm
+from gdpo.codecs import KLCodec
+from gdpo.generator import OneStepGenerator
+
+
+def steps_shown(text):
+    return [line[:16].strip() for line in text.splitlines() if re.search(r"e-\d\d$", line)]
+
+
+def test_the_dry_run_shows_every_step_and_writes_no_rows(mini_sd, capsys):
+    before = {p: p.read_bytes() for p in rows.RESULTS.glob("*")}
+    bench = torch_backend.measure(mini_sd, [64], [1, 2], dry=True)
+    assert not bench.refused
+    shown = steps_shown(capsys.readouterr().out)
+    assert shown == [*list(torch_backend.LADDER)[:6], "eager fp16", "fused norms"]
+    assert {p: p.read_bytes() for p in rows.RESULTS.glob("*")} == before
+
+
+def test_a_wrong_result_has_no_figure(mini_sd, capsys, monkeypatch):
+    made = torch_backend.Bench.session
+
+    def broken(self, steps):
+        session = made(self, steps)
+        for module in session.module.modules():
+            if isinstance(module, FusedGroupNorm):
+                module.silu = False
+        return session
+
+    monkeypatch.setattr(torch_backend.Bench, "session", broken)
+    bench = torch_backend.measure(mini_sd, [64], [1], dry=True)
+    assert len(bench.refused) == 1 and "fused norms, 64x64, batch 1" in bench.refused[0]
+    assert "relative L2" in bench.refused[0]
+    assert "fused norms" not in steps_shown(capsys.readouterr().out)
+
+
+def test_no_time_means_no_figures_and_a_word_about_it(mini_sd, capsys):
+    torch_backend.measure(mini_sd, [64, 128], [1, 2], dry=True, seconds=1e-9)
+    shown = capsys.readouterr().out
+    assert not steps_shown(shown) and "4 shapes were not begun" in shown
+
+
+def test_bad_input(mini_sd):
+    with pytest.raises(ValueError, match="pictures must be multiples of 64; got 100"):
+        torch_backend.measure(mini_sd, [100], [1], dry=True)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="no NVIDIA GPU|differs from commit|no git checkout"):
+            torch_backend.measure(mini_sd, [64], [1])
+
+
+def test_the_floor_counts_stable_diffusions_operations():
+    """2.217 TMAC for 512x512, counted by hand from the layers: VAE encoder 0.558, UNet 0.402, VAE decoder 1.257."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    shape = architecture("sd21")
+    with torch.device("meta"):
+        unet, vae = UNet2DConditionModel(**shape["unet"]), AutoencoderKL(**shape["vae"])
+        embeds = torch.empty(1, 77, 1024)
+    generator = OneStepGenerator(unet, KLCodec(vae), prompt_embeds=embeds)
+    assert torch_backend.flop(generator, 512) / 2e12 == pytest.approx(2.217, rel=0.01)
