@@ -7,7 +7,8 @@ and at a batch of 8, both of the first size; elsewhere its ends are. Before a fi
 with fp32 (relative L2), and a figure of a wrong result is not kept: exit code 1 names it. Contenders take turns in two
 rounds; a figure is the median of all calls on pictures that are on the device, the spread each round's median.
 The floor: FLOP counted on the definition over the rate of a large bf16 product measured in the same run.
-Compiling comes last, as far as --seconds go. `--dry`: few calls, no rows, on the CPU too (without graphs and compiler).
+Compiling takes minutes, so `--compiled` is a run of its own: the recorded generator with torch.compile and without.
+`--dry`: few calls, no rows, on the CPU too (without graphs).
 """
 
 from __future__ import annotations
@@ -180,7 +181,14 @@ def _show(row: dict[str, Any]) -> None:
     )
 
 
-def measure(folder: str | Path, sizes: list[int], batches: list[int], dry: bool = False, seconds: float = 180) -> Bench:
+def measure(
+    folder: str | Path,
+    sizes: list[int],
+    batches: list[int],
+    dry: bool = False,
+    seconds: float = 180,
+    compiled: bool = False,
+) -> Bench:
     """Measure the ladder on a folder, print a table and write rows (unless dry).
 
     Args:
@@ -189,6 +197,7 @@ def measure(folder: str | Path, sizes: list[int], batches: list[int], dry: bool 
         batches: pictures at once.
         dry: few calls, no rows.
         seconds: past them no further shape is begun.
+        compiled: the last step alone, beside the one before it.
 
     Returns:
         The run; `refused` names what has no figure.
@@ -210,34 +219,23 @@ def measure(folder: str | Path, sizes: list[int], batches: list[int], dry: bool 
         master.text_embeds(1)
         master.prompt_encoder = None  # its work is done
     bench = Bench(Path(folder).name, master.to(device), device, dry, product_rate(device, dry))
-    ladder = LADDER if device.type == "cuda" else {n: s for n, s in LADDER.items() if not s.graphs}
-    runs = {name: bench.session(steps) for name, steps in ladder.items() if not steps.compiled}
-    ends = {name: run for name, run in runs.items() if name in (next(iter(runs)), next(reversed(runs)))}
-    whole = {(sizes[0], batch) for batch in (batches[0], 8) if batch in batches}
-    shapes = sorted([(s, b) for s in sizes for b in batches], key=lambda shape: (shape not in whole, shape))
     work = {side: flop(master, side) for side in sizes}
     print(f"{bench.model} on {device.type}: bf16 product {bench.flop_per_s / 1e12:.3g} TFLOP/s; ", end="")
     print(", ".join(f"{side}x{side}: {work[side] / 1e12:.3g} TFLOP" for side in sizes) + f"\n{HEADER}")
-
-    def take(contenders: dict[str, TorchSession], side: int, batch: int) -> None:
-        for row in compare(bench, contenders, side, batch, work[side]):
+    names = list(LADDER)[-2:] if compiled else list(LADDER)[:-1]
+    steps = {name: replace(LADDER[name], graphs=LADDER[name].graphs and device.type == "cuda") for name in names}
+    runs = {name: bench.session(one) for name, one in steps.items()}
+    whole = {(sizes[0], batch) for batch in (batches[0], 8) if batch in batches}
+    rest = set() if compiled else {(side, batch) for side in sizes for batch in batches} - whole
+    for number, (side, batch) in enumerate(shapes := [*sorted(whole), *sorted(rest)]):
+        if time.monotonic() > end:
+            print(f"{len(shapes) - number} shapes were not begun within {seconds:g} s")
+            break
+        chosen = names if (side, batch) in whole else [names[0], names[-1]]
+        for row in compare(bench, {name: runs[name] for name in chosen}, side, batch, work[side]):
             _show(row)
             if not dry:
                 append_row("torch_backend", **row)
-
-    begun = 0
-    for side, batch in shapes:
-        if time.monotonic() > end:
-            break
-        take(runs if (side, batch) in whole else ends, side, batch)
-        begun += 1
-    for side, batch in sorted(whole, key=lambda shape: shape[1]):
-        if "compiled" in ladder and time.monotonic() < end:
-            take({"CUDA graph": runs["CUDA graph"], "compiled": bench.session(ladder["compiled"])}, side, batch)
-            begun += 1
-    expected = len(shapes) + ("compiled" in ladder) * len(whole)
-    if begun < expected:
-        print(f"{expected - begun} shapes were not begun within {seconds:g} s")
     return bench
 
 
@@ -247,9 +245,10 @@ def main() -> int:
     parser.add_argument("--pictures", type=PositiveInt, nargs="+", default=[512, 1024], help="sides of the output")
     parser.add_argument("--batches", type=PositiveInt, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--seconds", type=PositiveFloat, default=180.0, help="past them no further shape is begun")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile instead of the ladder: minutes")
     parser.add_argument("--dry", action="store_true", help="few calls, no rows, without a GPU too")
     args = parser.parse_args()
-    bench = measure(args.folder, args.pictures, args.batches, args.dry, args.seconds)
+    bench = measure(args.folder, args.pictures, args.batches, args.dry, args.seconds, args.compiled)
     for line in bench.refused:
         print(f"no figure: {line}", file=sys.stderr)
     return 1 if any("relative L2" in line for line in bench.refused) else 0

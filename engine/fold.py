@@ -123,6 +123,7 @@ def _fold_diffusers(generator: OneStepGenerator) -> None:
             module.set_processor(_FixedCrossAttention(module, prompt))
             module.to_k = module.to_v = nn.Identity()
     unet.time_embedding = _NoTimeEmbedding()
+    unet.get_time_embed = lambda sample, timestep: None  # a copy from host to device: no CUDA graph can record it
 
 
 def cast(generator: OneStepGenerator, precision: str) -> OneStepGenerator:

@@ -40,7 +40,7 @@ def from_generator(
         steps: None takes the definition, and with bf16 all that is fast on the device.
 
     Raises:
-        ValueError: CUDA graphs without CUDA; what `prepare` refuses.
+        ValueError: CUDA graphs without CUDA, or of what is not folded; what `prepare` refuses.
     """
     options = options or Options()
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -48,6 +48,8 @@ def from_generator(
         steps = fastest(device) if options.bf16 else DEFINITION
     if steps.graphs and device.type != "cuda":
         raise ValueError(f"steps.graphs needs an NVIDIA GPU (CUDA graphs); the device is {device}")
+    if steps.graphs and not steps.folded:
+        raise ValueError("steps.graphs needs steps.folded: a timestep copied to the device cannot be recorded")
     geometry = geometry_of(generator)
     batch = 8 if device.type == "cuda" else 1  # a CPU gains nothing from a batch
     profile = profile_of(geometry, batch=batch, max_batch=64, tile=512, max_tile=4096, static=False)

@@ -1,4 +1,4 @@
-"""The ladder of the torch backend in miniature: every step is measured, a wrong result has no figure, FLOP are right."""
+"""The ladder of the torch backend in miniature: every step is measured, a wrong one has no figure, FLOP are right."""
 
 import re
 
@@ -21,7 +21,7 @@ def test_the_dry_run_shows_every_step_and_writes_no_rows(mini_sd, capsys):
     bench = torch_backend.measure(mini_sd, [64], [1, 2], dry=True)
     assert not bench.refused
     shown = steps_shown(capsys.readouterr().out)
-    assert shown == [*list(torch_backend.LADDER)[:6], "eager fp16", "fused norms"]
+    assert shown == [*list(torch_backend.LADDER)[:-1], "eager fp16", "CUDA graph"]
     assert {p: p.read_bytes() for p in rows.RESULTS.glob("*")} == before
 
 
@@ -37,9 +37,16 @@ def test_a_wrong_result_has_no_figure(mini_sd, capsys, monkeypatch):
 
     monkeypatch.setattr(torch_backend.Bench, "session", broken)
     bench = torch_backend.measure(mini_sd, [64], [1], dry=True)
-    assert len(bench.refused) == 1 and "fused norms, 64x64, batch 1" in bench.refused[0]
-    assert "relative L2" in bench.refused[0]
-    assert "fused norms" not in steps_shown(capsys.readouterr().out)
+    assert [line.partition(", batch 1: ")[0] for line in bench.refused] == ["fused norms, 64x64", "CUDA graph, 64x64"]
+    assert all("relative L2" in line for line in bench.refused)
+    assert steps_shown(capsys.readouterr().out) == list(torch_backend.LADDER)[:5]
+
+
+def test_the_compiled_step_is_a_run_of_its_own(mini_sd, capsys, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, dynamic: compiled.append(self))  # takes a minute
+    compiled: list = []
+    assert not torch_backend.measure(mini_sd, [64], [1], dry=True, compiled=True).refused
+    assert steps_shown(capsys.readouterr().out) == ["CUDA graph", "compiled"] and len(compiled) == 1
 
 
 def test_no_time_means_no_figures_and_a_word_about_it(mini_sd, capsys):
@@ -52,7 +59,7 @@ def test_bad_input(mini_sd):
     with pytest.raises(ValueError, match="pictures must be multiples of 64; got 100"):
         torch_backend.measure(mini_sd, [100], [1], dry=True)
     if not torch.cuda.is_available():
-        with pytest.raises(RuntimeError, match="no NVIDIA GPU|differs from commit|no git checkout"):
+        with pytest.raises(RuntimeError, match=r"no NVIDIA GPU|differs from commit|no git checkout"):
             torch_backend.measure(mini_sd, [64], [1])
 
 

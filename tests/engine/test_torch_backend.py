@@ -207,6 +207,18 @@ def test_recorded_shapes_are_bounded_and_the_usual_one_stays(tiny_model, graphs)
     assert not made._shapes
 
 
+@pytest.mark.parametrize("steps, recordable", [(DEFINITION, False), (EVERY, True)])
+def test_nothing_is_copied_to_the_device_or_waited_for(mini_model, steps, recordable):
+    """What a CUDA graph cannot record: values that come from the host (lift_fresh) or go there."""
+    made = session(mini_model, steps)
+    given = inputs(made)
+    with StandIn() as seen:
+        made.run(*given)
+    names = {str(function) for function, *_ in seen.calls}
+    host = ("aten.lift_fresh", "aten._local_scalar_dense", "aten.nonzero", "aten.item")
+    assert recordable != any(name.startswith(host) for name in names)
+
+
 def test_graphs_need_a_gpu(tiny_model):
     with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
         session(tiny_model, Steps(graphs=True))
