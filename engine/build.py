@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,18 @@ class BuildOptions:
 
     def record(self) -> dict[str, Any]:
         return {**self.__dict__, "architectures": list(self.architectures)}
+
+    def check(self, backend: str) -> None:
+        """Refuse a choice that a backend does not have.
+
+        Raises:
+            ValueError: naming the option.
+        """
+        changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        if changed and backend not in PLANS:
+            raise ValueError(f"{', '.join(changed)}: for {' and '.join(PLANS)} only; {backend} builds no plan")
+        if self.workspace_mib is not None and self.workspace_mib < 1:
+            raise ValueError(f"workspace_mib must be at least 1; got {self.workspace_mib}")
 
 
 def build(
@@ -83,6 +95,7 @@ def build(
     if timing_cache is not None and backend != "tensorrt":
         raise ValueError(f"timing_cache is for tensorrt; {backend} measures nothing while it builds")
     options = options or BuildOptions()
+    options.check(backend)
     profile = _within(profile or exported.profile, exported)
     built = replace(
         exported,

@@ -316,6 +316,10 @@ def main() -> int:
     parser.add_argument("--t-noise", type=int, help="override the folder's noise timestep")
     parser.add_argument("--t-diffusion", type=int, help="override the folder's diffusion timestep")
     options = parser.parse_args()
+    if (Path(options.model) / "manifest.json").is_file():
+        raise ValueError(
+            f"{options.model}: this is an engine folder, not a generator; name the generator that it was exported from"
+        )
     generator = OneStepGenerator.from_pretrained(options.model, options.t_noise, options.t_diffusion)
     geometry = geometry_of(generator)
     sizes = {k: options[k] for k in ("batch", "max_batch", "tile", "max_tile", "static")}

@@ -15,9 +15,15 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a path beside `path` to write to; on a clean exit it is fsynced and replaces `path`, else it is removed.
 
     The yielded name keeps the suffix, so that codecs which choose by suffix see the right one.
+
+    Raises:
+        OSError: the folder is missing or not writable; it names `path`, not the file beside it.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem[:80]}-", suffix=path.suffix, dir=path.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:80]}-", suffix=path.suffix, dir=path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     os.close(handle)
     staged = Path(name)
     try:

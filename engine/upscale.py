@@ -72,14 +72,23 @@ def main() -> int:
         raise ValueError(f"quality must be 1 to 100; got {options.quality}")
     if not 0 <= options.seed < 1 << 64:
         raise ValueError(f"seed must be in [0, 2^64); got {options.seed}")
+    if options.max_pixels < 1:
+        raise ValueError(f"max-pixels must be at least 1; got {options.max_pixels}")
+    if options.threads < 0:
+        raise ValueError(f"threads must be 0 (all) or more; got {options.threads}")
+    output_size(1, 1, options.scale)
     jobs = plan(inputs, output, suffix=options.suffix, extension=options.format, recursive=options.recursive)
     if not any(job.source.exists() for job in jobs):
         raise ValueError(
             f"{jobs[0].source}: no such file" if jobs else "nothing to do: every match is an earlier output"
         )
-    for folder in {job.target.parent for job in jobs}:
+    page = [Path(options.compare)] if options.compare else []
+    if page and page[0].is_dir():
+        raise ValueError(f"--compare {page[0]}: this is a folder; name the page, such as {page[0] / 'page.html'}")
+    for folder in {target.parent for target in [job.target for job in jobs] + page}:
         _writable(folder)
     up = _load(options)
+    up.check_tiling(options.tile, options.batch)
     return _Worker(up, options).run(jobs)
 
 

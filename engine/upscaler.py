@@ -169,23 +169,39 @@ class Upscaler:
             raise ValueError(f"color must be one of {', '.join(colors.METHODS)}; got {color!r}")
         if not 0 <= seed < 1 << 64:
             raise ValueError(f"seed must be in [0, 2^64); got {seed}")
-        low, usual, high = self.manifest.profile.batch
-        batch = usual if batch is None else batch
-        if not low <= batch <= high:
-            raise ValueError(f"batch must be {low} to {high} for this model; got {batch}")
+        longest, batch = self.check_tiling(tile, batch)
         if self._core is not None:
             readable = rgb if min(rgb.strides) >= 0 else rgb.copy()
             return self._core.upscale(
                 readable, seed=seed, tile=tile or 0, scale=scale, color=color, batch=batch, progress=progress
             )
         target = output_size(rgb.shape[0], rgb.shape[1], scale)
-        picture = _Run(self, rgb, seed, tile, batch, progress).restore()
+        picture = _Run(self, rgb, seed, longest, batch, progress).restore()
         native = self.manifest.geometry.scale
         resized = target != (rgb.shape[0] * native, rgb.shape[1] * native)
         aligned = align(picture, rgb, color, np.dtype(np.uint16) if resized else rgb.dtype)
         if resized:
             aligned = resize(aligned, target)
         return aligned if aligned.dtype == rgb.dtype else _to_8_bit(aligned)
+
+    def check_tiling(self, tile: int | None = None, batch: int | None = None) -> tuple[int, int]:
+        """The longest side of a tile in output pixels and the batch that `upscale` takes for these arguments.
+
+        Raises:
+            ValueError: the model's profile has no such tile or batch; the message names what it has.
+        """
+        profile, geometry = self.manifest.profile, self.manifest.geometry
+        low, usual, high = profile.batch
+        batch = usual if batch is None else batch
+        if not low <= batch <= high:
+            raise ValueError(f"batch must be {low} to {high} for this model; got {batch}")
+        low, longest, high = profile.tile
+        if tile:
+            longest = tile * geometry.scale // geometry.multiple * geometry.multiple
+            if not low <= longest <= high:
+                low, high = (-(-side // geometry.scale) for side in (low, high))
+                raise ValueError(f"tile must be {low} to {high} input pixels for this model; got {tile}")
+        return longest, batch
 
 
 def output_size(height: int, width: int, scale: float) -> tuple[int, int]:
@@ -208,18 +224,10 @@ def output_size(height: int, width: int, scale: float) -> tuple[int, int]:
 class _Run:
     """One picture on its way through the model."""
 
-    def __init__(
-        self, up: Upscaler, rgb: np.ndarray, seed: int, tile: int | None, batch: int, progress: Progress | None
-    ):
+    def __init__(self, up: Upscaler, rgb: np.ndarray, seed: int, longest: int, batch: int, progress: Progress | None):
         self.up, self.rgb, self.seed, self.batch, self.progress = up, rgb, seed, batch, progress
         self.geometry, profile = up.manifest.geometry, up.manifest.profile
         unit = self.geometry.factor
-        longest = profile.tile[1]
-        if tile:
-            longest = tile * self.geometry.scale // self.geometry.multiple * self.geometry.multiple
-            if not profile.tile[0] <= longest <= profile.tile[2]:
-                low, high = (-(-side // self.geometry.scale) for side in (profile.tile[0], profile.tile[2]))
-                raise ValueError(f"tile must be {low} to {high} input pixels for this model; got {tile}")
         self.size = (rgb.shape[0] * self.geometry.scale, rgb.shape[1] * self.geometry.scale)
         multiple = self.geometry.multiple // unit
         # A short overlap for short tiles: at most a quarter.

@@ -165,6 +165,9 @@ def test_the_command_builds_and_says_when_it_need_not(tiny_engine, tmp_path, mon
         (["--backend", "onnxruntime", "--opt-shapes", "picture:1x3x64x64"], "is not a shape such as"),
         (["--backend", "onnxruntime", "--min-shapes", "image:4x3x64x64"], "must rise"),
         (["--backend", "onnxruntime", "--timing-cache", "cache"], "timing_cache is for tensorrt"),
+        (["--backend", "onnxruntime", "--workspace", "-5"], "workspace_mib: for tensorrt and tensorrt-rtx only"),
+        (["--backend", "onnxruntime", "--refit", "--architecture", "sm_89"], "refit, architectures: for tensorrt and"),
+        (["--backend", "tensorrt-rtx", "--workspace", "-5"], "workspace_mib must be at least 1; got -5"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_code_2(tiny_engine, tmp_path, monkeypatch, capsys, more, message):

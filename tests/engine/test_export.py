@@ -181,3 +181,10 @@ def test_the_command_exports(tiny_model, tmp_path, monkeypatch, capsys):
     assert content["model"]["t_noise"] == 40 and content["profile"]["tile"] == [64, 64, 64]
     up = Upscaler.load(tmp_path / "out")
     assert up.upscale(np.zeros((50, 20, 3), np.uint8)).shape == (200, 80, 3)  # in static tiles
+
+
+def test_the_command_tells_an_engine_folder_from_a_generator(tiny_engine, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["export", str(tiny_engine), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as end:
+        cli.run(export.main)
+    assert end.value.code == 2 and "this is an engine folder, not a generator" in capsys.readouterr().err

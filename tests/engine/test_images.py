@@ -13,6 +13,7 @@ import pytest
 import pyvips
 from PIL import Image, ImageCms
 
+from engine.files import atomic_path
 from engine.images import ImageError, Picture, check_writable, read_image, write_image
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -317,3 +318,9 @@ def test_mutated_pictures_are_pictures_or_typed_errors(tmp_path, count, capfd):
     assert read + refused == count and min(read, refused) > count // 20
     assert slowest < 5 and resident() - before < 500
     print(f"{count} mutants: {read} read, {refused} refused, slowest {slowest:.2f} s")
+
+
+def test_a_missing_folder_is_told_by_the_path_asked_for(tmp_path):
+    with pytest.raises(FileNotFoundError) as error, atomic_path(tmp_path / "missing" / "page.html"):
+        pass
+    assert error.value.filename == str(tmp_path / "missing" / "page.html")

@@ -74,7 +74,7 @@ def test_tiles_leave_no_seam(engine, color, request, photo):
     whole = up.upscale(rgb, seed=2, color=color)
     tiled = up.upscale(rgb, seed=2, tile=64, color=color, batch=3)
     assert psnr(whole, tiled) > 45
-    run = module._Run(up, rgb, 2, 64, 3, None)
+    run = module._Run(up, rgb, 2, 256, 3, None)
     assert len(run.rows.starts) > 2 and len(run.columns.starts) > 2
     for axis, line in ((0, run.rows), (1, run.columns)):
         borders = [s * 4 for s in line.starts[1:]] + [(s + line.tile) * 4 for s in line.starts[:-1]]
