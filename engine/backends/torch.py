@@ -40,10 +40,11 @@ def from_generator(
         steps: None takes the definition, and with bf16 all that is fast on the device.
 
     Raises:
-        ValueError: CUDA graphs without CUDA, or of what is not folded; what `prepare` refuses.
+        RuntimeError: a GPU that is not there.
+        ValueError: an unknown device; CUDA graphs without CUDA, or of what is not folded; what `prepare` refuses.
     """
     options = options or Options()
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(options.device)
     if steps is None:
         steps = fastest(device) if options.bf16 else DEFINITION
     if steps.graphs and device.type != "cuda":
@@ -58,6 +59,16 @@ def from_generator(
     if options.threads:
         torch.set_num_threads(options.threads)
     return manifest, TorchSession(generator.to(device), manifest, device, steps)
+
+
+def _device(name: str | None) -> torch.device:
+    """What `name` means here; None: the GPU where there is one."""
+    kind, _, index = (name or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise ValueError(f"device must be cpu, cuda or cuda:N; got {name!r}")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise RuntimeError(f"device {name}: torch sees {torch.cuda.device_count()} NVIDIA GPU(s); use --device cpu")
+    return torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device(kind)
 
 
 class TorchSession:

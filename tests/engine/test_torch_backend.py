@@ -222,6 +222,11 @@ def test_nothing_is_copied_to_the_device_or_waited_for(mini_model, steps, record
 def test_graphs_need_a_gpu(tiny_model):
     with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
         session(tiny_model, Steps(graphs=True))
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="device cuda: torch sees 0 NVIDIA"):
+            Upscaler.load(tiny_model, "torch", "cuda", bf16=True)
+    with pytest.raises(ValueError, match="device must be cpu, cuda or cuda:N; got 'tpu'"):
+        Upscaler.load(tiny_model, "torch", "tpu")
     with pytest.raises(ValueError, match="precision must be one of fp32, fp16, bf16; got 'int8'"):
         session(tiny_model, Steps("int8"))
     assert not fastest(CPU).graphs and fastest(torch.device("cuda")).graphs
