@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import GDPO, NAOSD, train
+from torch.utils.checkpoint import checkpoint
+from training import GDPO, NAOSD, train, train_here
+
+from gdpo import tiny
+from gdpo.generator import OneStepGenerator
+from gdpo.tiny import TinyUNetConfig
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -75,3 +82,67 @@ def test_fused_kernels_equal_reference_over_20_steps(crops, trained, tmp_path):
     for backend, extra in (("torch", {}), ("triton", {"TRITON_INTERPRET": "1"})):
         train(*common, f"--output_dir={tmp_path / backend}", f"--backend={backend}", **extra)
     assert distance(weights(tmp_path / "torch"), weights(tmp_path / "triton")) < 2e-5
+
+
+SHORT = ("--max_train_steps=6", "--checkpointing_steps=1", "--checkpoints_total_limit=9", "--validation_images=0")
+
+
+def cut_after(run: Path, step: int) -> None:
+    """Leave what a run would have left that was killed after this step."""
+    shutil.rmtree(run / "model")
+    for folder in sorted(run.glob("checkpoint-*"))[step:]:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        ("constant", [1 / 2, 1, 1, 1, 1, 1]),
+        ("linear", [1 / 2, 1, 1, 3 / 4, 2 / 4, 1 / 4]),
+        ("cosine", [1 / 2, 1, 1, (1 + 0.5**0.5) / 2, 1 / 2, (1 - 0.5**0.5) / 2]),
+    ],
+)
+def test_learning_rate_after_warmup_also_when_resumed(scheduler, expected, crops, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    common = (*NAOSD, *SHORT, f"--data.folder={crops}", f"--output_dir={out}", f"--lr_scheduler={scheduler}")
+    for resume in ((), ("--resume_from_checkpoint=latest",)):
+        train_here(monkeypatch, *common, "--lr_warmup_steps=2", "--learning_rate=4e-3", *resume)
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        assert [r["learning_rate"] / 4e-3 for r in rows] == pytest.approx(expected, rel=1e-12)
+        assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
+        cut_after(out, 3)
+
+
+def test_average_of_the_weights_also_when_resumed(crops, tmp_path, monkeypatch):
+    out, decay = tmp_path / "run", 0.15  # the young average's decay, (1 + n) / (10 + n), passes it on the way
+    common = (*NAOSD, *SHORT, f"--data.folder={crops}", f"--output_dir={out}", f"--ema_decay={decay}")
+    train_here(monkeypatch, *common)
+    straight, start = (
+        weights(out),
+        OneStepGenerator.tiny(TinyUNetConfig(block_out_channels=(8, 16), layers_per_block=1)),
+    )
+    average = {k: p.detach().double() for k, p in start.unet.named_parameters()}
+    for step in range(6):
+        trained = load_file(out / f"checkpoint-{step + 1:07d}" / "trainable.safetensors")
+        kept = min(decay, (1 + step) / (10 + step))
+        average = {k: kept * v + (1 - kept) * trained[f"generator/unet.{k}"].double() for k, v in average.items()}
+    average = {f"unet/{k}": v for k, v in average.items()}
+    last = {f"unet/{k.removeprefix('generator/unet.')}": v.double() for k, v in trained.items()}
+    assert distance(straight, average) < 1e-6 < 1e-4 < distance(straight, last), "the model saved is the average"
+
+    cut_after(out, 3)
+    train_here(monkeypatch, *common, "--resume_from_checkpoint=latest")
+    again = weights(out)
+    assert all(torch.equal(v, again[k]) for k, v in straight.items())
+
+
+def test_gradient_checkpointing_changes_no_weight(crops, tmp_path, monkeypatch):
+    recomputed = []
+    monkeypatch.setattr(tiny, "checkpoint", lambda *a, **k: recomputed.append(a) or checkpoint(*a, **k))
+    common = (*NAOSD, *SHORT, f"--data.folder={crops}")
+    train_here(monkeypatch, *common, f"--output_dir={tmp_path / 'plain'}")
+    assert not recomputed
+    train_here(monkeypatch, *common, f"--output_dir={tmp_path / 'saving'}", "--model.gradient_checkpointing=true")
+    assert recomputed
+    a, b = weights(tmp_path / "plain"), weights(tmp_path / "saving")
+    assert all(torch.equal(v, b[k]) for k, v in a.items())

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from training import GDPO, NAOSD, train
+from training import GDPO, NAOSD, train, train_here
 
 from engine.cli import run
 from gdpo.generator import OneStepGenerator
@@ -83,6 +83,7 @@ def refused(capsys, monkeypatch, *arguments: str) -> str:
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # the handlers of this process stay its own
     with pytest.raises(SystemExit) as end:
         run(cli.main)
+    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps what it was started with
     lines = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
@@ -123,15 +124,6 @@ def test_bytes_of_a_model_folder_are_foreseen(mini_sd, tmp_path):
     assert generator.saved_bytes() == pytest.approx(folder_bytes(tmp_path / "model"), rel=0.05)
 
 
-@pytest.fixture
-def own_accelerator():
-    """accelerate keeps what it was started with for the whole process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.mark.usefixtures("own_accelerator")
 def test_a_disk_too_small_for_checkpoints_and_model_is_found_at_once(trained, crops, tmp_path, monkeypatch, capsys):
     run_folder, mib = tmp_path / "run", 1 << 20
     arguments = [*GDPO, f"--model.pretrained={trained}", f"--data.folder={crops}", f"--output_dir={run_folder}"]
@@ -145,7 +137,4 @@ def test_a_disk_too_small_for_checkpoints_and_model_is_found_at_once(trained, cr
     # The same disk will do where the model is as small as it is.
     monkeypatch.undo()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=17 * mib + generator.saved_bytes()))
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(sys, "argv", ["train", *arguments, "--max_train_steps=1"])
-    with pytest.raises(SystemExit, match="0"):
-        run(cli.main)
+    train_here(monkeypatch, *arguments, "--max_train_steps=1")

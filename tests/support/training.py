@@ -35,6 +35,19 @@ def command(*arguments: str, processes: int = 1) -> list[str]:
     return [sys.executable, *launch, "-m", "gdpo.train", *map(str, arguments)]
 
 
+def train_here(monkeypatch, *arguments) -> None:
+    """The same command in this process: no seconds for a start, but errors are raised."""
+    from accelerate.state import AcceleratorState
+
+    from gdpo.train.__main__ import main
+
+    monkeypatch.setattr(sys, "argv", ["gdpo.train", *map(str, arguments)])
+    try:
+        main()
+    finally:  # accelerate keeps what it was started with for the whole process
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def train(
     *arguments, check: bool = True, processes: int = 1, timeout: float = 500, **extra
 ) -> subprocess.CompletedProcess:
