@@ -142,7 +142,7 @@ def main() -> int:
     if args.write_rows:
         for points in curves.values():
             for point in points:
-                rows.append_row("gdpo_ablation", **point)
+                rows.append_row("gdpo_ablation", **point, **({"set": args.set} if args.set else {}))
     return 0
 
 
