@@ -107,7 +107,7 @@ def plot(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
                 steps, [g - e for g, e in zip(gain, error)], [g + e for g, e in zip(gain, error)], alpha=0.2
             )
         panel.axhline(0, color="gray", linewidth=0.5)
-        panel.set(title=f"{name}: change against the start", xlabel="step")
+        panel.set(title=f"change of {name}", xlabel="step")
     panels[0].legend()
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
@@ -121,9 +121,7 @@ def main() -> int:
     p.add_argument("--every", type=PositiveInt, default=50, help="measure at every n-th step")
     p.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     p.add_argument("--crops", type=PositiveInt, default=48, help="held-out crops")
-    p.add_argument(
-        "--set", nargs="*", default=[], metavar="--NAME=VALUE", help="options of gdpo.train for all variants"
-    )
+    p.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="options of gdpo.train for all variants")
     p.add_argument("--write-rows", action="store_true", help="append to benchmarks/results/gdpo_ablation.jsonl")
     args = p.parse_args()
     if args.write_rows:
@@ -133,7 +131,9 @@ def main() -> int:
         command = [sys.executable, "-m", "gdpo.train", "gdpo", "--config", args.config]
         command += ["--output_dir", out / name, "--max_train_steps", args.steps, "--checkpointing_steps", args.every]
         command += ["--checkpoints_total_limit", max(2, args.steps), "--resume_from_checkpoint", "auto"]
-        subprocess.run([str(word) for word in (*command, *VARIANTS[name], *args.set)], check=True)
+        subprocess.run(
+            [str(word) for word in (*command, *VARIANTS[name], *(f"--{option}" for option in args.set))], check=True
+        )
         curves[name] = curve(name, out, args.crops)
     text = table([points[-1] for points in curves.values()], curves[args.variants[0]][0])
     atomic_write(out / "table.md", text)
