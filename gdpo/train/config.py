@@ -153,11 +153,14 @@ class NAOSDConfig(TrainConfig):
         pixel_weight, perceptual_weight, vsd_weight: weights of the three losses; 0 switches one off.
         perceptual: "lpips" (package lpips), "vgg" (see python -m gdpo.assets vgg16) or "auto": LPIPS when installed.
         perceptual_size: side of a random crop on which the perceptual distance is computed; 0 is the whole picture.
-        perceptual_blocks: VGG blocks that the energy score compares, 1 to 5; fewer are cheaper.
+        perceptual_blocks: VGG blocks that are compared, 1 to 5; fewer are cheaper.
         num_noises: noises drawn per picture in a step.
         diversity: above 0 the perceptual distance is the energy score on VGG features (gdpo.train.energy) with this
             weight of its spread term; needs num_noises of 2 or more. 1 is the proper score, 0 the plain distance.
         grid_weight: above 0, a penalty on errors that repeat every 8 pixels (gdpo.train.grid; not in the paper).
+        adversarial_weight: above 0, a discriminator on the features of the VGG distance is trained beside and this is
+            the weight of its verdict (gdpo.train.adversarial; not in the paper). Needs perceptual vgg, diversity 0.
+        adversarial_learning_rate: of the discriminator.
         vsd_cfg: guidance scale of the VSD teacher.
         vsd_t: range of VSD timesteps as fractions of T.
         vsd_lora_rank, vsd_learning_rate: of the LoRA "fake" model that is trained beside.
@@ -169,10 +172,12 @@ class NAOSDConfig(TrainConfig):
     perceptual: Literal["auto", "lpips", "vgg"] = "auto"
     perceptual_weight: float = 2.0
     perceptual_size: int = 0
-    perceptual_blocks: int = 3
+    perceptual_blocks: int = 5
     num_noises: int = 1
     diversity: float = 0.0
     grid_weight: float = 0.0
+    adversarial_weight: float = 0.0
+    adversarial_learning_rate: float = 1e-4
     vsd_weight: float = 1.0
     vsd_cfg: float = 7.5
     vsd_t: tuple[float, float] = (0.02, 0.5)
@@ -183,9 +188,13 @@ class NAOSDConfig(TrainConfig):
     def validate(self) -> None:
         super().validate()
         _at_least(0, self, "pixel_weight", "perceptual_weight", "vsd_weight", "diversity", "grid_weight")
-        _at_least(0, self, "perceptual_size")
+        _at_least(0, self, "perceptual_size", "adversarial_weight")
         _at_least(1, self, "num_noises", "vsd_lora_rank")
-        _above_0(self, "vsd_learning_rate")
+        _above_0(self, "vsd_learning_rate", "adversarial_learning_rate")
+        if self.adversarial_weight:
+            _require(self.perceptual == "vgg", "perceptual", "vgg with adversarial_weight", self.perceptual)
+            _require(self.diversity == 0, "diversity", "0 with adversarial_weight", self.diversity)
+            _above_0(self, "perceptual_weight")
         _require(1 <= self.perceptual_blocks <= 5, "perceptual_blocks", "1 to 5", self.perceptual_blocks)
         if self.grid_weight:
             _require(self.data.crop_size >= 32, "data.crop_size", "at least 32 with grid_weight", self.data.crop_size)
