@@ -1,7 +1,6 @@
 #include "align.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <mutex>
 
@@ -15,12 +14,9 @@ constexpr std::int64_t kRows = 32, kWaveletRows = 128;  // of a band that one th
 /// Takes a finished row of [W,3] samples; called from several threads, each row once.
 using WriteRow = std::function<void(std::int64_t row, const std::uint16_t* samples)>;
 
-GDPO_CLONES void to_16_bit(const float* __restrict line, float unit, std::int64_t count,
-                           std::uint16_t* __restrict out) {
-  for (std::int64_t i = 0; i < count; ++i) {
-    const float value = std::min(std::max(line[i] * unit + 0.5f, 0.0f), 65535.0f);
-    out[i] = static_cast<std::uint16_t>(static_cast<std::int32_t>(value));
-  }
+GDPO_CLONES void line_to_16_bit(const float* __restrict line, float unit, std::int64_t count,
+                                std::uint16_t* __restrict out) {
+  for (std::int64_t i = 0; i < count; ++i) out[i] = to_16_bit(line[i], unit);
 }
 
 /// Bands of rows, in parallel.
@@ -28,7 +24,8 @@ void bands(std::int64_t height, std::int64_t rows, Pool& pool, const std::functi
   pool.run(ceil_div(height, rows), [&](std::int64_t i) { work({i * rows, std::min((i + 1) * rows, height)}); });
 }
 
-void adain(const Buffer<std::uint16_t>& picture, const Resampler& in, float unit, Pool& pool, const WriteRow& write) {
+void align_adain(const Buffer<std::uint16_t>& picture, const Resampler& in, float unit, Pool& pool,
+                 const WriteRow& write) {
   const std::int64_t height = in.size.height, width = in.size.width;
   std::mutex mutex;
   Moments result, target;
@@ -44,7 +41,7 @@ void adain(const Buffer<std::uint16_t>& picture, const Resampler& in, float unit
     std::vector<std::uint16_t> line(elements(width));
     part.count = static_cast<std::uint64_t>(count * width);
     for (std::int64_t row = 0; row < 3 * count; ++row) {
-      to_16_bit(planes + row * width, unit, width, line.data());
+      line_to_16_bit(planes + row * width, unit, width, line.data());
       part.add_line(static_cast<int>(row / count), line.data(), width, 1);
     }
     const std::lock_guard lock(mutex);
@@ -63,7 +60,8 @@ void adain(const Buffer<std::uint16_t>& picture, const Resampler& in, float unit
   });
 }
 
-void wavelet(const Buffer<std::uint16_t>& picture, const Resampler& in, float unit, Pool& pool, const WriteRow& write) {
+void align_wavelet(const Buffer<std::uint16_t>& picture, const Resampler& in, float unit, Pool& pool,
+                   const WriteRow& write) {
   const std::int64_t height = in.size.height, width = in.size.width;
   bands(height, kWaveletRows, pool, [&](Range rows) {
     const Range halo{std::max<std::int64_t>(rows.first - kHalo, 0), std::min(rows.last + kHalo, height)};
@@ -74,7 +72,7 @@ void wavelet(const Buffer<std::uint16_t>& picture, const Resampler& in, float un
       std::vector<std::uint16_t> line(elements(width));
       for (std::int64_t row = 0; row < 3 * count; ++row) {
         const std::int64_t c = row / count, y = first + row % count;
-        to_16_bit(planes + row * width, unit, width, line.data());
+        line_to_16_bit(planes + row * width, unit, width, line.data());
         const std::uint16_t* const from = picture.data() + (halo.first + y) * width * 3 + c;
         for (std::int64_t x = 0; x < width; ++x) {
           low[c][y * width + x] = static_cast<float>(static_cast<int>(line[x]) - static_cast<int>(from[3 * x]));
@@ -86,7 +84,7 @@ void wavelet(const Buffer<std::uint16_t>& picture, const Resampler& in, float un
     for (std::int64_t y = rows.first; y < rows.last; ++y) {
       for (std::int64_t i = 0; i < 3 * width; ++i) {
         const float sample = picture[y * width * 3 + i], add = low[i % 3][(y - halo.first) * width + i / 3];
-        line[i] = static_cast<std::uint16_t>(std::clamp(std::floor(sample + add + 0.5f), 0.0f, 65535.0f));
+        line[i] = rounded(sample + add);
       }
       write(y, line.data());
     }
@@ -113,8 +111,8 @@ WriteRow writer(const ImageSpan& out) {
 
 void align(Buffer<std::uint16_t>& picture, const Resampler& in, float unit, Color color, Pool& pool,
            const WriteRow& write) {
-  if (color == Color::adain) return adain(picture, in, unit, pool, write);
-  if (color == Color::wavelet) return wavelet(picture, in, unit, pool, write);
+  if (color == Color::adain) return align_adain(picture, in, unit, pool, write);
+  if (color == Color::wavelet) return align_wavelet(picture, in, unit, pool, write);
   bands(in.size.height, kRows, pool, [&](Range rows) {
     for (std::int64_t y = rows.first; y < rows.last; ++y) write(y, picture.data() + y * in.size.width * 3);
   });
@@ -144,7 +142,7 @@ void finish(Buffer<std::uint16_t>& picture, const Resampler& in, float full, Col
                 for (std::int64_t y = 0; y < count; ++y) {
                   for (std::int64_t i = 0; i < 3 * out.size.width; ++i) {
                     const float value = planes[(i % 3 * count + y) * out.size.width + i / 3];
-                    line[i] = static_cast<std::uint16_t>(std::clamp(std::floor(value + 0.5f), 0.0f, 65535.0f));
+                    line[i] = rounded(value);
                   }
                   write(first + y, line.data());
                 }

@@ -1,23 +1,9 @@
 #include "color.hpp"
 
 #include <algorithm>
-#include <cmath>
 
 namespace gdpo::detail {
 namespace {
-
-constexpr double kEpsilon = 1e-5;  // added to a variance of samples in [0,1], as the released code does
-
-struct MeanAndDeviation {
-  double mean, deviation;
-};
-
-MeanAndDeviation statistics(const Moments& moments, int channel) {
-  const auto count = static_cast<double>(moments.count), full = static_cast<double>(kFull);
-  const double mean = static_cast<double>(moments.total[channel]) / count;
-  const double variance = std::max(static_cast<double>(moments.squares[channel]) / count - mean * mean, 0.0);
-  return {mean / full, std::sqrt(variance / (full * full) + kEpsilon)};
-}
 
 GDPO_CLONES void sums(const std::uint16_t* samples, std::int64_t count, std::int64_t step, std::uint64_t* total,
                       std::uint64_t* squares) {
@@ -33,15 +19,12 @@ GDPO_CLONES void sums(const std::uint16_t* samples, std::int64_t count, std::int
 
 GDPO_CLONES void mix(const float* __restrict before, const float* __restrict here, const float* __restrict after,
                      std::int64_t count, float* __restrict out) {
-  for (std::int64_t i = 0; i < count; ++i) out[i] = here[i] * 0.5f + (before[i] + after[i]) * 0.25f;
+  for (std::int64_t i = 0; i < count; ++i) out[i] = mixed(before[i], here[i], after[i]);
 }
 
 GDPO_CLONES void quantise_line(const float* __restrict line, std::int64_t count, std::int64_t step,
                                std::uint16_t* __restrict out) {
-  for (std::int64_t i = 0; i < count; ++i) {
-    const float clipped = std::min(std::max(line[i], -1.0f), 1.0f);
-    out[i * step] = static_cast<std::uint16_t>(static_cast<std::int32_t>((clipped + 1.0f) * 32767.5f + 0.5f));
-  }
+  for (std::int64_t i = 0; i < count; ++i) out[i * step] = quantised(line[i]);
 }
 
 }  // namespace
@@ -61,14 +44,10 @@ void Moments::add(const Moments& other) {
 std::array<Table, 3> adain_tables(const Moments& result, const Moments& target) {
   std::array<Table, 3> tables;
   for (int c = 0; c < 3; ++c) {
-    const auto [mean, deviation] = statistics(result, c);
-    const auto [target_mean, target_deviation] = statistics(target, c);
+    const auto from = statistics(result.count, result.total[c], result.squares[c]);
+    const auto to = statistics(target.count, target.total[c], target.squares[c]);
     tables[c].resize(kFull + 1);
-    for (int i = 0; i <= kFull; ++i) {
-      const double sample = static_cast<double>(i) / kFull;
-      const double aligned = (sample - mean) / deviation * target_deviation + target_mean;
-      tables[c][i] = static_cast<std::uint16_t>(std::floor(std::clamp(aligned, 0.0, 1.0) * kFull + 0.5));
-    }
+    for (int i = 0; i <= kFull; ++i) tables[c][i] = adain(i, from, to);
   }
   return tables;
 }

@@ -8,11 +8,9 @@
 
 #include "common.hpp"
 #include "parallel.hpp"
+#include "pixels.hpp"
 
 namespace gdpo::detail {
-
-inline constexpr int kFull = 65535;
-inline constexpr std::int64_t kHalo = 31;  ///< how many rows away the low-pass of a row reaches
 
 /// Exact sums of 16-bit samples, per channel.
 struct Moments {
@@ -30,9 +28,6 @@ std::array<Table, 3> adain_tables(const Moments& result, const Moments& target);
 
 /// Five a-trous passes of [1 2 1]/4 along rows and columns, edges replicated, in place. [rows, columns]
 void lowpass(std::vector<float>& plane, std::int64_t rows, std::int64_t columns);
-
-/// 16 bit -> 8 bit, rounded.
-inline std::uint8_t to_8_bit(std::uint32_t sample) { return static_cast<std::uint8_t>((sample * 255 + 32767) / 65535); }
 
 /// [-1,1] -> 16 bit, halves rounded up; `count` samples, written `step` apart.
 void quantise(const float* line, std::int64_t count, std::uint16_t* out, std::int64_t step);

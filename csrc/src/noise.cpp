@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "pixels.hpp"
+
 #ifndef GDPO_TABLE_FILE
 #error "GDPO_TABLE_FILE must name normal_quantiles.f32"
 #endif
@@ -22,22 +24,6 @@ extern "C" __attribute__((visibility("hidden"))) const float gdpo_normal_quantil
 
 namespace gdpo::detail {
 namespace {
-
-constexpr std::uint64_t kM0 = 0xD2511F53, kM1 = 0xCD9E8D57;
-constexpr std::uint32_t kW0 = 0x9E3779B9, kW1 = 0xBB67AE85;
-
-inline void ten_rounds(std::uint32_t& c0, std::uint32_t& c1, std::uint32_t& c2, std::uint32_t& c3, std::uint64_t seed) {
-  auto k0 = static_cast<std::uint32_t>(seed), k1 = static_cast<std::uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const std::uint64_t p0 = kM0 * c0, p1 = kM1 * c2;
-    c0 = static_cast<std::uint32_t>(p1 >> 32) ^ c1 ^ k0;
-    c2 = static_cast<std::uint32_t>(p0 >> 32) ^ c3 ^ k1;
-    c1 = static_cast<std::uint32_t>(p1);
-    c3 = static_cast<std::uint32_t>(p0);
-    k0 += kW0;
-    k1 += kW1;
-  }
-}
 
 constexpr int kBlock = 64;  // columns at a time
 

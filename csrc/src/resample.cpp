@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "pixels.hpp"
+
 namespace gdpo::detail {
 namespace {
 
@@ -82,12 +84,6 @@ Taps::Taps(std::int64_t size, std::int64_t new_size) {
     }
     for (std::int64_t k = 0; k < count; ++k) weights[i * count + k] = static_cast<float>(exact[k] / sum);
   }
-}
-
-std::int64_t reflect(std::int64_t index, std::int64_t size) {
-  index %= 2 * size;
-  if (index < 0) index += 2 * size;
-  return std::min(index, 2 * size - 1 - index);
 }
 
 /// What the columns of a window need of a line.

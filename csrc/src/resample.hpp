@@ -21,9 +21,6 @@ struct Taps {
   std::int64_t count = 0;
 };
 
-/// Fold an index beyond a line back into it, as between two mirrors.
-std::int64_t reflect(std::int64_t index, std::int64_t size);
-
 /// A picture on its way to another size, a window at a time.
 class Resampler {
  public:
