@@ -1,16 +1,21 @@
 /// TensorRT 10 and 11: the library is found at run time, its headers where this file is compiled (TENSORRT_ROOT).
 ///
-/// A session keeps device buffers, pinned host memory and a CUDA graph for each of the last shapes that it met.
+/// A session keeps device buffers and a CUDA graph for each of the last shapes that it met, and pinned host memory
+/// where tiles come from the CPU. Where the CUDA kernels are compiled in (GDPO_CUDA_KERNELS), they need not.
 #include <NvInferRuntime.h>
 
 #include <algorithm>
 #include <cstring>
 #include <list>
 #include <mutex>
+#include <optional>
 
 #include "backend.hpp"
 #include "cuda.hpp"
 #include "library.hpp"
+#ifdef GDPO_CUDA_KERNELS
+#include "restore_cuda.hpp"
+#endif
 
 namespace gdpo::detail {
 namespace {
@@ -69,26 +74,47 @@ class Nvinfer {
   std::unique_ptr<nvinfer1::IRuntime> runtime;
 };
 
+/// Values of a tensor on the device and, from their first use on, in pinned memory.
+class DeviceBuffer {
+ public:
+  DeviceBuffer(std::shared_ptr<const Driver> driver, const Shape& shape)
+      : driver_(std::move(driver)),
+        device_(driver_, CudaMemory::device, elements(shape[0], shape[1], shape[2], shape[3], sizeof(float))) {}
+
+  float* device() const { return device_.data<float>(); }
+
+  void upload(const Stream& stream, const float* values) {
+    std::memcpy(host(), values, device_.size());
+    stream.upload(device_.address(), host(), device_.size());
+  }
+  /// Into host(), once the stream is there.
+  void download(const Stream& stream) { stream.download(host(), device_.address(), device_.size()); }
+  void read(float* values) { std::memcpy(values, host(), device_.size()); }
+
+ private:
+  void* host() {
+    if (!host_) host_.emplace(driver_, CudaMemory::pinned, device_.size());
+    return host_->data();
+  }
+
+  std::shared_ptr<const Driver> driver_;
+  CudaMemory device_;
+  std::optional<CudaMemory> host_;
+};
+
 /// What one shape of inputs needs: buffers that stay, and the recorded graph.
 struct Prepared {
-  Prepared(std::shared_ptr<const Driver> driver, const std::vector<Feed>& inputs, const Shape& output)
-      : driver(std::move(driver)) {
-    for (const auto& feed : inputs) {
-      shapes.push_back(feed.shape);
-      buffers.push_back(std::make_unique<DeviceBuffer>(this->driver, feed.count()));
-    }
-    result = std::make_unique<DeviceBuffer>(this->driver, elements(output[0], output[1], output[2], output[3]));
+  Prepared(std::shared_ptr<const Driver> driver, const std::vector<Shape>& inputs, const Shape& output)
+      : driver(std::move(driver)), shapes(inputs) {
+    for (const auto& shape : inputs) buffers.push_back(std::make_unique<DeviceBuffer>(this->driver, shape));
+    result = std::make_unique<DeviceBuffer>(this->driver, output);
   }
   ~Prepared() {
+    driver->enter();
     if (graph != nullptr) driver->p_cuGraphExecDestroy(graph);
   }
   Prepared(const Prepared&) = delete;
   Prepared& operator=(const Prepared&) = delete;
-
-  bool fits(const std::vector<Feed>& inputs) const {
-    return std::equal(inputs.begin(), inputs.end(), shapes.begin(), shapes.end(),
-                      [](const Feed& feed, const Shape& shape) { return feed.shape == shape; });
-  }
 
   std::shared_ptr<const Driver> driver;
   std::vector<Shape> shapes;
@@ -98,28 +124,10 @@ struct Prepared {
   bool refused = false;  // some layers cannot be captured: the plan runs without a graph
 };
 
-/// A stream that ends with its owner.
-class Stream {
+class TensorRtSession : public Session, public DeviceSession {
  public:
-  explicit Stream(std::shared_ptr<const Driver> driver) : driver_(std::move(driver)) {
-    driver_->check(driver_->p_cuStreamCreate(&stream_, CU_STREAM_NON_BLOCKING), "cuStreamCreate");
-  }
-  ~Stream() { driver_->p_cuStreamDestroy(stream_); }
-  Stream(const Stream&) = delete;
-  Stream& operator=(const Stream&) = delete;
-  CUstream get() const { return stream_; }
-  void synchronize() const { driver_->check(driver_->p_cuStreamSynchronize(stream_), "cuStreamSynchronize"); }
-
- private:
-  std::shared_ptr<const Driver> driver_;
-  CUstream stream_ = nullptr;
-};
-
-class TensorRtSession : public Session {
- public:
-  TensorRtSession(std::shared_ptr<Nvinfer> nvinfer, std::shared_ptr<const Driver> driver, const Graph& graph,
-                  const Bytes& plan)
-      : nvinfer_(std::move(nvinfer)), driver_(std::move(driver)), graph_(graph), stream_(driver_) {
+  TensorRtSession(std::shared_ptr<Nvinfer> nvinfer, std::shared_ptr<Gpu> gpu, const Graph& graph, const Bytes& plan)
+      : nvinfer_(std::move(nvinfer)), gpu_(std::move(gpu)), graph_(graph) {
     engine_.reset(nvinfer_->runtime->deserializeCudaEngine(plan.data(), plan.size()));
     if (engine_ == nullptr) {
       throw FolderError(text(graph.file, ": TensorRT refuses the plan (", nvinfer_->log.last(), ")"));
@@ -129,24 +137,40 @@ class TensorRtSession : public Session {
     if (context_ == nullptr) throw BackendError(text(graph.file, ": no context: ", nvinfer_->log.last()));
   }
 
+  ~TensorRtSession() override { gpu_->driver->enter(); }
+
   void run(const std::vector<Feed>& inputs, float* output, const Shape& shape) override {
-    const std::lock_guard lock(mutex_);  // one context, one stream
-    driver_->activate();
-    Prepared& state = prepared(inputs, shape);
-    for (std::size_t i = 0; i < inputs.size(); ++i) {
-      std::memcpy(state.buffers[i]->host(), inputs[i].data, inputs[i].count() * sizeof(float));
-      state.buffers[i]->upload(stream_.get());
-    }
+    const std::lock_guard lock(gpu_->mutex);
+    gpu_->driver->activate();
+    std::vector<Shape> shapes;
+    for (const auto& feed : inputs) shapes.push_back(feed.shape);
+    Prepared& state = prepared(shapes, shape);
+    for (std::size_t i = 0; i < inputs.size(); ++i) state.buffers[i]->upload(gpu_->stream, inputs[i].data);
+    start();
+    state.result->download(gpu_->stream);
+    gpu_->stream.synchronize();
+    state.result->read(output);
+  }
+
+  DeviceSession* on_device() override { return this; }
+
+  Slots slots(const std::vector<Shape>& inputs, const Shape& output) override {
+    const Prepared& state = prepared(inputs, output);
+    Slots found{{}, state.result->device()};
+    for (const auto& buffer : state.buffers) found.inputs.push_back(buffer->device());
+    return found;
+  }
+
+  /// Of the shape asked for last.
+  void start() override {
+    Prepared& state = *shapes_.front();
     if (state.graph != nullptr) {
-      driver_->check(driver_->p_cuGraphLaunch(state.graph, stream_.get()), "cuGraphLaunch");
-    } else {
-      bind(state);
-      enqueue();
-      record(state);
+      gpu_->driver->check(gpu_->driver->p_cuGraphLaunch(state.graph, gpu_->stream.get()), "cuGraphLaunch");
+      return;
     }
-    state.result->download(stream_.get());
-    stream_.synchronize();
-    std::memcpy(output, state.result->host(), elements(shape[0], shape[1], shape[2], shape[3]) * sizeof(float));
+    bind(state);
+    enqueue();
+    record(state);
   }
 
  private:
@@ -163,13 +187,14 @@ class TensorRtSession : public Session {
     if (wanted != found) throw FolderError(graph_.file + ": its inputs and outputs are not what the manifest says");
   }
 
-  Prepared& prepared(const std::vector<Feed>& inputs, const Shape& output) {
-    const auto known = std::find_if(shapes_.begin(), shapes_.end(), [&](const auto& s) { return s->fits(inputs); });
+  Prepared& prepared(const std::vector<Shape>& inputs, const Shape& output) {
+    const auto known =
+        std::find_if(shapes_.begin(), shapes_.end(), [&](const auto& known) { return known->shapes == inputs; });
     if (known != shapes_.end()) {
       shapes_.splice(shapes_.begin(), shapes_, known);
     } else {
       if (shapes_.size() >= kKeptShapes) shapes_.pop_back();
-      shapes_.push_front(std::make_unique<Prepared>(driver_, inputs, output));
+      shapes_.push_front(std::make_unique<Prepared>(gpu_->driver, inputs, output));
     }
     return *shapes_.front();
   }
@@ -189,7 +214,7 @@ class TensorRtSession : public Session {
   }
 
   void enqueue() {
-    if (!context_->enqueueV3(stream_.get())) {
+    if (!context_->enqueueV3(gpu_->stream.get())) {
       throw BackendError(text(graph_.file, ": the plan failed (", nvinfer_->log.last(), ")"));
     }
   }
@@ -197,22 +222,21 @@ class TensorRtSession : public Session {
   /// After the first run of a shape, which sets up what a capture must not, record it.
   void record(Prepared& state) {
     if (state.refused) return;
-    stream_.synchronize();
-    driver_->check(driver_->p_cuStreamBeginCapture(stream_.get(), CU_STREAM_CAPTURE_MODE_RELAXED),
-                   "cuStreamBeginCapture");
-    const bool recorded = context_->enqueueV3(stream_.get());
+    const Driver& driver = *gpu_->driver;
+    const CUstream stream = gpu_->stream.get();
+    gpu_->stream.synchronize();
+    driver.check(driver.p_cuStreamBeginCapture(stream, CU_STREAM_CAPTURE_MODE_RELAXED), "cuStreamBeginCapture");
+    const bool recorded = context_->enqueueV3(stream);
     CUgraph graph = nullptr;
-    const CUresult ended = driver_->p_cuStreamEndCapture(stream_.get(), &graph);
+    const CUresult ended = driver.p_cuStreamEndCapture(stream, &graph);
     state.refused = !recorded || ended != CUDA_SUCCESS || graph == nullptr ||
-                    driver_->p_cuGraphInstantiateWithFlags(&state.graph, graph, 0) != CUDA_SUCCESS;
-    if (graph != nullptr) driver_->p_cuGraphDestroy(graph);
+                    driver.p_cuGraphInstantiateWithFlags(&state.graph, graph, 0) != CUDA_SUCCESS;
+    if (graph != nullptr) driver.p_cuGraphDestroy(graph);
   }
 
   std::shared_ptr<Nvinfer> nvinfer_;
-  std::shared_ptr<const Driver> driver_;
+  std::shared_ptr<Gpu> gpu_;
   const Graph graph_;
-  std::mutex mutex_;
-  Stream stream_;
   std::unique_ptr<nvinfer1::ICudaEngine> engine_;
   std::unique_ptr<nvinfer1::IExecutionContext> context_;
   std::list<std::unique_ptr<Prepared>> shapes_;  // the latest first
@@ -246,23 +270,28 @@ class TensorRtBackend : public Backend {
     if (!manifest.version_compatible && built != nvinfer_->version && built.rfind(nvinfer_->version + ".", 0) != 0) {
       throw FolderError(text(folder, ": built by tensorrt ", built, ", here is ", nvinfer_->version, "; ", rebuild));
     }
-    if (driver_ == nullptr) driver_ = std::make_shared<const Driver>(index_);
-    driver_->activate();
-    if (!manifest.architecture.empty() && manifest.architecture != driver_->architecture()) {
-      throw FolderError(text(folder, ": built for ", manifest.architecture, ", this GPU is ", driver_->architecture(),
-                             "; ", rebuild));
+    if (gpu_ == nullptr) gpu_ = std::make_shared<Gpu>(index_);
+    const Driver& driver = *gpu_->driver;
+    driver.activate();
+    if (!manifest.architecture.empty() && manifest.architecture != driver.architecture()) {
+      throw FolderError(
+          text(folder, ": built for ", manifest.architecture, ", this GPU is ", driver.architecture(), "; ", rebuild));
     }
-    return std::make_unique<TensorRtSession>(nvinfer_, driver_, graph, plan);
+    return std::make_unique<TensorRtSession>(nvinfer_, gpu_, graph, plan);
   }
 
   const std::string& version() const override { return nvinfer_->version; }
+
+#ifdef GDPO_CUDA_KERNELS
+  std::shared_ptr<Accelerator> accelerator() override { return cuda_accelerator(gpu_); }
+#endif
 
  private:
   bool trusted_;
   int index_;
   Options options_;
   std::shared_ptr<Nvinfer> nvinfer_;
-  std::shared_ptr<const Driver> driver_;
+  std::shared_ptr<Gpu> gpu_;
 };
 
 }  // namespace

@@ -41,25 +41,66 @@ std::string Driver::architecture() const {
   return text("sm_", major, minor);
 }
 
-DeviceBuffer::DeviceBuffer(std::shared_ptr<const Driver> driver, std::size_t floats)
-    : driver_(std::move(driver)), bytes_(floats * sizeof(float)) {
-  driver_->check(driver_->p_cuMemAlloc(&device_, bytes_), "cuMemAlloc");
-  const CUresult pinned = driver_->p_cuMemHostAlloc(&host_, bytes_, 0);
-  if (pinned != CUDA_SUCCESS) driver_->p_cuMemFree(device_);  // a constructor that throws is not destroyed
-  driver_->check(pinned, "cuMemHostAlloc");
+Stream::Stream(std::shared_ptr<const Driver> driver) : driver_(std::move(driver)) {
+  driver_->activate();
+  driver_->check(driver_->p_cuStreamCreate(&stream_, CU_STREAM_NON_BLOCKING), "cuStreamCreate");
 }
 
-DeviceBuffer::~DeviceBuffer() {
-  driver_->p_cuMemFree(device_);
-  driver_->p_cuMemFreeHost(host_);
+Stream::~Stream() {
+  driver_->enter();
+  driver_->p_cuStreamDestroy(stream_);
 }
 
-void DeviceBuffer::upload(CUstream stream) const {
-  driver_->check(driver_->p_cuMemcpyHtoDAsync(device_, host_, bytes_, stream), "cuMemcpyHtoDAsync");
+void Stream::synchronize() const { driver_->check(driver_->p_cuStreamSynchronize(stream_), "cuStreamSynchronize"); }
+
+void Stream::upload(CUdeviceptr to, const void* from, std::size_t bytes) const {
+  driver_->check(driver_->p_cuMemcpyHtoDAsync(to, from, bytes, stream_), "cuMemcpyHtoDAsync");
 }
 
-void DeviceBuffer::download(CUstream stream) const {
-  driver_->check(driver_->p_cuMemcpyDtoHAsync(host_, device_, bytes_, stream), "cuMemcpyDtoHAsync");
+void Stream::download(void* to, CUdeviceptr from, std::size_t bytes) const {
+  driver_->check(driver_->p_cuMemcpyDtoHAsync(to, from, bytes, stream_), "cuMemcpyDtoHAsync");
+}
+
+void Stream::zero(CUdeviceptr at, std::size_t bytes) const {
+  driver_->check(driver_->p_cuMemsetD8Async(at, 0, bytes, stream_), "cuMemsetD8Async");
+}
+
+Event::Event(std::shared_ptr<const Driver> driver) : driver_(std::move(driver)) {
+  driver_->activate();
+  driver_->check(driver_->p_cuEventCreate(&event_, CU_EVENT_DEFAULT), "cuEventCreate");
+}
+
+Event::~Event() {
+  driver_->enter();
+  driver_->p_cuEventDestroy(event_);
+}
+
+void Event::record(const Stream& stream) const {
+  driver_->check(driver_->p_cuEventRecord(event_, stream.get()), "cuEventRecord");
+}
+
+double Event::seconds_since(const Event& begin) const {
+  float milliseconds = 0;
+  driver_->check(driver_->p_cuEventElapsedTime(&milliseconds, begin.event_, event_), "cuEventElapsedTime");
+  return milliseconds / 1e3;
+}
+
+CudaMemory::CudaMemory(std::shared_ptr<const Driver> driver, Kind kind, std::size_t bytes)
+    : driver_(std::move(driver)), kind_(kind), bytes_(bytes) {
+  if (kind == device) {
+    driver_->check(driver_->p_cuMemAlloc(&device_, bytes), "cuMemAlloc");
+  } else {
+    driver_->check(driver_->p_cuMemHostAlloc(&host_, bytes, 0), "cuMemHostAlloc");
+  }
+}
+
+CudaMemory::~CudaMemory() {
+  driver_->enter();
+  if (kind_ == device) {
+    driver_->p_cuMemFree(device_);
+  } else {
+    driver_->p_cuMemFreeHost(host_);
+  }
 }
 
 }  // namespace gdpo::detail

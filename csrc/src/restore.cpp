@@ -13,20 +13,12 @@ namespace {
 constexpr std::int64_t kMaxPixels = 1'000'000'000;
 
 GDPO_CLONES void normalise(const float* __restrict line, float factor, std::int64_t count, float* __restrict out) {
-  for (std::int64_t i = 0; i < count; ++i) {
-    const float value = line[i] * factor - 1.0f;
-    out[i] = std::min(std::max(value, -1.0f), 1.0f);
-  }
+  for (std::int64_t i = 0; i < count; ++i) out[i] = normalised(line[i], factor);
 }
 
-/// Whether every value is finite: an exponent of all ones is not.
 GDPO_CLONES bool finite(const float* values, std::size_t count) {
   std::uint32_t found = 0;
-  for (std::size_t i = 0; i < count; ++i) {
-    std::uint32_t bits;
-    std::memcpy(&bits, values + i, sizeof bits);
-    found |= static_cast<std::uint32_t>((bits & 0x7F800000u) == 0x7F800000u);
-  }
+  for (std::size_t i = 0; i < count; ++i) found |= static_cast<std::uint32_t>(!is_finite(values[i]));
   return found == 0;
 }
 
@@ -141,12 +133,8 @@ class Run {
   }
 
   const float* call(const char* name, const std::vector<Feed>& inputs, const std::vector<Place>& places, bool picture) {
-    const auto& allowed = up_.manifest.batch;
     const auto count = static_cast<std::int64_t>(places.size());
-    if (count < allowed[0]) {
-      throw InvalidArgument(text("a batch of ", count, " is beyond the profile (", allowed[0], " to ", allowed[2],
-                                 "); build it with --max-batch"));
-    }
+    check_batch(up_.manifest, count);
     const std::int64_t f = geometry_.factor;
     const Shape result = shape(places, picture ? 3 : geometry_.channels, picture ? f : 1);
     float* const out = room(result_, places.size(), result[1], result[2], result[3]);
@@ -155,11 +143,7 @@ class Run {
     *seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
     const std::size_t tile = elements(result[1], result[2], result[3]);
     for (std::size_t i = 0; i < places.size(); ++i) {
-      if (!finite(out + i * tile, tile)) {
-        throw NotFinite(text("the ", name, " gave a value that is not finite in the tile at row ", places[i].top * f,
-                             ", column ", places[i].left * f, " (", plan_.rows.tile * f, "x", plan_.columns.tile * f,
-                             " output pixels); try another precision"));
-      }
+      if (!finite(out + i * tile, tile)) throw_not_finite(up_, plan_, name, places[i]);
     }
     step_(count);
     return out;
@@ -193,6 +177,20 @@ class Run {
 };
 
 }  // namespace
+
+void check_batch(const Manifest& manifest, std::int64_t tiles) {
+  const auto& allowed = manifest.batch;
+  if (tiles >= allowed[0]) return;
+  throw InvalidArgument(text("a batch of ", tiles, " is beyond the profile (", allowed[0], " to ", allowed[2],
+                             "); build it with --max-batch"));
+}
+
+void throw_not_finite(const Upscaler::Impl& up, const Plan& plan, const char* graph, const Place& place) {
+  const std::int64_t f = up.manifest.geometry.factor;
+  throw NotFinite(text("the ", graph, " gave a value that is not finite in the tile at row ", place.top * f,
+                       ", column ", place.left * f, " (", plan.rows.tile * f, "x", plan.columns.tile * f,
+                       " output pixels); try another precision"));
+}
 
 Plan::Plan(const Manifest& manifest, Size in, const Request& request) {
   const auto& geometry = manifest.geometry;

@@ -20,13 +20,16 @@ struct Plan {
   std::int64_t calls = 0;  ///< tiles times stages
 };
 
-/// Called with the number of tiles that a backend has just done.
-using Step = std::function<void(std::int64_t)>;
-
 /// The restored picture [H,W,3], colours not aligned yet.
 /// @param in the input on its way to plan.size
 /// @param full the largest value of an input sample
 Buffer<std::uint16_t> restore(const Upscaler::Impl& up, const Plan& plan, const Resampler& in, float full,
                               const Request& request, const Step& step, double* backend_seconds);
+
+/// @throws InvalidArgument: fewer tiles than the model takes at once
+void check_batch(const Manifest& manifest, std::int64_t tiles);
+
+/// Say which tile of a graph's output is not finite. @throws NotFinite, always
+[[noreturn]] void throw_not_finite(const Upscaler::Impl& up, const Plan& plan, const char* graph, const Place& place);
 
 }  // namespace gdpo::detail

@@ -32,11 +32,12 @@ float largest(Sample sample) { return sample == Sample::u8 ? 255.0f : 65535.0f; 
 }  // namespace
 
 Upscaler::Impl::Impl(detail::Manifest manifest, Sessions sessions, std::string backend, std::string version,
-                     const Options& options)
+                     const Options& options, std::shared_ptr<detail::Accelerator> accelerator)
     : manifest(std::move(manifest)),
       sessions(std::move(sessions)),
       backend(std::move(backend)),
       version(std::move(version)),
+      accelerator(std::move(accelerator)),
       pool(threads_of(options)),
       places_(options.concurrency > 0 ? options.concurrency : threads_of(options)) {}
 
@@ -75,7 +76,8 @@ Upscaler Upscaler::load(const std::string& folder, const Options& options) {
   Impl::Sessions sessions;
   for (const auto& [name, graph] : manifest.graphs) sessions[name] = found->open(manifest, folder, name);
   const std::string version = found->version();
-  return Impl::wrap(std::make_shared<const Impl>(std::move(manifest), std::move(sessions), backend, version, options));
+  return Impl::wrap(std::make_shared<const Impl>(std::move(manifest), std::move(sessions), backend, version, options,
+                                                 found->accelerator()));
 }
 
 void Upscaler::upscale(const ImageView& in, const ImageSpan& out, const Request& request) const {
@@ -107,6 +109,8 @@ void Upscaler::upscale(const std::vector<ImageView>& in, const std::vector<Image
   };
   double backend = 0;
   for (std::size_t i = 0; i < in.size(); ++i) {
+    const auto& gpu = impl_->accelerator;
+    if (gpu != nullptr && gpu->upscale(*impl_, plans[i], in[i], out[i], request, step, &backend)) continue;
     const detail::Resampler resampler(in[i], plans[i].size);
     const float full = largest(in[i].sample);
     auto picture = detail::restore(*impl_, plans[i], resampler, full, request, step, &backend);

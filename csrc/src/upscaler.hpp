@@ -15,7 +15,8 @@ namespace gdpo {
 struct GDPO_HIDDEN Upscaler::Impl {
   using Sessions = std::map<std::string, std::unique_ptr<detail::Session>>;
 
-  Impl(detail::Manifest manifest, Sessions sessions, std::string backend, std::string version, const Options& options);
+  Impl(detail::Manifest manifest, Sessions sessions, std::string backend, std::string version, const Options& options,
+       std::shared_ptr<detail::Accelerator> accelerator = nullptr);
 
   /// A public handle.
   static Upscaler wrap(std::shared_ptr<const Impl> impl) { return Upscaler(std::move(impl)); }
@@ -23,6 +24,7 @@ struct GDPO_HIDDEN Upscaler::Impl {
   const detail::Manifest manifest;
   const Sessions sessions;
   const std::string backend, version;
+  const std::shared_ptr<detail::Accelerator> accelerator;  ///< null: the CPU does what is around the sessions
   mutable detail::Pool pool;
 
   /// Lets at most `concurrency` calls be at work; the others wait their turn.
