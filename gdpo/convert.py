@@ -1,10 +1,11 @@
-"""The authors' released weights as a model folder: `python -m gdpo.convert RELEASED --base SD_FOLDER --out FOLDER`.
+"""Released weights as a model folder: `python -m gdpo.convert RELEASED --base SD_FOLDER --out FOLDER`.
 
-RELEASED is either of the two released forms:
+RELEASED is either of the authors' two released forms, or this project's:
 - the LoRA file (a torch.save of a dict): the folder is --base with the LoRA live in unet_lora/ and vae_lora/, so that
   `gdpo.merge --strength` can choose how much of it. A stage-one (NAOSD) file belongs on Stable Diffusion 2.1-base, a
   stage-two (GDPO) file on the NAOSD model that it was trained from;
-- the merged folder (unet/, vae/): the folder is these two with schedule and text encoder of --base.
+- the merged folder (unet/, vae/): the folder is these two with schedule and text encoder of --base;
+- an exported tiny model, as the one that ships (engine/data/tiny): no --base.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from engine.cli import Parser, run
 
 from . import lora
 from .codecs import load_codec
+from .exported import from_export
 from .generator import OneStepGenerator
 from .prompts import PromptEncoder
 from .released import ReleasedLora, read_released
@@ -43,7 +45,7 @@ def convert(
     """Write the model folder `out` of released weights, whole or not at all. No pickle is executed.
 
     Args:
-        released: the LoRA file, or a diffusers folder with unet/ and perhaps vae/.
+        released: the LoRA file, a diffusers folder with unet/ and perhaps vae/, or an exported tiny model.
         out: the folder to make.
         base: the diffusers folder to complete them from; a released folder that is complete needs none.
         lora_alpha: the LoRA's scale is lora_alpha / rank.
@@ -55,7 +57,11 @@ def convert(
     """
     released = Path(released)
     target = check_target(out, overwrite, released, *([] if base is None else [base]))
-    if released.is_dir():
+    if (released / "manifest.json").is_file():
+        if (base, t_noise, t_diffusion) != (None, None, None):
+            raise ValueError(f"{released} is an exported model, whole as it is: no --base, --t-noise, --t-diffusion")
+        generator = from_export(released)
+    elif released.is_dir():
         generator = _from_folder(released, None if base is None else Path(base), t_noise, t_diffusion)
     else:
         unet, vae = read_released(released)
@@ -178,8 +184,8 @@ def _from_folder(released: Path, base: Path | None, t_noise: int | None, t_diffu
 
 
 def main() -> None:
-    parser = Parser(prog="python -m gdpo.convert", description="The authors' released weights as a model folder.")
-    parser.add_argument("released", type=str, help="the LoRA file (.pkl) or the merged folder")
+    parser = Parser(prog="python -m gdpo.convert", description="Released weights as a model folder.")
+    parser.add_argument("released", type=str, help="the LoRA file (.pkl), the merged folder, or an exported tiny model")
     parser.add_argument("--base", type=str | None, help="the diffusers folder that it belongs on")
     parser.add_argument("--out", type=str, required=True, help="the model folder to make")
     parser.add_argument(

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
+from engine import manifest
 from gdpo.convert import convert
 from gdpo.generator import OneStepGenerator
 from gdpo.merge import main as merge_main
@@ -334,3 +336,56 @@ def test_the_command_lines(stage_one, mini_sd, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         merge_main()
     assert "strength" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+# ---- This project's own form: an exported tiny model.
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> tuple[OneStepGenerator, Path]:
+    """A tiny generator whose timestep matters, and its export (which folds a copy in place)."""
+    from engine.export import export_generator
+    from gdpo.randomness import normal
+    from gdpo.tiny import TinyUNetConfig
+
+    folder = tmp_path_factory.mktemp("exported")
+    shape = TinyUNetConfig(block_out_channels=(8, 24), layers_per_block=1, head_channels=(16, 8))
+    generator = OneStepGenerator.tiny(shape, t_noise=70, t_diffusion=40)
+    for i, parameter in enumerate(generator.unet.parameters()):
+        parameter.data += 0.05 * normal(parameter.shape, 0, "stir", i)
+    generator.save_pretrained(folder / "model")
+    export_generator(OneStepGenerator.from_pretrained(folder / "model"), folder / "onnx")
+    return generator, folder / "onnx"
+
+
+def test_an_exported_tiny_model_comes_back(exported, tmp_path):
+    generator, folder = exported
+    convert(folder, tmp_path / "model")
+    again = OneStepGenerator.from_pretrained(tmp_path / "model")
+    assert (again.t_noise, again.t_diffusion) == (70, 40)
+    image, noise = torch.rand(2, 3, 64, 32) * 2 - 1, torch.randn(2, 48, 16, 8)
+    with torch.no_grad():
+        a, b = (g.decode(g.predict(g.encode(image), noise).x0) for g in (generator, again))
+        start = (a - image).abs().mean()
+    assert (a - b).abs().max() < 1e-5 < 1e-3 < start
+    assert torch.count_nonzero(again.unet.encoder[0][0].time.weight) == 0
+    assert torch.count_nonzero(generator.unet.encoder[0][0].time.weight) > 0, "else nothing had been folded"
+
+
+def test_exports_that_cannot_come_back_are_refused(exported, tmp_path):
+    _, folder = exported
+    with pytest.raises(ValueError, match="is an exported model, whole as it is: no --base"):
+        convert(folder, tmp_path / "model", tmp_path)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder, damaged)
+    content = bytearray((damaged / "generator.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (damaged / "generator.onnx").write_bytes(content)
+    with pytest.raises(ValueError, match=r"generator\.onnx"):
+        convert(damaged, tmp_path / "model")
+    half = replace(manifest.load(folder), precision="bf16")
+    shutil.copytree(folder, tmp_path / "half")
+    half.save(tmp_path / "half")
+    with pytest.raises(ValueError, match=r"whole and in fp32 .*got residual, bf16, onnx, generator"):
+        convert(tmp_path / "half", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
