@@ -31,6 +31,19 @@ def shared(tmp_path_factory):
     return get
 
 
+def find_nvcc() -> str | None:
+    """The compiler of a CUDA toolkit that has cuda.h too, where csrc/cmake/cuda.cmake looks for it."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    found = shutil.which("nvcc", path=os.pathsep.join([f"{h}/bin" for h in homes if h] + [os.environ.get("PATH", "")]))
+    header = found and Path(found).resolve().parents[1] / "include" / "cuda.h"
+    return found if header and header.is_file() else None
+
+
+@pytest.fixture(scope="session")
+def nvcc() -> str:
+    return find_nvcc() or pytest.skip("needs nvcc and cuda.h: on the PATH, or CUDA_HOME")
+
+
 @pytest.fixture(scope="session")
 def compiler():
     if not shutil.which(os.environ.get("CXX", "c++")) or CMAKE is None:
@@ -62,9 +75,10 @@ def runtime() -> dict[str, str]:
 @pytest.fixture(scope="session")
 def asan(shared, compiler) -> Path:
     """The tests and the fuzzers, under AddressSanitizer and UndefinedBehaviorSanitizer."""
-    settings = ("-DGDPO_TESTS=ON", "-DGDPO_SANITIZE=address,undefined")
+    cuda = find_nvcc() is not None
+    settings = ("-DGDPO_TESTS=ON", "-DGDPO_SANITIZE=address,undefined", f"-DGDPO_CUDA={'ON' if cuda else 'OFF'}")
     fuzzers = [f"fuzz_{name}" for name in ("manifest", "ppm", "views", "folder")]
-    targets = ("test_parts", "test_upscaler", "test_c_api", *fuzzers)
+    targets = ("test_parts", "test_upscaler", "test_c_api", *fuzzers, *(["test_cuda", "fake_cuda"] if cuda else []))
     return shared("asan", lambda out: build(out, *settings, targets=targets))
 
 

@@ -1,0 +1,77 @@
+"""The CUDA kernels of csrc/ without a GPU: what nvcc makes of them, and the code around them with a stand-in driver."""
+
+import os
+import re
+import subprocess
+
+import pytest
+from cpp import CMAKE, ROOT, run
+
+SOURCE = ROOT / "csrc" / "src" / "kernels.cu"
+KERNELS = re.findall(r"X\(\w+, (gdpo_\w+)\)", (SOURCE.parent / "kernels.hpp").read_text()) + ["gdpo_sums"]
+FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Werror=all-warnings"]  # as cmake/cuda.cmake has them
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+def test_kernels_compile_without_warnings_and_spill_nothing(nvcc, architecture, tmp_path):
+    out = tmp_path / "kernels.cubin"
+    said = run(nvcc, *FLAGS, "-Xptxas", "-v", "-cubin", f"-arch={architecture}", SOURCE, "-o", out)
+    found = re.findall(
+        rf"Compiling entry function '(\w+)' for '{architecture}'.*?"
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        said,
+        re.DOTALL,
+    )
+    assert sorted(name for name, *_ in found) == sorted(KERNELS) and len(KERNELS) == 12, said
+    for name, *memory, registers in found:
+        assert memory == ["0", "0", "0"] and int(registers) <= 64, (name, memory, registers)
+    assert out.read_bytes()[:4] == b"\x7fELF"
+
+
+def arithmetic(nvcc, tmp_path, *flags) -> set[str]:
+    """The floating-point instructions and the atomics of the PTX."""
+    run(nvcc, *flags, "-ptx", "-arch=compute_80", SOURCE, "-o", tmp_path / "kernels.ptx")
+    words = re.findall(r"^\s+(?:@\S+\s+)?([a-z][\w.:]*)", (tmp_path / "kernels.ptx").read_text(), re.MULTILINE)
+    exact = ("ld.", "st.", "mov.", "selp.", "setp.", "cvt.")
+    return {w for w in words if (re.search(r"\.f(16|32|64)", w) and not w.startswith(exact)) or re.match("atom|red", w)}
+
+
+def test_every_sum_and_product_is_rounded_as_on_the_cpu(nvcc, tmp_path):
+    """ptxas fuses only what does not say how it is rounded: with .rn everywhere the bits are those of the CPU."""
+    allowed = {f"{op}.rn.{kind}" for op in ("add", "sub", "mul", "div") for kind in ("f32", "f64")} | {"sqrt.rn.f64"}
+    sums = {"atom.global.add.u64", "red.global.add.u64"}  # of integers: any order gives the same
+    found = arithmetic(nvcc, tmp_path, *FLAGS)
+    assert found - allowed - sums == set() and {"add.rn.f32", "mul.rn.f32", "sqrt.rn.f64"} <= found and found & sums
+    careless = arithmetic(nvcc, tmp_path, *(flag for flag in FLAGS if flag != "-fmad=false"))
+    assert {"fma.rn.f32", "fma.rn.f64"} <= careless - allowed
+
+
+def test_a_picture_on_the_gpus_way_has_the_bytes_of_the_cpus(nvcc, asan):
+    """fake_cuda.cpp runs the kernels' functions on the CPU; under the sanitizers."""
+    environment = os.environ | {"LD_LIBRARY_PATH": str(asan / "tests" / "fake")}
+    assert "ok   every_request_has_the_bytes_of_the_cpu" in run(asan / "tests" / "test_cuda", env=environment)
+
+
+def test_no_cuda_library_is_needed_to_load_it(nvcc, asan):
+    """The library with kernels in it is what the other tests of this folder run, where no GPU is."""
+    for program in ("test_upscaler", "test_cuda"):
+        needed = run("readelf", "-d", asan / "tests" / program)
+        assert "NEEDED" in needed and "cuda" not in needed and "nvinfer" not in needed
+
+
+@pytest.mark.parametrize(
+    "settings, rc, message",
+    [
+        (["-DGDPO_CUDA=auto"], 0, "CUDA kernels: left out (only the TensorRT backend uses them"),
+        (["-DGDPO_CUDA=OFF"], 0, "CUDA kernels: left out (GDPO_CUDA=OFF)"),
+        (["-DGDPO_CUDA=ON"], 0, "for sm_80 sm_90 sm_100"),
+        (["-DGDPO_CUDA=ON", "-DGDPO_NVCC="], 1, "GDPO_CUDA=ON: nvcc or the CUDA toolkit's cuda.h"),
+        (["-DGDPO_CUDA=yes"], 1, "GDPO_CUDA must be auto, ON or OFF; got yes"),
+    ],
+    ids=["auto", "off", "on", "without", "wrong"],
+)
+def test_the_configuration_says_what_becomes_of_the_kernels(compiler, nvcc, tmp_path, settings, rc, message):
+    own = [f"-DGDPO_JSON_INCLUDE={tmp_path}", "-DTENSORRT_ROOT="]
+    command = [CMAKE, "-S", ROOT / "csrc", "-B", tmp_path, *own, *settings]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode != 0) == bool(rc) and message in " ".join((done.stdout + done.stderr).split())
