@@ -5,11 +5,14 @@ Blocks are carried over as they are, except for the orientation, which is reset 
 
 from __future__ import annotations
 
+import io
 import re
 import struct
+import warnings
+from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 MAX_METADATA = 16 << 20  # bytes of EXIF, XMP or text that are carried over
 
@@ -63,16 +66,72 @@ _TIFF_TAGS = (270, 271, 272, 305, 306, 315, 33432)
 _TIFF_POINTERS = (0x8769, 0x8825)
 
 
+def _text(value: object) -> bytes:
+    """The bytes of a text tag, whatever their encoding: Pillow reads them as Latin-1."""
+    return str(value).encode("latin1", "replace")
+
+
 def tiff_exif(image: Image.Image) -> bytes | None:
     """An EXIF block of what a TIFF says about the photo, or None where it says nothing."""
     found, kept = image.getexif(), Image.Exif()
     for tag in _TIFF_TAGS:
         if tag in found:
-            kept[tag] = found[tag]
+            kept[tag] = _text(found[tag])
     for pointer in _TIFF_POINTERS:
         if entries := found.get_ifd(pointer):
             kept[pointer] = dict(entries)
     return kept.tobytes().removeprefix(b"Exif\0\0") if len(kept) else None
+
+
+def add_exif_to_tiff(path: Path, exif: bytes) -> None:
+    """Append an EXIF block to a TIFF of one page that libvips wrote, which itself keeps none.
+
+    A damaged block is left out: the file is the old one until the last write.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            _append_directory(path, exif)
+        except (ValueError, TypeError, KeyError, LookupError, ArithmeticError, SyntaxError, struct.error):
+            return  # what Pillow raises on the entries of a hostile block
+
+
+def _append_directory(path: Path, exif: bytes) -> None:
+    """A new first directory behind the file's end: the old one's entries and what the block says about the photo."""
+    said = Image.Exif()
+    said.load(exif)
+    with open(path, "r+b") as file:
+        magic, start = struct.unpack("<4sI", file.read(8))
+        end = file.seek(0, io.SEEK_END)
+        if magic != b"II*\0" or end + len(exif) > 0xFFFF0000:
+            return  # BigTIFF, or no room for another offset of 32 bits
+        file.seek(start)
+        (count,) = struct.unpack("<H", file.read(2))
+        old = [file.read(12) for _ in range(count)]
+        entries = {struct.unpack_from("<H", entry)[0]: entry for entry in old}
+        end = file.seek(end + end % 2)
+
+        def append(block: bytes) -> int:
+            nonlocal end
+            at = end
+            end += file.write(block + bytes(len(block) % 2))
+            return at
+
+        for tag in _TIFF_TAGS:
+            if tag in said:
+                text = _text(said[tag]) + b"\0"
+                value = struct.pack("<I", append(text)) if len(text) > 4 else text.ljust(4, b"\0")
+                entries[tag] = struct.pack("<HHI", tag, 2, len(text)) + value
+        for pointer in _TIFF_POINTERS:
+            if values := said.get_ifd(pointer):
+                directory = TiffImagePlugin.ImageFileDirectory_v2(b"II*\0\0\0\0\0", group=pointer)
+                for tag, value in values.items():
+                    directory[tag] = value
+                entries[pointer] = struct.pack("<HHII", pointer, 4, 1, append(directory.tobytes(end)))
+        directories = struct.pack("<H", len(entries)) + b"".join(entries[tag] for tag in sorted(entries)) + bytes(4)
+        first = append(directories)
+        file.seek(4)
+        file.write(struct.pack("<I", first))
 
 
 def upright_xmp(xmp: bytes) -> bytes:

@@ -73,11 +73,10 @@ def test_metadata_survives_and_can_be_stripped(tmp_path, suffix):
     write_image(path, picture)
     back = read_image(path)
     assert back.icc == SRGB and back.xmp == xmp.replace(b'"6"', b'"1"')
-    if suffix != "tif":
-        exif = Image.Exif()
-        exif.load(back.exif)
-        assert exif[271] == "Maker" and exif.get(0x0112) == 1
-        assert exif.get_ifd(0x8769)[0x9003] == "2020:01:01 00:00:00"
+    exif = Image.Exif()
+    exif.load(back.exif)
+    assert exif[271] == "Maker" and exif.get(0x0112, 1) == 1
+    assert exif.get_ifd(0x8769)[0x9003] == "2020:01:01 00:00:00"
     write_image(path, picture.without_metadata())
     bare = read_image(path)
     assert bare.icc == SRGB and bare.exif is None and bare.xmp is None
@@ -98,6 +97,33 @@ def test_orientation_is_applied_as_pillow_does_and_reset(tmp_path, suffix, orien
     exif = Image.Exif()
     exif.load(picture.exif)
     assert exif.get(0x0112, 1) == 1
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_tiff_keeps_what_the_camera_said_and_its_pixels(tmp_path, dtype):
+    said = Image.Exif()
+    said[271], said[0x0112], said[33432] = "Größe".encode(), 1, b"me"
+    said[0x8769], said[0x8825] = {0x829A: 0.004, 0x9003: "2020:01:01 00:00:00"}, {1: "N", 2: (47.0, 30.0, 0.0)}
+    picture = Picture(gradient(dtype=dtype), exif=said.tobytes()[6:], icc=SRGB, dpi=(300, 300))
+    write_image(tmp_path / "a.tif", picture)
+    back, exif = read_image(tmp_path / "a.tif"), Image.Exif()
+    exif.load(back.exif)
+    assert np.array_equal(back.pixels, picture.pixels) and back.icc == SRGB and back.dpi == pytest.approx((300, 300))
+    assert exif[33432] == "me" and exif[271].encode("latin1").decode() == "Größe"
+    assert exif.get_ifd(0x8769)[0x829A] == 0.004 and exif.get_ifd(0x8825)[2] == (47.0, 30.0, 0.0)
+    assert pyvips.Image.new_from_file(str(tmp_path / "a.tif")).get("n-pages") == 1  # another reader agrees
+
+
+def test_damaged_exif_never_damages_a_tiff(tmp_path):
+    rng, good, kept = random.Random(0), exif_block()[6:], 0
+    pixels = gradient()
+    for _ in range(200):
+        block = good[:12] + mutated(good[12:], rng)
+        write_image(tmp_path / "a.tif", Picture(pixels, exif=block))
+        back = read_image(tmp_path / "a.tif")
+        assert np.array_equal(back.pixels, pixels)
+        kept += back.exif is not None
+    assert kept > 20
 
 
 def test_palette_one_bit_transparent_colour_and_cmyk_are_expanded(tmp_path):
@@ -210,8 +236,10 @@ def test_a_polyglot_is_only_the_picture_that_it_begins_with(tmp_path):
 def test_a_picture_of_twenty_thousand_squared_is_refused_by_size(tmp_path):
     row = b"\0" + bytes(2500)
     (tmp_path / "large.png").write_bytes(png(20_000, 20_000, depth=1, color=0, body=zlib.compress(row * 20_000, 1)))
-    with pytest.raises(ImageError, match=r"large\.png: 400 megapixels; at most 100 are read"):
+    with pytest.raises(ImageError, match=r"large\.png: 20000x20000 is 400 megapixels; at most 100 are read"):
         read_image(tmp_path / "large.png")
+    with pytest.raises(ImageError, match="is 400 megapixels; at most 399 are read"):  # Pillow's own limit is 179
+        read_image(tmp_path / "large.png", max_pixels=399_000_000)
 
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
