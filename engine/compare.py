@@ -15,6 +15,8 @@ from PIL import Image
 
 from engine.files import atomic_path
 
+_LARGEST_SIDE = 16_384  # of a picture on the page: browsers show no more, a JPEG holds no more than 65,500
+
 _HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Before and after</title>
 <meta name="viewport" content="width=device-width"><style>
 body{font:15px system-ui,sans-serif;margin:2rem;background:#181818;color:#ddd}
@@ -39,10 +41,11 @@ class ComparePage:
         self._file = file
         file.write(_HEAD)
 
-    def add(self, name: str, before: np.ndarray, after: np.ndarray) -> None:
-        """before, after: [H,W,3] uint8 or uint16, of any two sizes."""
-        pair = {"name": html.escape(name, quote=True), "before": _data_url(before), "after": _data_url(after)}
-        self._file.write(_PAIR.format(**pair))
+    def add(self, name: str, before: np.ndarray, after: np.ndarray, icc: bytes | None = None) -> None:
+        """before, after: [H,W,3] uint8 or uint16, of any two sizes, in the colours of the profile `icc`."""
+        icc = icc if icc and icc[16:20] == b"RGB " else None  # a gray profile does not fit three channels
+        urls = {"before": _data_url(before, icc), "after": _data_url(after, icc)}
+        self._file.write(_PAIR.format(name=html.escape(name, quote=True), **urls))
 
 
 @contextmanager
@@ -53,8 +56,10 @@ def compare_page(path: str | Path) -> Iterator[ComparePage]:
         f.write("</html>\n")
 
 
-def _data_url(pixels: np.ndarray) -> str:
+def _data_url(pixels: np.ndarray, icc: bytes | None) -> str:
     eight = pixels if pixels.dtype == np.uint8 else (pixels >> 8).astype(np.uint8)
+    image = Image.fromarray(eight)
+    image.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
     buffer = io.BytesIO()
-    Image.fromarray(eight).save(buffer, "JPEG", quality=95, subsampling=0)
+    image.save(buffer, "JPEG", quality=95, subsampling=0, icc_profile=icc)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

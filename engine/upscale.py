@@ -19,7 +19,7 @@ from engine.compare import ComparePage, compare_page
 from engine.images import MAX_PIXELS, SUFFIXES, Picture, check_writable, read_image, write_image
 from engine.jobs import Job, plan
 from engine.resample import resize
-from engine.upscaler import Upscaler, output_size
+from engine.upscaler import MAX_OUTPUT_PIXELS, Upscaler, output_size
 
 _FAILURES = (ValueError, OSError, RuntimeError, FloatingPointError, MemoryError)  # of one picture; the others go on
 
@@ -35,7 +35,7 @@ def parser() -> cli.Parser:
     p.add_argument("-o", "--output", help="the output, instead of the last position")
     p.add_argument("-n", "--model", help="an engine folder (default: the shipped tiny model)")
     p.add_argument("--seed", type=int, default=0, help="of the noise; the same seed gives the same picture")
-    p.add_argument("-s", "--scale", type=float, default=4.0)
+    p.add_argument("-s", "--scale", type=float, default=4.0, help="of the result; other factors than 4 resize the x4")
     p.add_argument("-t", "--tile", type=int, default=0, help="longest tile side in input pixels; 0: the model's choice")
     p.add_argument("--batch", type=int, help="tiles at once")
     p.add_argument("--color", default="adain", choices=METHODS, help="align the colours to the input's")
@@ -110,12 +110,13 @@ def _load(options: Any) -> Upscaler:
         trust_plan=options.trust_plan,
         bf16=options.precision == "bf16" and options.backend in ("openvino", "torch"),
     )
-    if options.precision not in ("auto", up.manifest.precision) and up.backend not in ("openvino", "torch"):
-        raise ValueError(
-            f"precision {options.precision}: this folder is {up.manifest.precision}; precision is chosen at export "
-            "(python -m engine.export --precision)"
-        )
-    return up
+    own = up.manifest.precision
+    if options.precision in ("auto", own) or (options.precision == "bf16" and up.backend in ("openvino", "torch")):
+        return up
+    raise ValueError(
+        f"precision {options.precision}: this folder is {own}; precision is chosen at export (python -m engine.export "
+        "--precision), and bf16 also by --backend openvino or torch"
+    )
 
 
 class _Worker:
@@ -143,10 +144,16 @@ class _Worker:
         return self._report()
 
     def _one(self, job: Job, slider: ComparePage | None, step: Callable) -> dict[str, Any]:
-        if job.target.exists() and not self.options.overwrite:
+        o = self.options
+        if job.target.exists() and not o.overwrite:
+            if slider is not None:  # the page shows every picture, whenever it was finished
+                before, after = (
+                    read_image(job.source, max_pixels=o.max_pixels),
+                    read_image(job.target, max_pixels=MAX_OUTPUT_PIXELS),
+                )
+                slider.add(job.source.name, before.pixels, after.pixels, before.icc)
             self.skipped += 1
             return {"status": "skipped"}
-        o = self.options
         picture = read_image(job.source, max_pixels=o.max_pixels)
         height, width = output_size(picture.pixels.shape[0], picture.pixels.shape[1], o.scale)
         check_writable(job.target, width, height, alpha=picture.alpha is not None)
@@ -156,9 +163,9 @@ class _Worker:
         alpha = None if picture.alpha is None else resize(picture.alpha[..., None], (height, width))[..., 0]
         done: Picture = replace(picture, pixels=result, alpha=alpha)
         write_image(job.target, done.without_metadata() if o.strip_metadata else done, quality=o.quality)
-        if slider is not None:
-            slider.add(job.source.name, picture.pixels, result)
         self.written += 1
+        if slider is not None:
+            slider.add(job.source.name, picture.pixels, result, picture.icc)
         return {"status": "written", "width": width, "height": height, "path": self.up.path}
 
     def _report(self) -> int:

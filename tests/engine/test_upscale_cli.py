@@ -1,7 +1,10 @@
 """`python -m engine.upscale` as a user meets it."""
 
+import base64
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,11 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image, ImageCms
 
 from engine import upscale
 from engine.backends import tensorrt as trt_backend
 from engine.images import Picture, read_image, write_image
 from engine.jobs import plan
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 def save(path: Path, pixels: np.ndarray, **more) -> Path:
@@ -92,6 +98,24 @@ def test_compare_writes_one_self_contained_page(run, photo, tmp_path):
     assert "&lt;0&gt;.png" in page and "<0>" not in page and "http" not in page.replace("https://", "http://")
 
 
+def test_the_page_of_a_second_run_shows_what_the_first_one_finished(run, photo, tmp_path):
+    save(tmp_path / "in" / "a.png", photo[:16, :16])
+    assert run(tmp_path / "in", tmp_path / "out")[0] == 0
+    save(tmp_path / "in" / "b.png", photo[:16, :16], icc=SRGB)
+    code, _, err = run(tmp_path / "in", tmp_path / "out", "--compare", tmp_path / "page.html")
+    assert code == 0 and "1 written, 1 skipped" in err
+    jpegs = [base64.b64decode(t) for t in re.findall('base64,([^"]*)', (tmp_path / "page.html").read_text())]
+    pictures = [Image.open(io.BytesIO(data)) for data in jpegs]
+    assert [p.size for p in pictures] == [(64, 64), (16, 16), (64, 64), (16, 16)]
+    assert [p.info.get("icc_profile") for p in pictures] == [None, None, SRGB, SRGB]  # the colours are the photo's
+
+
+def test_a_page_takes_what_a_jpeg_cannot_hold(run, tmp_path):
+    source = save(tmp_path / "in.png", np.zeros((1, 17_000, 3), np.uint8))
+    code, _, err = run(source, tmp_path / "out.png", "--compare", tmp_path / "page.html")
+    assert (code, err) == (0, "") and (tmp_path / "page.html").read_text().count('type="range"') == 1
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -116,6 +140,8 @@ def test_compare_writes_one_self_contained_page(run, photo, tmp_path):
         (["in/a.png", "o.png", "--seed", "-1"], "seed must be in"),
         (["in/a.png", "o.png", "--quality", "0"], "quality must be 1 to 100"),
         (["in/a.png", "o.png", "--precision", "fp16"], "this folder is fp32"),
+        (["in/a.png", "o.png", "--precision", "fp16", "--backend", "openvino"], "precision fp16: this folder is fp32"),
+        (["in/a.png", "o.png", "--device", "cuda:x"], "device must be cpu, cuda or cuda:N; got 'cuda:x'"),
         (["in/a.png", "o.png", "--backend", "tensorrt"], "pip install 'gdpo-sr[tensorrt]'"),
         (["in/a.png", "in/a.jpg/b/o.png"], "lies below, a file"),
         (["in/a.png", "o.png", "--nonsense"], "see: python -m engine.upscale --help"),
