@@ -176,9 +176,10 @@ def _optimise(exported: Manifest, source: Path, name: str, folder: Path) -> Grap
     """ONNX Runtime's optimised model. Layouts that depend on the CPU are left to the machine that loads it."""
     import onnxruntime
 
-    from engine.backends.onnxruntime import session_options
+    from engine.backends.onnxruntime import check_precision, refused, session_options
 
     entry = exported.graphs[name]
+    check_precision(exported, source)
     model, data = exported.read(source, name)
     settings = session_options(0)
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
@@ -191,7 +192,8 @@ def _optimise(exported: Manifest, source: Path, name: str, folder: Path) -> Grap
         )
         side = f"{entry.file}.data"
         settings.add_session_config_entry("session.optimized_model_external_initializers_file_name", side)
-    onnxruntime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+    with refused(source / entry.file):
+        onnxruntime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
     if data:
         hashes = {side: sha256(folder / side)}
     return replace(entry, sha256=sha256(folder / entry.file), data=hashes)
@@ -339,7 +341,9 @@ def main() -> int:
     parser = cli.Parser(prog="python -m engine.build", description="Build an exported folder for a backend.")
     parser.add_argument("folder", help="written by engine.export")
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--backend", choices=TARGETS, help="default: tensorrt where it is installed, else onnxruntime")
+    parser.add_argument(
+        "--backend", choices=TARGETS, help="default: tensorrt where it and an NVIDIA GPU are, else onnxruntime"
+    )
     for which in ("min", "opt", "max"):
         parser.add_argument(f"--{which}-shapes", metavar="image:BxCxHxW", help="default: what was exported")
     parser.add_argument("--timing-cache", help="file that remembers measurements between builds")
@@ -388,6 +392,7 @@ def main() -> int:
 def _default_backend() -> str:
     try:
         load_module("tensorrt")
+        _architecture("tensorrt")
     except RuntimeError:
         return "onnxruntime"
     return "tensorrt"

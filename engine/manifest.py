@@ -202,6 +202,8 @@ def _parse(content: dict[str, Any]) -> Manifest:
     for key in ("model", "source", "parity", "options", "extras"):
         if not isinstance(content[key], dict):
             raise FolderError(f"{key} must be an object")
+    for name, sha in content["extras"].items():
+        _name(name), _sha(sha)
     return manifest
 
 

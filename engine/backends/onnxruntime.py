@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,34 @@ def open_session(manifest: Manifest, folder: Path, graph: str, options: Options)
             f"{folder}: optimised by ONNX Runtime {manifest.backend_version}, here is {onnxruntime.__version__}; "
             f"build it again: python -m engine.build ONNX_FOLDER --backend onnxruntime --out {folder}"
         )
+    check_precision(manifest, folder, options.device)
     model, data = manifest.read(folder, graph)
-    try:
+    with refused(folder / manifest.graphs[graph].file):
         return OnnxRuntimeSession(manifest, graph, model, data, options)
-    except Exception as error:  # ONNX Runtime's own exceptions have no common base
+
+
+@contextmanager
+def refused(file: Path) -> Iterator[None]:
+    """Turn ONNX Runtime's own exceptions, which have no common base, into a FolderError that names the file."""
+    try:
+        yield
+    except Exception as error:
         if isinstance(error, (FolderError, MemoryError)) or not type(error).__module__.startswith("onnxruntime"):
             raise
-        raise FolderError(f"{folder / manifest.graphs[graph].file}: ONNX Runtime refuses it ({error})") from error
+        raise FolderError(f"{file}: ONNX Runtime refuses it ({error})") from error
+
+
+def check_precision(manifest: Manifest, folder: Path, device: str | None = None) -> None:
+    """Refuse what ONNX Runtime's CPU has no kernels for.
+
+    Raises:
+        FolderError: bf16 on a CPU.
+    """
+    if manifest.precision == "bf16" and (device or "cpu") == "cpu":
+        raise FolderError(
+            f"{folder}: bf16, and ONNX Runtime has no bf16 convolution on a CPU; take --backend openvino, build it for "
+            "tensorrt or tensorrt-rtx, or export it in fp32 (for OpenVINO that computes in bf16: --precision bf16)"
+        )
 
 
 def _minor(version: str) -> str:
@@ -58,6 +80,8 @@ class OnnxRuntimeSession:
         self.manifest, self.entry = manifest, manifest.graphs[graph]
         kind, _, index = (options.device or "cpu").partition(":")
         providers: list = ["CPUExecutionProvider"]
+        if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+            raise ValueError(f"device must be cpu, cuda or cuda:N; got {options.device!r}")
         if kind == "cuda":
             if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
                 raise RuntimeError(
@@ -65,8 +89,6 @@ class OnnxRuntimeSession:
                     "onnxruntime, or use --device cpu"
                 )
             providers = [("CUDAExecutionProvider", {"device_id": int(index or 0)}), *providers]
-        elif kind != "cpu":
-            raise ValueError(f"device must be cpu, cuda or cuda:N; got {options.device!r}")
         settings = session_options(options.threads)
         if data:
             names = list(data)

@@ -63,14 +63,17 @@ def open_session(manifest: Manifest, folder: Path, graph: str, options: Options)
             f"{folder}: built by {backend} {manifest.backend_version}, here is {module.__version__}; {rebuild}"
         )
     kind, _, index = (options.device or "cuda").partition(":")
-    if kind != "cuda":
+    if kind != "cuda" or (index and not index.isdigit()):
         raise ValueError(f"device must be cuda or cuda:N for {backend}; got {options.device!r}")
     driver = Driver(int(index or 0))
     if manifest.architecture and manifest.architecture != driver.architecture():
         raise FolderError(
             f"{folder}: built for {manifest.architecture}, this GPU is {driver.architecture()}; {rebuild}"
         )
-    return TensorRTSession(module, driver, manifest, graph, plan, flexible)
+    try:
+        return TensorRTSession(module, driver, manifest, graph, plan, flexible)
+    except FolderError as error:
+        raise FolderError(f"{folder / entry.file}: {error}; {rebuild}") from None
 
 
 class _Shape:
@@ -99,9 +102,7 @@ class TensorRTSession:
         self._runtime.engine_host_code_allowed = flexible  # a version-compatible plan carries its own runtime
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            raise FolderError(
-                f"{self.entry.file}: {manifest.backend} refuses the plan ({' '.join(self._log) or 'no reason'})"
-            )
+            raise FolderError(f"{manifest.backend} refuses the plan ({' '.join(self._log) or 'no reason'})")
         self._context = self._engine.create_execution_context()
         self._stream = Stream(driver)
         self._shapes: dict[tuple, _Shape] = {}

@@ -98,20 +98,25 @@ def check_plan(source, out):
         Upscaler.load(out)
 
 
-@rtx
-def test_parse_errors_are_shown_whole(tiny_engine, tmp_path):
+def broken_copy(folder, out):
+    """The folder with an operator that nobody knows, hashed again."""
     import onnx
 
     from engine.files import sha256
 
-    broken = tmp_path / "onnx"
-    shutil.copytree(tiny_engine, broken)
-    model = onnx.load(broken / "generator.onnx")
+    shutil.copytree(folder, out)
+    model = onnx.load(out / "generator.onnx")
     model.graph.node[-1].op_type = "NoSuchOperator"
-    onnx.save(model, broken / "generator.onnx")
-    manifest = manifests.load(broken)
-    graph = replace(manifest.graphs["generator"], sha256=sha256(broken / "generator.onnx"))
-    replace(manifest, graphs={"generator": graph}).save(broken)
+    onnx.save(model, out / "generator.onnx")
+    manifest = manifests.load(out)
+    graph = replace(manifest.graphs["generator"], sha256=sha256(out / "generator.onnx"))
+    replace(manifest, graphs={"generator": graph}).save(out)
+    return out
+
+
+@rtx
+def test_parse_errors_are_shown_whole(tiny_engine, tmp_path):
+    broken = broken_copy(tiny_engine, tmp_path / "onnx")
     with pytest.raises(
         FolderError,
         match=r"cannot parse it: In node \d+ with name: \S+ and operator: NoSuchOperator .*Plugin not found",
@@ -175,6 +180,48 @@ def test_bad_usage_is_one_line_and_exit_code_2(tiny_engine, tmp_path, monkeypatc
         monkeypatch.setitem(trt_backend._NAMES, "tensorrt", ("tensorrt_that_is_not_installed",))
     code, _, err = run(monkeypatch, capsys, tiny_engine, "--out", tmp_path / "out", *more)
     assert code == 2 and err.count("\n") == 1 and message in err
+
+
+def test_bf16_is_refused_where_onnx_runtime_has_no_kernels(tiny_model, tmp_path, monkeypatch, capsys):
+    generator, folder = OneStepGenerator.from_pretrained(tiny_model), tmp_path / "onnx"
+    export_generator(generator, folder, precision="bf16", profile=SMALL)
+    code, _, err = run(monkeypatch, capsys, folder, "--backend", "onnxruntime", "--out", tmp_path / "out")
+    assert code == 2 and "no bf16 convolution on a CPU; take --backend openvino" in err and err.count("\n") == 1
+    with pytest.raises(FolderError, match="no bf16 convolution on a CPU"):
+        Upscaler.load(folder)
+    rgb = np.zeros((20, 30, 3), np.uint8)
+    assert Upscaler.load(folder, backend="openvino").upscale(rgb).shape == (80, 120, 3)  # the advice holds
+
+
+def test_a_model_that_onnx_runtime_refuses_is_one_line(tiny_engine, tmp_path, monkeypatch, capsys):
+    broken = broken_copy(tiny_engine, tmp_path / "onnx")
+    code, _, err = run(monkeypatch, capsys, broken, "--backend", "onnxruntime", "--out", tmp_path / "out")
+    assert code == 2 and "generator.onnx: ONNX Runtime refuses it" in err and err.count("\n") == 1
+
+
+def test_without_a_gpu_the_default_is_onnx_runtime(monkeypatch):
+    def no_driver(backend):
+        raise RuntimeError("no NVIDIA driver on this machine")
+
+    monkeypatch.setattr(build, "load_module", lambda backend: None)
+    monkeypatch.setattr(build, "_architecture", no_driver)
+    assert build._default_backend() == "onnxruntime"
+    monkeypatch.setattr(build, "_architecture", lambda backend: "sm_90")
+    assert build._default_backend() == "tensorrt"
+
+
+@rtx
+def test_the_options_reach_the_builder():
+    """What cannot be built here (refit needs a GPU, version-compatible plans the lean runtime) is configured."""
+    trt = trt_backend.load_module("tensorrt-rtx")
+    builder = trt.Builder(trt_backend.logger(trt, []))
+    for chosen in (BuildOptions(), BuildOptions(512, 1, refit=True, version_compatible=True)):
+        config = builder.create_builder_config()
+        build._configure(trt, config, chosen)
+        assert config.get_flag(trt.BuilderFlag.REFIT) == chosen.refit
+        assert config.get_flag(trt.BuilderFlag.VERSION_COMPATIBLE) == chosen.version_compatible
+        assert config.builder_optimization_level == chosen.optimization_level
+    assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 512 << 20
 
 
 def test_only_exported_folders_are_built(tiny_engine, tiny_model, tmp_path):

@@ -106,6 +106,8 @@ def test_no_mutant_reaches_a_backend(folder, name, count, monkeypatch):
         (lambda m: m["graphs"]["generator"].update(file=".hidden"), "not a plain file name"),
         (lambda m: m["graphs"]["generator"].update(data={"../x": "0" * 64}), "not a plain file name"),
         (lambda m: m["graphs"]["generator"].update(sha256="0"), "not a SHA-256"),
+        (lambda m: m.update(extras={"../../etc/passwd": "0" * 64}), "not a plain file name"),
+        (lambda m: m.update(extras={"x.onnx": 5}), "not a SHA-256"),
         (lambda m: m["geometry"].update(factor=0), "not a count"),
         (lambda m: m["geometry"].update(factor=10**9), "not a count"),
         (lambda m: m["geometry"].update(factor=True), "not a count"),

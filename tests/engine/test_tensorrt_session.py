@@ -149,7 +149,9 @@ def test_buffers_of_old_shapes_are_given_back(folder, monkeypatch):
 
 
 def test_a_plan_that_tensorrt_refuses_is_a_clear_error(folder, monkeypatch):
-    with pytest.raises(FolderError, match="tensorrt refuses the plan"):
+    with pytest.raises(
+        FolderError, match=r"plan: tensorrt refuses the plan .*; build it again: python -m engine.build"
+    ):
         load(folder, monkeypatch, plan=b"another")
 
 
