@@ -15,10 +15,14 @@ if TYPE_CHECKING:
 BACKENDS = ("onnx", "onnxruntime")  # TensorRT's plans run through TensorRT's own Python binding
 
 
-def unusable(backend: str) -> str | None:
-    """Why the C++ path cannot run a backend here, or None where it can."""
+def unusable(manifest: Manifest, backend: str) -> str | None:
+    """Why the C++ path cannot run a folder here, or None where it can."""
     if backend not in BACKENDS:
         return f"it runs {' and '.join(BACKENDS)}, not {backend}"
+    if manifest.precision == "bf16":
+        return "ONNX Runtime has no bf16 convolution on a CPU"
+    if manifest.profile.batch[0] > 1:
+        return f"it does not fill batches up to {manifest.profile.batch[0]}, the least that the folder takes"
     if importlib.util.find_spec("engine._core") is None:
         return "engine._core was not built (GDPO_BUILD_CSRC=1 pip install ... shows why)"
     if library() is None:
@@ -41,7 +45,7 @@ def open_core(manifest: Manifest, folder: Path, backend: str, options: Options, 
         RuntimeError: it cannot and is `required`.
         FolderError: as Python's path.
     """
-    reason = unusable(backend)
+    reason = unusable(manifest, backend)
     if reason:
         if required:
             raise RuntimeError(f"the C++ path cannot run here: {reason}")

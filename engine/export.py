@@ -68,9 +68,11 @@ def profile_of(
     for name, side in (("tile", tile), ("max_tile", max_tile)):
         if side % geometry.multiple or side < least:
             raise ValueError(f"{name} must be a multiple of {geometry.multiple} and at least {least}; got {side}")
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1; got {batch}")
     if static:
         return Profile((batch, batch, batch), (tile, tile, tile))
-    if not 1 <= batch <= max_batch or tile > max_tile:
+    if batch > max_batch or tile > max_tile:
         raise ValueError(f"batch {batch} and tile {tile} must not exceed max_batch {max_batch} and max_tile {max_tile}")
     return Profile((1, batch, max_batch), (least, tile, max_tile))
 
@@ -248,13 +250,13 @@ def _export_image_to_image(
 def _cases(
     generator: OneStepGenerator, geometry: Geometry, profile: Profile
 ) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
-    """Inputs and what the generator, not folded yet and in its own precision, makes of them."""
+    """Inputs and what the generator, not folded yet and in its own precision, makes of them, not clamped."""
     least = -(-profile.tile[0] // geometry.multiple)
     (_, entry), *_ = descriptors(generator, "fp32", split=False).values()
     for batch, rows, columns in _PARITY_SHAPES if not profile.static else ((profile.batch[0], 1, 1),):
         image, noise = _example(entry, geometry, batch, rows * least, columns * least)
         with torch.no_grad():
-            yield [image, noise], generator.decode(generator.predict(generator.encode(image), noise).x0)
+            yield [image, noise], generator.codec.decode(generator.predict(generator.encode(image), noise).x0)
 
 
 def _parity(generator: OneStepGenerator, manifest: Manifest, folder: Path, cases: list) -> dict[str, Any]:

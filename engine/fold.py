@@ -169,14 +169,18 @@ class Step(nn.Module):
 
 
 class Decoder(nn.Module):
-    """x0 [B,C,h,w] -> output [B,3,H,W] in [-1,1]."""
+    """x0 [B,C,h,w] -> output [B,3,H,W], about [-1,1].
+
+    Not clamped: backends' Clip makes -1 or 1 of what is not finite, a black tile where an error is due. The run time
+    looks first and clips afterwards.
+    """
 
     def __init__(self, generator: OneStepGenerator, precision: str):
         super().__init__()
         self.codec, self.dtype = generator.codec, DTYPES[precision]
 
     def forward(self, x0: torch.Tensor) -> torch.Tensor:
-        return self.codec.decode(x0.to(self.dtype)).float().clamp(-1, 1)
+        return self.codec.decode(x0.to(self.dtype)).float()
 
 
 class Whole(nn.Module):
@@ -218,7 +222,7 @@ class ImageToImage(nn.Module):
         image = F.pixel_shuffle(phases, self.scale)[:, 0][None].clamp(0, 1)
         latent = [p * self.scale // self.factor for p in padded]
         y, x = (torch.arange(n) % size for n, size in zip(latent, self.noise.shape[2:]))
-        result = (self.whole(image * 2 - 1, self.noise[:, :, y][:, :, :, x]) + 1) / 2
+        result = (self.whole(image * 2 - 1, self.noise[:, :, y][:, :, :, x]).clamp(-1, 1) + 1) / 2
         result, image = (t[:, :, : height * self.scale, : width * self.scale] for t in (result, image))
         return (_standardised(result) * _deviation(image) + image.mean((2, 3), keepdim=True)).clamp(0, 1)
 

@@ -80,7 +80,7 @@ def prepare(generator: OneStepGenerator, steps: Steps) -> nn.Module:
 
 
 class Plain(nn.Module):
-    """Encode, predict, decode, as training does."""
+    """Encode, predict, decode, as training does; not clamped (see fold.Decoder)."""
 
     def __init__(self, generator: OneStepGenerator, precision: str):
         super().__init__()
@@ -88,7 +88,7 @@ class Plain(nn.Module):
 
     def forward(self, image: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         latent = self.generator.encode(image.to(self.dtype))
-        return self.generator.decode(self.generator.predict(latent, noise.to(self.dtype)).x0).float()
+        return self.generator.codec.decode(self.generator.predict(latent, noise.to(self.dtype)).x0).float()
 
 
 # ---- channels-last

@@ -293,7 +293,10 @@ class _Run:
         return lambda top, left: field[:, top : top + self.rows.tile, left : left + self.columns.tile]
 
     def _call(self, name: str, inputs: dict[str, np.ndarray], places: list[tuple[int, int]]) -> np.ndarray:
-        result = self.up.sessions[name](inputs)
+        missing = self.up.manifest.profile.batch[0] - len(places)
+        if missing > 0:  # a row's last tiles may be fewer than the least batch: the last one fills up
+            inputs = {k: np.concatenate([v, np.repeat(v[-1:], missing, axis=0)]) for k, v in inputs.items()}
+        result = self.up.sessions[name](inputs)[: len(places)]
         # A sum is finite only if every value is, and costs a tenth of np.isfinite().all(); overflow cannot reach it.
         for tile, (top, left) in zip(result, places):
             if not np.isfinite(np.sum(tile, dtype=np.float64)):

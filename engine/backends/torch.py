@@ -83,6 +83,8 @@ class TorchSession:
 
     def compile(self) -> None:
         """Compile (torch.compile), at the first call of each shape."""
+        if self.generator.uses_text:
+            self.generator.text_embeds(1)  # or the text encoder would be traced too
         self.module.compile(dynamic=False)
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -36,7 +36,7 @@ def test_onnx_runtime_is_torch_on_shapes_that_the_export_did_not_see(tiny_engine
     noise = torch.randn((batch, 48, 16 * rows + 4, 16 * columns), generator=random)
     generator = OneStepGenerator.from_pretrained(tiny_model)
     with torch.no_grad():
-        expected = generator.decode(generator.predict(generator.encode(image), noise).x0).numpy()
+        expected = generator.codec.decode(generator.predict(generator.encode(image), noise).x0).numpy()
     ours = Upscaler.load(tiny_engine).sessions["generator"]({"image": image.numpy(), "noise": noise.numpy()})
     assert np.abs(ours - expected).max() < 2e-4
     assert np.abs(expected - image.numpy()).mean() > 0.01  # the step is not the identity
@@ -89,7 +89,7 @@ def test_folding_changes_no_picture(mini_model):
     image = torch.rand(2, 3, 64, 128, generator=torch.Generator().manual_seed(1)) * 2 - 1
     noise = torch.randn(2, 4, 8, 16, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        expected = generator.decode(generator.predict(generator.encode(image), noise).x0)
+        expected = generator.codec.decode(generator.predict(generator.encode(image), noise).x0)
         folded = fold.Whole(fold.fold(generator), "fp32")(image, noise)
     assert (folded - expected).abs().max() < 1e-4
 
@@ -100,7 +100,7 @@ def test_lora_is_merged(tiny_model):
     noise = torch.randn(1, 48, 16, 16, generator=torch.Generator().manual_seed(2))
 
     def result():
-        return generator.decode(generator.predict(generator.encode(image), noise).x0)
+        return generator.codec.decode(generator.predict(generator.encode(image), noise).x0)
 
     with torch.no_grad():
         base = result()
@@ -159,7 +159,13 @@ def test_bad_options_are_named(tiny_model, tmp_path, options, message):
 def test_profiles_are_checked(tiny_model):
     geometry = geometry_of(OneStepGenerator.from_pretrained(tiny_model))
     sizes = {"batch": 1, "max_batch": 8, "tile": 512, "max_tile": 1024, "static": False}
-    for change, message in (({"tile": 100}, "tile must be a multiple of 16"), ({"batch": 9}, "must not exceed")):
+    static = {"batch": 0, "static": True}
+    for change, message in (
+        ({"tile": 100}, "tile must be a multiple of 16"),
+        ({"batch": 9}, "must not exceed"),
+        ({"batch": 0}, "batch must be at least 1; got 0"),
+        (static, "batch must be at least 1; got 0"),
+    ):
         with pytest.raises(ValueError, match=message):
             profile_of(geometry, **sizes | change)
 

@@ -10,7 +10,8 @@ from engine import upscaler as module
 from engine.backends import Options, open_session
 from engine.backends import tensorrt as trt_backend
 from engine.backends import torch as backend_torch
-from engine.manifest import FolderError
+from engine.export import export_generator
+from engine.manifest import FolderError, Profile
 from engine.upscaler import default_model
 from gdpo.generator import OneStepGenerator
 
@@ -166,6 +167,36 @@ def test_a_value_that_is_not_finite_names_its_tile(tiny_engine, photo):
         FloatingPointError, match=r"generator gave a value that is not finite in the tile at row 0, column"
     ):
         up.upscale(photo[:64, :150], tile=48)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_a_model_overflows_to_is_never_clipped_to_a_black_or_white_tile(tiny_model, photo, tmp_path, value):
+    """Straight through a real export: OpenVINO's Clip makes -1 of a NaN, every Clip makes 1 of an infinity."""
+    generator = OneStepGenerator.from_pretrained(tiny_model)
+    with torch.no_grad():
+        list(generator.unet.parameters())[-1][0] = value
+    static = Profile((1, 1, 1), (64, 64, 64))
+    export_generator(generator, tmp_path / "onnx", profile=static, check=False)
+    for options in ({"core": False}, {"core": None}, {"backend": "openvino"}):
+        with pytest.raises((FloatingPointError, RuntimeError), match=r"not finite in the tile at row 0, column 0"):
+            Upscaler.load(tmp_path / "onnx", **options).upscale(photo[:8, :8])
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_static_batch_is_filled_up(tiny_model, tiny_engine, photo, tmp_path, split):
+    """A row of tiles is seldom a multiple of the batch, and a small picture is one tile."""
+    static = Profile((3, 3, 3), (128, 128, 128))
+    generator = OneStepGenerator.from_pretrained(tiny_model)
+    export_generator(generator, tmp_path / "onnx", profile=static, split=split)
+    up, dynamic = Upscaler.load(tmp_path / "onnx"), Upscaler.load(tiny_engine)
+    seen = []
+    rgb = np.ascontiguousarray(photo[:50, :110])
+    ours = up.upscale(rgb, seed=3, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1][0] == seen[-1][1]  # places, not what fills up
+    assert psnr(ours, dynamic.upscale(rgb, seed=3)) > 45
+    assert up.upscale(rgb[:1, :1]).shape == (4, 4, 3)
+    with pytest.raises(RuntimeError, match="does not fill batches up to 3"):
+        Upscaler.load(tmp_path / "onnx", core=True)
 
 
 def test_progress_counts_tiles_and_can_cancel(tiny_engine, photo):
