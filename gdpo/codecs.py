@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .parts import load_pretrained, read_json
+
 
 class Codec(Protocol):
     """`factor` is the spatial factor f, `channels` the latent's C."""
@@ -79,7 +81,7 @@ def load_codec(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise FileNotFoundError(f"{config_file}: no such file; a model folder needs vae/config.json")
-    config = json.loads(config_file.read_text())
+    config = read_json(config_file)
     kind = config.get("_class_name")
     if kind == "PixelCodec":
         return PixelCodec(config.get("factor", 4))
@@ -90,8 +92,8 @@ def load_codec(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
     from diffusers import AutoencoderKL, AutoencoderTiny
 
     if kind == "AutoencoderKL":
-        return KLCodec(AutoencoderKL.from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True))
-    return TinyAutoencoderCodec(AutoencoderTiny.from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True))
+        return KLCodec(load_pretrained(AutoencoderKL, folder, dtype))
+    return TinyAutoencoderCodec(load_pretrained(AutoencoderTiny, folder, dtype))
 
 
 def save_codec(codec: Any, folder: Path) -> None:

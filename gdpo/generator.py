@@ -19,6 +19,7 @@ from torch import nn
 
 from . import lora
 from .codecs import PixelCodec, load_codec, save_codec
+from .parts import first_line, load_pretrained, read_json, read_tensors
 from .prompts import POSITIVE_PROMPT, PromptEncoder
 from .tiny import TinyUNet, TinyUNetConfig
 
@@ -131,16 +132,18 @@ class OneStepGenerator(nn.Module):
             FileNotFoundError, ValueError: naming the file and what was expected in it.
         """
         root = _resolve(folder)
-        saved = _json(root / "generator.json") if (root / "generator.json").is_file() else {}
+        saved = read_json(root / "generator.json") if (root / "generator.json").is_file() else {}
         schedule_file = root / "scheduler" / "scheduler_config.json"
-        schedule = _json(schedule_file) if schedule_file.is_file() else None
+        schedule = read_json(schedule_file) if schedule_file.is_file() else None
         unet = _load_unet(root / "unet", dtype)
+        if schedule is None and not isinstance(unet, TinyUNet):
+            raise FileNotFoundError(f"{schedule_file}: no such file; it says what the model's timesteps mean")
         codec = load_codec(root / "vae", dtype)
         embeds_file, embeds = root / "prompt_embeds.safetensors", None
         if embeds_file.is_file():
-            from safetensors.torch import load_file
-
-            embeds = load_file(embeds_file)["prompt_embeds"]
+            embeds = read_tensors(embeds_file).get("prompt_embeds")
+            if embeds is None:
+                raise ValueError(f"{embeds_file}: holds no tensor called prompt_embeds")
         generator = cls(
             unet,
             codec,
@@ -316,16 +319,6 @@ def _resolve(folder: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _json(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: must hold a JSON object; got {type(content).__name__}")
-    return content
-
-
 def _write_json(file: Path, content: dict) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n")
 
@@ -333,26 +326,21 @@ def _write_json(file: Path, content: dict) -> None:
 def _load_unet(folder: Path, dtype: torch.dtype | None) -> Any:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder / 'config.json'}: no such file; a model folder needs unet/config.json")
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json")
     kind = config.get("_class_name")
     if kind == "TinyUNet":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        weights = folder / "diffusion_pytorch_model.safetensors"
-        if not weights.is_file():
-            raise FileNotFoundError(f"{weights}: no such file; the model's weights are missing")
         unet = TinyUNet.from_config(config)
+        weights = folder / "diffusion_pytorch_model.safetensors"
         try:
-            unet.load_state_dict(load_file(weights))
-        except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{weights} does not fit unet/config.json: {str(error).splitlines()[0]}") from None
+            unet.load_state_dict(read_tensors(weights))
+        except RuntimeError as error:
+            raise ValueError(f"{weights} does not fit unet/config.json: {first_line(error)}") from None
         return unet.to(dtype) if dtype else unet
     if kind != "UNet2DConditionModel":
         raise ValueError(f"{folder / 'config.json'}: _class_name is {kind!r}; known are UNet2DConditionModel, TinyUNet")
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel.from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True)
+    return load_pretrained(UNet2DConditionModel, folder, dtype)
 
 
 def _without_lora(module: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .parts import first_line, read_json, read_tensors
 from .randomness import seed_of
 
 # The layers that OSEDiff and the released GDPO code adapt; conv_in of the UNet is trained whole.
@@ -165,18 +166,30 @@ def save(model: Any, folder: Path, adapter: str = "default") -> None:
 def load(model: Any, folder: Path, adapter: str = "default") -> None:
     """Add the adapter of a folder written by `save` (or by peft) and load its weights; the adapter is active after."""
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-    from safetensors.torch import load_file
 
-    weights = folder / "adapter_model.safetensors"
+    config_file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     if not weights.is_file():
         raise FileNotFoundError(f"{weights}: no such file; {folder.name}/ needs it beside adapter_config.json")
-    config = LoraConfig.from_pretrained(str(folder))
-    inject_adapter_in_model(config, model, adapter)
+    if not config_file.is_file():
+        raise FileNotFoundError(
+            f"{config_file}: no such file; {folder.name}/ needs it beside adapter_model.safetensors"
+        )
+    read_json(config_file)
+    state = read_tensors(weights)
+    try:
+        inject_adapter_in_model(LoraConfig.from_pretrained(str(folder)), model, adapter)
+    except Exception as error:  # peft checks the values of a config here and there, or not at all
+        raise ValueError(
+            f"{config_file}: does not fit this model ({type(error).__name__}: {first_line(error)})"
+        ) from error
     for parameter in parameters(model, adapter).values():
         parameter.data = parameter.data.float()
-    state = load_file(weights)
     own = len(parameters(model, adapter))
-    report: Any = set_peft_model_state_dict(model, state, adapter_name=adapter)
+    try:
+        report: Any = set_peft_model_state_dict(model, state, adapter_name=adapter)
+    except RuntimeError as error:  # other shapes
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{weights} does not fit this model ({reason}); is it another model's?") from None
     if report.unexpected_keys or len(state) != own:
         raise ValueError(
             f"{weights} holds {len(state)} tensors that do not fit this model's {own}; is it another model's?"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from .parts import first_line, load_pretrained
 
 # Training (design of the paper): image tags, and for VSD these two; at inference the positive one follows the tags.
 POSITIVE_PROMPT = "clean, high-resolution, 8k"
@@ -47,11 +50,19 @@ class PromptEncoder:
                         "folder or one that was saved with its prompt embedding"
                     )
             self._models = (
-                CLIPTokenizer.from_pretrained(str(self.folder / "tokenizer"), local_files_only=True),
-                CLIPTextModel.from_pretrained(str(self.folder / "text_encoder"), local_files_only=True).eval(),
+                self._tokenizer(CLIPTokenizer),
+                load_pretrained(CLIPTextModel, self.folder / "text_encoder").eval(),
             )
         tokenizer, encoder = self._models
         ids = tokenizer(
             prompt, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
         ).input_ids
         return encoder(ids)[0][0].float()
+
+    def _tokenizer(self, kind: Any) -> Any:
+        try:
+            return kind.from_pretrained(str(self.folder / "tokenizer"), local_files_only=True)
+        except Exception as error:  # a damaged vocabulary raises a bare Exception
+            raise ValueError(
+                f"{self.folder / 'tokenizer'}: cannot be loaded ({type(error).__name__}: {first_line(error)})"
+            ) from error
