@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from engine.resample import resize_window
 from engine.upscaler import Upscaler, align, quantise
 
 CONTENDERS = ("torch", "torch-compile", "torch-bf16", "onnxruntime", "openvino", "openvino-bf16", "folder")
+K = TypeVar("K", str, tuple[int, str])
 Run = Callable[[dict[str, np.ndarray]], np.ndarray]
 
 
@@ -67,12 +68,12 @@ def inputs_for(up: Upscaler, batch: int, side: int) -> dict[str, np.ndarray]:
     return {"image": np.ascontiguousarray(image), "noise": np.repeat(noise[None], batch, axis=0)}
 
 
-def measure(runs: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of every call, the contenders taking turns."""
+def measure(runs: dict[K, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[K, list[float]]:
+    """Seconds of every call, the contenders (and batches) taking turns."""
     for run in runs.values():
         for _ in range(warmup):
             run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[K, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             begin = time.perf_counter()
@@ -88,7 +89,9 @@ def summary(seconds: list[float], batch: int) -> dict[str, float]:
 
 
 def stages(up: Upscaler, side: int) -> dict[str, float]:
-    """Milliseconds of each stage of one picture, side/4 -> side, each measured alone (medians of five)."""
+    """Milliseconds of each stage of one picture, side/4 -> side, each measured alone (medians of five), and its share
+    of their sum. `upscale` is all of them but the writing, at once, on the path that `upscale` takes.
+    """
     g = up.manifest.geometry
     rng = np.random.default_rng(0)
     rgb = rng.integers(0, 256, (side // g.scale, side // g.scale, 3), dtype=np.uint8)
@@ -98,6 +101,7 @@ def stages(up: Upscaler, side: int) -> dict[str, float]:
     parts: dict[str, Callable[[], Any]] = {
         "resample": lambda: resize_window(rgb, size, (0, side), (0, side)),
         "noise": lambda: noise_field(0, g.channels, latent, latent),
+        **graph_calls(up, inputs_for(up, 1, side)),
         "quantise": lambda: quantise(planes).transpose(1, 2, 0).copy(),
         "color_adain": lambda: align(picture.copy(), rgb, "adain", np.dtype(np.uint8)),
         "upscale": lambda: up.upscale(rgb, color="adain"),
@@ -107,7 +111,21 @@ def stages(up: Upscaler, side: int) -> dict[str, float]:
             f"{folder}/x.png", Picture(align(picture, rgb, "none", np.dtype(np.uint8)))
         )
         times = measure(parts, rounds=5, warmup=1)
-    return {f"{name}_ms": float(np.median(t)) * 1e3 for name, t in times.items()}
+    medians = {name: float(np.median(t)) * 1e3 for name, t in times.items()}
+    together = sum(ms for name, ms in medians.items() if name != "upscale")
+    shares = {f"{name}_share": ms / together for name, ms in medians.items() if name != "upscale"}
+    return {f"{name}_ms": ms for name, ms in medians.items()} | shares
+
+
+def graph_calls(up: Upscaler, inputs: dict[str, np.ndarray]) -> dict[str, Callable[[], Any]]:
+    """A call for each graph of a folder, on what the graphs before it make of the inputs."""
+    known = {"image": inputs["image"], "noise": inputs["noise"]}
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, graph in up.manifest.graphs.items():  # encoder, unet, decoder follow each other
+        given = {t.name: known[t.name] for t in graph.inputs}
+        calls[name] = functools.partial(up.sessions[name], given)
+        known[graph.output.name] = calls[name]().copy()
+    return calls
 
 
 def _peak(name: str, generator: Path, engine: Path, threads: int, batch: int, side: int, queue: Any) -> None:
@@ -203,8 +221,23 @@ def _export(generator: Path, out: Path) -> Path:
     return out
 
 
+def _check(options: Any, up: Upscaler) -> None:
+    """Refuse what would fail in the middle of the run."""
+    multiple, (low, _, high) = up.manifest.geometry.multiple, up.manifest.profile.tile
+    for side in options.sizes:
+        if side % multiple or not low <= side <= high:
+            raise ValueError(f"sizes must be multiples of {multiple} from {low} to {high}; got {side}")
+    low, _, high = up.manifest.profile.batch
+    for batch in options.batches:
+        if not low <= batch <= high:
+            raise ValueError(f"batches must be {low} to {high} for this model; got {batch}")
+    if options.rounds < 1:
+        raise ValueError(f"rounds must be at least 1; got {options.rounds}")
+
+
 def _rows(options: Any, generator: Path, engine: Path):
     up = Upscaler.load(engine)
+    _check(options, up)
     runs: dict[str, Run] = {}
     for name in options.contenders:
         try:
@@ -215,13 +248,16 @@ def _rows(options: Any, generator: Path, engine: Path):
         yield _show({"model": generator.name, **folding(generator, Path(scratch), options.threads, options.rounds)})
     about = {"model": up.manifest.model.get("name"), "weights_sha256": up.manifest.model["weights_sha256"][:12]}
     for side in options.sizes:
-        for batch in options.batches:
-            inputs = inputs_for(up, batch, side)
-            calls: dict[str, Callable[[], Any]] = {n: functools.partial(run, inputs) for n, run in runs.items()}
-            for name, seconds in measure(calls, options.rounds).items():
-                peak = peak_mib(name, generator, engine, options.threads, batch, side)
-                row = {"what": "latency", "contender": name, "side": side, "batch": batch, **summary(seconds, batch)}
-                yield _show(about | row | {"rounds": options.rounds, "peak_mib": peak})
+        inputs = {batch: inputs_for(up, batch, side) for batch in options.batches}
+        calls: dict[tuple[int, str], Callable[[], Any]] = {
+            (batch, name): functools.partial(run, given)
+            for batch, given in inputs.items()
+            for name, run in runs.items()
+        }
+        for (batch, name), seconds in measure(calls, options.rounds).items():
+            peak = peak_mib(name, generator, engine, options.threads, batch, side)
+            row = {"what": "latency", "contender": name, "side": side, "batch": batch, **summary(seconds, batch)}
+            yield _show(about | row | {"rounds": options.rounds, "peak_mib": peak})
         yield _show(about | {"what": "stages", "contender": up.backend, "side": side, **stages(up, side)})
 
 
