@@ -113,22 +113,12 @@ class PerceptualDistance(nn.Module):
         """x [B,3,H,W] and y [B,3,H,W], or [1,3,H,W] for one target of all, in [-1,1] -> fp32 [B], >= 0."""
         if x.ndim != 4 or y.shape not in (x.shape, (1, *x.shape[1:])):
             raise ValueError(f"x and y must have one shape; got {tuple(x.shape)} and {tuple(y.shape)}")
-        step = self._pictures_at_once(x)
+        step = max(1, _CPU_PIXELS // (x.shape[2] * x.shape[3])) if x.device.type == "cpu" else len(x)
         if len(y) < len(x):  # one target of all: its features once
             target = self._features_of_target(y)
             return torch.cat([self._distance(part, target) for part in x.split(step)])
         parts = zip(x.split(step), y.split(step))
         return torch.cat([self._distance(part, self._features_of_target(t)) for part, t in parts])
-
-    def with_features(self, x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """The distance [B] of x and y [B,3,H,W], and the features of both, for who needs them further."""
-        step = self._pictures_at_once(x)
-        f = [torch.cat(parts) for parts in zip(*map(self.vgg, x.split(step)))]
-        t = [torch.cat(parts) for parts in zip(*map(self._features_of_target, y.split(step)))]
-        return torch.stack([_unit_distance(a, b) for a, b in zip(f, t)]).sum(0), f, t
-
-    def _pictures_at_once(self, x: Tensor) -> int:
-        return max(1, _CPU_PIXELS // (x.shape[2] * x.shape[3])) if x.device.type == "cpu" else len(x)
 
     def _features_of_target(self, y: Tensor) -> list[Tensor]:
         with nullcontext() if y.requires_grad else torch.no_grad():

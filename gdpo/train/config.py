@@ -158,9 +158,6 @@ class NAOSDConfig(TrainConfig):
         diversity: above 0 the perceptual distance is the energy score on VGG features (gdpo.train.energy) with this
             weight of its spread term; needs num_noises of 2 or more. 1 is the proper score, 0 the plain distance.
         grid_weight: above 0, a penalty on errors that repeat every 8 pixels (gdpo.train.grid; not in the paper).
-        adversarial_weight: above 0, a discriminator on the features of the VGG distance is trained beside and this is
-            the weight of its verdict (gdpo.train.adversarial; not in the paper). Needs perceptual vgg, diversity 0.
-        adversarial_learning_rate: of the discriminator.
         vsd_cfg: guidance scale of the VSD teacher.
         vsd_t: range of VSD timesteps as fractions of T.
         vsd_lora_rank, vsd_learning_rate: of the LoRA "fake" model that is trained beside.
@@ -176,8 +173,6 @@ class NAOSDConfig(TrainConfig):
     num_noises: int = 1
     diversity: float = 0.0
     grid_weight: float = 0.0
-    adversarial_weight: float = 0.0
-    adversarial_learning_rate: float = 1e-4
     vsd_weight: float = 1.0
     vsd_cfg: float = 7.5
     vsd_t: tuple[float, float] = (0.02, 0.5)
@@ -188,13 +183,9 @@ class NAOSDConfig(TrainConfig):
     def validate(self) -> None:
         super().validate()
         _at_least(0, self, "pixel_weight", "perceptual_weight", "vsd_weight", "diversity", "grid_weight")
-        _at_least(0, self, "perceptual_size", "adversarial_weight")
+        _at_least(0, self, "perceptual_size")
         _at_least(1, self, "num_noises", "vsd_lora_rank")
-        _above_0(self, "vsd_learning_rate", "adversarial_learning_rate")
-        if self.adversarial_weight:
-            _require(self.perceptual == "vgg", "perceptual", "vgg with adversarial_weight", self.perceptual)
-            _require(self.diversity == 0, "diversity", "0 with adversarial_weight", self.diversity)
-            _above_0(self, "perceptual_weight")
+        _above_0(self, "vsd_learning_rate")
         _require(1 <= self.perceptual_blocks <= 5, "perceptual_blocks", "1 to 5", self.perceptual_blocks)
         if self.grid_weight:
             _require(self.data.crop_size >= 32, "data.crop_size", "at least 32 with grid_weight", self.data.crop_size)

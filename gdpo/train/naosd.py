@@ -1,6 +1,6 @@
 """NAOSD: supervised training of the noise-aware one-step generator (paper, section 3.1).
 
-loss = pixel (L2) + 2 * perceptual + VSD; the tiny preset, which has no teacher, may have a discriminator instead of VSD
+loss = pixel (L2) + 2 * perceptual + VSD
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from ..data import Batch
 from ..degradation import Degradation
 from ..features import load_perceptual
 from ..randomness import uniform
-from .adversarial import FeatureDiscriminator
 from .config import NAOSDConfig
 from .energy import EnergyScore
 from .grid import grid_penalty
@@ -35,8 +34,8 @@ class NAOSD:
         self.generator = base_generator(config, accelerator)
         self.degrade = Degradation(config.degradation)
         self.perceptual: Any = None
-        blocks = config.perceptual_blocks
         if config.perceptual_weight:
+            blocks = config.perceptual_blocks
             score = EnergyScore(blocks) if config.diversity else load_perceptual(config.perceptual, blocks)
             self.perceptual = score.to(accelerator.device)
         self._make_trainable()
@@ -46,13 +45,6 @@ class NAOSD:
         if config.vsd_weight:
             self.vsd = VSD(self.generator, config)
             self.groups["fake"] = (config.vsd_learning_rate, self.vsd.parameters)
-        self.discriminator = None
-        if config.adversarial_weight:
-            self.discriminator = FeatureDiscriminator(blocks, config.seed).to(accelerator.device)
-            self.groups["discriminator"] = (
-                config.adversarial_learning_rate,
-                dict(self.discriminator.named_parameters()),
-            )
 
     def _make_trainable(self) -> None:
         """Every weight of the UNet, or its LoRA with conv_in whole and the LoRA of the VAE's encoder."""
@@ -85,7 +77,7 @@ class NAOSD:
             many_text = None if text is None else text.repeat_interleave(config.num_noises, dim=0)
             x0 = generator.predict(latents, noise, many_text).x0
             restored = generator.decode(x0)
-            loss, metrics, features = self._losses(restored.float(), hr, batch.samples)
+            loss, metrics = self._losses(restored.float(), hr, batch.samples)
             if self.vsd is not None:
                 vsd = self.vsd.loss(x0.float(), many_text, batch.samples)
                 loss = loss + config.vsd_weight * vsd
@@ -97,18 +89,11 @@ class NAOSD:
             with self.vsd.training_fake():  # gradient checkpointing recomputes inside backward
                 backward(fake)
             metrics["vsd_fake"] = fake
-        if self.discriminator is not None:
-            with self.accelerator.autocast():
-                metrics["discriminator"] = self.discriminator.loss(*features)
-            backward(metrics["discriminator"])
         return {"loss": loss.detach(), **{k: v.detach() for k, v in metrics.items()}}
 
     def _losses(self, restored: torch.Tensor, hr: torch.Tensor, samples: list[int]):
-        """Pixel and perceptual distance of restored [B*K,3,H,W] to hr [B,3,H,W], with the spread of the K noises.
-
-        Returns the loss, its parts, and the VGG features of both where a discriminator will look at them.
-        """
-        config, k, features = self.config, self.config.num_noises, ()
+        """Pixel and perceptual distance of restored [B*K,3,H,W] to hr [B,3,H,W], with the spread of the K noises."""
+        config, k = self.config, self.config.num_noises
         target = hr.repeat_interleave(k, dim=0)
         pixel = (F.mse_loss if config.pixel == "l2" else F.l1_loss)(restored, target)
         loss, metrics = config.pixel_weight * pixel, {str(config.pixel): pixel}
@@ -121,16 +106,11 @@ class NAOSD:
                 perceptual, spread = self.perceptual(restored.unflatten(0, (-1, k)), target[::k])
                 loss = loss - 0.5 * config.diversity * config.perceptual_weight * spread
                 metrics["spread"] = spread
-            elif self.discriminator is not None:
-                distance, *features = self.perceptual.with_features(restored, target)
-                perceptual = distance.mean()
-                metrics["adversarial"] = self.discriminator.generator_loss(*features)
-                loss = loss + config.adversarial_weight * metrics["adversarial"]
             else:
                 perceptual = self.perceptual(restored, target).mean()
             loss = loss + config.perceptual_weight * perceptual
             metrics["perceptual"] = perceptual
-        return loss, metrics, features
+        return loss, metrics
 
     def _crop(self, images: torch.Tensor, samples: list[int], k: int) -> torch.Tensor:
         """The window of each picture that the perceptual distance looks at (the same for its K noises)."""
