@@ -3,11 +3,14 @@
 /// code around the kernels, and the kernels' own arithmetic; what it cannot show is what nvcc and a GPU make of them.
 #include <cuda.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <map>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "kernels.hpp"
 
@@ -54,26 +57,61 @@ const std::map<std::string, Run>& kernels() {
   return all;
 }
 
+using Graph = std::vector<std::function<void()>>;
+Graph* captured = nullptr;  // of the stream, while it is recorded
+
 }  // namespace
+
+/// What another stand-in puts on the stream.
+void fake_cuda_submit(std::function<void()> work) {
+  if (captured == nullptr) return work();
+  captured->push_back(std::move(work));
+}
 
 extern "C" {
 
 // What tests ask.
-std::int64_t fake_cuda_up = 0, fake_cuda_down = 0;  // bytes that crossed the bus
-std::int64_t fake_cuda_live = 0;                    // things that were made and have not ended
+std::int64_t fake_cuda_up = 0, fake_cuda_down = 0;           // bytes that crossed the bus
+std::int64_t fake_cuda_launches = 0, fake_cuda_replays = 0;  // of kernels, of recorded graphs
+std::int64_t fake_cuda_live = 0;                             // things that were made and have not ended
+
+/// Says at the end of the program what it did.
+__attribute__((destructor)) void fake_cuda_report() {
+  if (std::getenv("FAKE_CUDA_REPORT") == nullptr) return;
+  std::fprintf(stderr, "launches=%lld replays=%lld live=%lld\n", static_cast<long long>(fake_cuda_launches),
+               static_cast<long long>(fake_cuda_replays), static_cast<long long>(fake_cuda_live));
+}
 
 CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
 CUresult cuCtxSetCurrent(CUcontext) { return CUDA_SUCCESS; }
 CUresult cuDevicePrimaryCtxRetain(CUcontext*, CUdevice) { return CUDA_SUCCESS; }
 CUresult cuDevicePrimaryCtxRelease(CUdevice) { return CUDA_SUCCESS; }
 CUresult cuStreamSynchronize(CUstream) { return CUDA_SUCCESS; }
-CUresult cuStreamBeginCapture(CUstream, CUstreamCaptureMode) { return CUDA_ERROR_NOT_SUPPORTED; }
-CUresult cuStreamEndCapture(CUstream, CUgraph*) { return CUDA_ERROR_NOT_SUPPORTED; }
-CUresult cuGraphInstantiateWithFlags(CUgraphExec*, CUgraph, unsigned long long) { return CUDA_ERROR_NOT_SUPPORTED; }
-CUresult cuGraphLaunch(CUgraphExec, CUstream) { return CUDA_ERROR_NOT_SUPPORTED; }
-CUresult cuGraphDestroy(CUgraph) { return CUDA_SUCCESS; }
-CUresult cuGraphExecDestroy(CUgraphExec) { return CUDA_SUCCESS; }
 CUresult cuEventRecord(CUevent, CUstream) { return CUDA_SUCCESS; }
+
+CUresult cuStreamBeginCapture(CUstream, CUstreamCaptureMode) {
+  if (captured != nullptr) return CUDA_ERROR_ILLEGAL_STATE;
+  captured = new Graph;
+  return CUDA_SUCCESS;
+}
+CUresult cuStreamEndCapture(CUstream, CUgraph* graph) {
+  *graph = reinterpret_cast<CUgraph>(std::exchange(captured, nullptr));
+  return ++fake_cuda_live, CUDA_SUCCESS;
+}
+CUresult cuGraphInstantiateWithFlags(CUgraphExec* made, CUgraph graph, unsigned long long) {
+  *made = reinterpret_cast<CUgraphExec>(new Graph(*reinterpret_cast<Graph*>(graph)));
+  return ++fake_cuda_live, CUDA_SUCCESS;
+}
+CUresult cuGraphDestroy(CUgraph graph) {
+  delete reinterpret_cast<Graph*>(graph);
+  return --fake_cuda_live, CUDA_SUCCESS;
+}
+CUresult cuGraphExecDestroy(CUgraphExec graph) { return cuGraphDestroy(reinterpret_cast<CUgraph>(graph)); }
+CUresult cuGraphLaunch(CUgraphExec graph, CUstream) {
+  ++fake_cuda_replays;
+  for (const auto& work : *reinterpret_cast<Graph*>(graph)) work();
+  return CUDA_SUCCESS;
+}
 
 CUresult cuGetErrorString(CUresult, const char** text) {
   *text = "an error of the stand-in";
@@ -116,9 +154,11 @@ CUresult cuModuleGetFunction(CUfunction* function, CUmodule, const char* name) {
 }
 CUresult cuLaunchKernel(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned by,
                         unsigned bz, unsigned shared, CUstream, void** parameters, void**) {
-  if (x == 0 || y == 0 || z == 0 || y > 65535 || z > 65535 || by != 1 || bz != 1 || shared != 0) {
+  if (captured != nullptr || x == 0 || y == 0 || z == 0 || y > 65535 || z > 65535 || by != 1 || bz != 1 ||
+      shared != 0) {
     return CUDA_ERROR_INVALID_VALUE;
   }
+  ++fake_cuda_launches;
   (*reinterpret_cast<const Run*>(function))({x, y, z, threads}, parameters[0]);
   return CUDA_SUCCESS;
 }

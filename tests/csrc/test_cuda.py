@@ -1,11 +1,16 @@
 """The CUDA kernels of csrc/ without a GPU: what nvcc makes of them, and the code around them with a stand-in driver."""
 
+import hashlib
 import os
 import re
 import subprocess
 
+import numpy as np
 import pytest
-from cpp import CMAKE, ROOT, run
+from cpp import CMAKE, ROOT, build, run
+from csrc_folders import write_ppm
+
+from engine.manifest import Geometry, Graph, Manifest, Profile, Tensor
 
 SOURCE = ROOT / "csrc" / "src" / "kernels.cu"
 KERNELS = re.findall(r"X\(\w+, (gdpo_\w+)\)", (SOURCE.parent / "kernels.hpp").read_text()) + ["gdpo_sums"]
@@ -75,3 +80,49 @@ def test_the_configuration_says_what_becomes_of_the_kernels(compiler, nvcc, tmp_
     command = [CMAKE, "-S", ROOT / "csrc", "-B", tmp_path, *own, *settings]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode != 0) == bool(rc) and message in " ".join((done.stdout + done.stderr).split())
+
+
+@pytest.fixture(scope="session")
+def tensorrt(shared, compiler, nvcc):
+    """The tool with the TensorRT backend, and the stand-ins for libcuda and libnvinfer."""
+    root = os.environ.get("TENSORRT_ROOT")
+    if not root:
+        pytest.skip("needs TENSORRT_ROOT: the headers of TensorRT 10 or 11")
+    settings = ("-DGDPO_TESTS=ON", "-DGDPO_SANITIZE=address", f"-DTENSORRT_ROOT={root}")
+    return shared("tensorrt", lambda out: build(out, *settings, targets=("gdpo_tool", "fake_cuda", "fake_nvinfer")))
+
+
+@pytest.mark.parametrize(
+    "choice", [[], ["--tile", "24", "--color", "wavelet"], ["--tile", "40", "--scale", "3"]], ids=["one", "tiles", "x3"]
+)
+def test_the_tensorrt_backend_runs_with_the_kernels_and_without(tensorrt, tmp_path, choice):
+    """The same bytes when tiles stay on the device, when they come from the CPU, and from recorded graphs."""
+    plan = b"fake"
+    inputs = (
+        Tensor("image", ("batch", 3, "height", "width")),
+        Tensor("noise", ("batch", 48, "latent_height", "latent_width")),
+    )
+    output = Tensor("output", ("batch", 3, "height", "width"))
+    graph = Graph("generator.plan", hashlib.sha256(plan).hexdigest(), inputs, output)
+    geometry = Geometry(scale=4, factor=4, channels=48, multiple=16, overlap=64)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / graph.file).write_bytes(plan)
+    options = {"version_compatible": True}  # with any version of TensorRT; the stand-in's GPU is an sm_99
+    Manifest(
+        "tensorrt", "10.0.0", "fp32", geometry, Profile(), {"generator": graph}, options=options, architecture="sm_99"
+    ).save(folder)
+    write_ppm(tmp_path / "in.ppm", np.random.default_rng(0).integers(0, 256, (61, 83, 3), dtype=np.uint8))
+    fake = tensorrt / "tests" / "fake"
+    environment = os.environ | {"LD_LIBRARY_PATH": str(fake), "GDPO_TENSORRT": str(fake / "libfake_nvinfer.so")}
+    made = {}
+    for name, free in [("kernels", str(2**32)), ("cpu", "0")]:
+        said = run(
+            tensorrt / "gdpo-upscale-cpp",
+            *(folder, tmp_path / "in.ppm", tmp_path / f"{name}.ppm", "--trust-plan", "--no-progress", *choice),
+            env=environment | {"FAKE_CUDA_FREE": free, "FAKE_CUDA_REPORT": "1"},
+        )
+        launches, replays, live = map(int, re.search(r"launches=(\d+) replays=(\d+) live=(-?\d+)", said).groups())
+        assert (launches > 0) == (name == "kernels") and (replays > 1) == bool(choice) and live == 0, said
+        made[name] = (tmp_path / f"{name}.ppm").read_bytes()
+    assert made["kernels"] == made["cpu"] and len(set(made["cpu"])) > 200
