@@ -1,0 +1,132 @@
+"""The tables of docs/results.md, made from the newest rows: python -m benchmarks.report (--check: are they?).
+
+Each table stands between `<!-- NAME -->` and `<!-- /NAME -->` and is replaced; the words around it are written by hand.
+The rows come from benchmarks.quality (quality), benchmarks.gdpo_gain (gain) and benchmarks.gdpo_ablation (ablation).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks import rows
+from engine.cli import Parser, run
+from engine.files import atomic_write
+
+DOCUMENT = rows.ROOT / "docs" / "results.md"
+Row = dict[str, Any]
+
+_COLUMNS = {  # key -> (heading, digits)
+    "psnr_y": ("PSNR-Y", 2),
+    "ssim_y": ("SSIM-Y", 3),
+    "vgg": ("VGG", 3),
+    "niqe": ("NIQE*", 2),
+    "piqe": ("PIQE", 1),
+    "grid_artefact": ("grid", 3),
+    "oversharpening": ("oversharpening", 2),
+}
+_SHIPPED = "GDPO"
+
+
+def newest(kind: str, **wanted: Any) -> list[Row]:
+    """The rows of the last run that wrote such rows: those of the newest commit, the last of each name."""
+    found = [r for r in rows.read_rows(kind) if all(r.get(k) == v for k, v in wanted.items())]
+    return [r for r in found if r["commit"] == found[-1]["commit"]]
+
+
+def quality(name: str) -> str:
+    """Every model of one set, side by side."""
+    head = ["", "parameters", "seconds", *(heading for heading, _ in _COLUMNS.values())]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for model, row in {r["model"]: r for r in newest("quality", set=name)}.items():
+        size = f"{row['parameters'] / 1e6:.2f} M" if row["parameters"] else ""
+        took = f"{row['seconds']:.2f}" if row["seconds"] else ""
+        cells = [f"{row[key]:.{digits}f}" if key in row else "" for key, (_, digits) in _COLUMNS.items()]
+        label = f"**{model}**" if model == _SHIPPED else "HR" if model == "hr" else model
+        lines.append("| " + " | ".join([label, size, took, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def targets() -> str:
+    """The targets of the model that ships, on RealSR: what it reaches and by how much it misses."""
+    models = {r["model"]: r for r in newest("quality", set="realsr")}
+    ours, hr, x4plus = models[_SHIPPED], models["hr"], models["Real-ESRGAN-x4plus"]
+    checks = [
+        ("PSNR-Y", "psnr_y", 1, "above animevideov3", models["Real-ESRGAN-anime"]["psnr_y"]),
+        ("PSNR-Y", "psnr_y", 1, "above x4plus", x4plus["psnr_y"]),
+        ("VGG distance", "vgg", -1, "below ESRGAN-slim", models["ESRGAN-slim"]["vgg"]),
+        ("VGG distance", "vgg", -1, "below ESRGAN-thick", models["ESRGAN-thick"]["vgg"]),
+        ("VGG distance", "vgg", -1, "at most x4plus", x4plus["vgg"]),
+        ("NIQE*", "niqe", -1, "at most 125% of HR", 1.25 * hr["niqe"]),
+        ("NIQE*", "niqe", 1, "at least 75% of HR", 0.75 * hr["niqe"]),
+        ("PIQE", "piqe", -1, "at most 125% of HR", 1.25 * hr["piqe"]),
+        ("PIQE", "piqe", 1, "at least 75% of HR", 0.75 * hr["piqe"]),
+        ("seconds, 128 -> 512", "seconds", -1, "at most", 0.5),
+    ]
+    lines = ["| | ours | target | |", "|---|---|---|---|"]
+    for name, key, sign, words, limit in checks:
+        lacking = sign * (limit - ours[key])
+        verdict = "met" if lacking <= 0 else f"missed by {lacking:.3g}"
+        lines.append(f"| {name} | {ours[key]:.4g} | {words}: {limit:.4g} | {verdict} |")
+    return "\n".join(lines)
+
+
+def gain() -> str:
+    """What GDPO changed on held-out crops."""
+    from benchmarks.gdpo_gain import table
+
+    return table(rows.read_rows("gdpo_gain")[-1]).strip()
+
+
+def ablation() -> str:
+    """GDPO, DPO and fixed weights at each checkpoint: the change against the model that all started from."""
+    keys = ("reward", "psnr_y", "naturalness", "grid_artefact", "oversharpening")
+    head = ["", "steps", *keys]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in newest("gdpo_ablation"):
+        cells = [f"{row[f'{k}_gain']:+.4f} ± {row[f'{k}_standard_error']:.4f}" for k in keys]
+        lines.append(f"| {row['variant']} | {row['step']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "realsr": lambda: quality("realsr"),
+    "paper": lambda: quality("paper"),
+    "bicubic": lambda: quality("bicubic"),
+    "targets": targets,
+    "gain": gain,
+    "ablation": ablation,
+}
+
+
+def filled(text: str) -> str:
+    """The document with every table as the rows have it.
+
+    Raises:
+        ValueError: a table's place is missing or there twice.
+    """
+    for name, table in TABLES.items():
+        place = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.DOTALL)
+        if len(place.findall(text)) != 1:
+            raise ValueError(f"{DOCUMENT} must hold one <!-- {name} --> ... <!-- /{name} -->")
+        text = place.sub(lambda _, table=table: f"\n{table()}\n\n", text)
+    return text
+
+
+def main() -> int:
+    p = Parser(prog="python -m benchmarks.report", description=__doc__)
+    p.add_argument("--check", action="store_true", help="change nothing; exit 1 if the tables are not the rows'")
+    check = p.parse_args().check
+    old = DOCUMENT.read_text("utf-8")
+    new = filled(old)
+    if check:
+        print(f"{DOCUMENT.name}: {'as the rows have it' if old == new else 'not what the rows say'}")
+        return int(old != new)
+    atomic_write(DOCUMENT, new)
+    print(f"{DOCUMENT}: {len(TABLES)} tables")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,30 @@
+"""docs/results.md shows what the rows hold, and nothing else."""
+
+import json
+
+import pytest
+
+from benchmarks import report, rows
+
+
+def test_the_document_is_what_the_rows_say():
+    text = report.DOCUMENT.read_text("utf-8")
+    assert report.filled(text) == text, "run python -m benchmarks.report"
+
+
+def test_a_changed_row_changes_the_document(tmp_path, monkeypatch):
+    text = report.DOCUMENT.read_text("utf-8")
+    for file in rows.RESULTS.glob("*.jsonl"):
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        for line in lines:
+            if line.get("set") == "realsr" and line.get("model") == "GDPO":
+                line["psnr_y"] = 12.34
+        (tmp_path / file.name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    changed = report.filled(text)
+    assert "12.34" in changed and "missed by" in changed and changed != text
+
+
+def test_a_missing_place_is_named():
+    with pytest.raises(ValueError, match="must hold one <!-- realsr -->"):
+        report.filled("no tables")
