@@ -43,7 +43,8 @@ struct Request {
   double scale = 4;        ///< of the result; the model makes x4, other factors resize that
   Color color = Color::adain;
   int batch = 0;  ///< tiles handed to the backend at once; 0 takes the profile's usual batch
-  /// Called on the calling thread with (tiles done, tiles in all); false cancels. What it throws passes through.
+  /// Called on the calling thread with (tiles done, tiles in all); false cancels. What it throws passes through. It
+  /// must not call `upscale` of the same object, which may be waiting for this picture to end.
   std::function<bool(std::int64_t, std::int64_t)> progress;
   Timing* timing = nullptr;  ///< filled where given
 };
