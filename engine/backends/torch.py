@@ -79,7 +79,9 @@ class TorchSession:
         with torch.no_grad():
             self.module = prepare(generator, steps)
         self._shapes: dict[tuple[int, ...], Recorded | None] = {}  # None: met, not recorded yet
-        self._pool = torch.cuda.graph_pool_handle() if steps.graphs else None
+        self._pool: Any = None  # of memory, for the recorded graphs
+        # A stream for each graph that lives: graphs of one stream share cuBLAS's workspace, which goes with the first.
+        self._streams = [torch.cuda.Stream(device) for _ in range(KEPT_SHAPES)] if steps.graphs else []
 
     def compile(self) -> None:
         """Compile (torch.compile), at the first call of each shape."""
@@ -121,9 +123,16 @@ class TorchSession:
         while len(self._shapes) >= KEPT_SHAPES:
             self._shapes.pop(next(iter(self._shapes)))  # the one not used for longest
         if again and recorded is None:
-            recorded = Recorded(self.module, (image, noise), self._pool)
+            recorded = self._record(image, noise)
         self._shapes[shape] = recorded
         return recorded(image, noise) if recorded else self.module(image, noise)
+
+    def _record(self, *inputs: torch.Tensor) -> Recorded:
+        live = [recorded for recorded in self._shapes.values() if recorded]
+        if not live and self.device.type == "cuda":
+            self._pool = torch.cuda.graph_pool_handle()  # a pool whose graphs are all gone is not taken up again
+        free = (stream for stream in self._streams if all(stream is not recorded.stream for recorded in live))
+        return Recorded(self.module, inputs, self._pool, next(free, None))
 
     def forget(self) -> None:
         """Free the recorded graphs and their memory."""
@@ -135,12 +144,15 @@ class TorchSession:
 class Recorded:
     """A CUDA graph of one shape: one launch instead of thousands. Inputs and output stay at their addresses."""
 
-    def __init__(self, module: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], pool: Any):
-        self._inputs = tuple(t.clone() for t in inputs)
+    def __init__(
+        self, module: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], pool: Any, stream: Any = None
+    ):
+        self._inputs, self.stream = tuple(t.clone() for t in inputs), stream
+        chosen = {} if stream is None else {"stream": stream}
         with _measured_convolutions():
             module(*self._inputs)  # what a recording must not do: measure, compile, allocate workspaces
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local", **chosen):
                 self._output = module(*self._inputs)
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:

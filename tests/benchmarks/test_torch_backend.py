@@ -7,7 +7,8 @@ import torch
 
 from benchmarks import rows, torch_backend
 from benchmarks.random_folder import architecture
-from engine.fuse import FusedGroupNorm
+from engine.backends import torch as backend
+from engine.fuse import FusedGroupNorm, Steps
 from gdpo.codecs import KLCodec
 from gdpo.generator import OneStepGenerator
 
@@ -73,3 +74,40 @@ def test_the_floor_counts_stable_diffusions_operations():
         embeds = torch.empty(1, 77, 1024)
     generator = OneStepGenerator(unet, KLCodec(vae), prompt_embeds=embeds)
     assert torch_backend.flop(generator, 512) / 2e12 == pytest.approx(2.217, rel=0.01)
+
+
+def test_graphs_that_live_share_no_stream_and_a_dead_pool_is_not_taken_up(mini_sd, monkeypatch):
+    """torch asserts the second, and with the first one graph's end takes the workspace of the others' products."""
+    made = torch_backend.from_generator(OneStepGenerator.from_pretrained(mini_sd), None, Steps(folded=True))[1]
+    seen: list[tuple[int, str]] = []
+
+    class Recorded:
+        def __init__(self, module, inputs, pool, stream):
+            self.run, self.pool, self.stream = module, pool, stream
+            seen.append((pool, stream))
+
+        def __call__(self, *inputs):
+            return self.run(*inputs)
+
+    pools = iter(range(100))
+    monkeypatch.setattr(backend, "Recorded", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    made.steps, made.device = Steps(folded=True, graphs=True), torch.device("cuda")  # run() asks no more of it
+    made._streams = list("abcd")
+    made.module = lambda image, noise: image
+
+    def run(side):
+        made.run(torch.zeros(1, 3, side, side), torch.zeros(1, 4, side // 8, side // 8))
+
+    for side in (64, 128, 192, 256, 320, 384, 64):
+        for _ in range(2):
+            run(side)
+        live = [r for r in made._shapes.values() if r]
+        assert len({r.stream for r in live}) == len(live) <= backend.KEPT_SHAPES
+        assert {r.pool for r in live} == {0}
+    assert len(seen) == 7
+    made.forget()
+    for _ in range(2):
+        run(64)
+    assert seen[-1] == (1, "a")
