@@ -7,10 +7,12 @@ tile's outermost samples (which see padding), and sum to one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+Places = list[tuple[int, int]]  # top and left of tiles, in latent pixels
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def blend(
     columns: Axis,
     channels: int,
     resolution: int,
-    run: Callable[[list[tuple[int, int]]], np.ndarray],
+    run: Callable[[Sequence[Places]], Iterator[np.ndarray]],
     batch: int = 1,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Run every tile and yield finished bands, from the top to the bottom.
@@ -89,8 +91,9 @@ def blend(
         rows, columns: the tiles.
         channels: C of a tile's result.
         resolution: samples of a result for each latent pixel.
-        run: tile positions (top, left), in latent pixels, all in one row -> float32 [tiles, C, h, w].
-        batch: how many tiles to hand to `run` at most.
+        run: batches of places -> for each batch, in order, float32 [tiles, C, h, w]. All places of a batch are in one
+            row. It may work ahead; each result is used before the next one is asked for.
+        batch: how many tiles are in a batch at most.
 
     Yields:
         (first row, float32 [C, rows, W]) in samples, cropped to the axes' sizes.
@@ -99,10 +102,11 @@ def blend(
     height, width = rows.size * resolution, columns.size * resolution
     tall, wide = rows.tile * resolution, columns.tile * resolution
     band = np.zeros((channels, tall, (columns.starts[-1] + columns.tile) * resolution), np.float32)
+    parts = [(j, columns.starts[j : j + batch]) for j in range(0, len(columns.starts), batch)]
+    results = run([[(top, left) for left in lefts] for top in rows.starts for _, lefts in parts])
     for i, top in enumerate(rows.starts):
-        for j in range(0, len(columns.starts), batch):
-            lefts = columns.starts[j : j + batch]
-            for k, tile in enumerate(run([(top, left) for left in lefts])):
+        for j, lefts in parts:
+            for k, tile in enumerate(next(results)):
                 weighted = tile * across[j + k] * down[i][:, None]
                 band[:, :, lefts[k] * resolution :][:, :, :wide] += weighted
         last = i + 1 == len(rows.starts)

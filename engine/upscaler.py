@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,12 +23,13 @@ from engine.core import open_core
 from engine.manifest import FolderError, Manifest
 from engine.noise import noise_field
 from engine.resample import resize, resize_window
-from engine.tiles import Axis, blend, cover
+from engine.tiles import Axis, Places, blend, cover
 
 if TYPE_CHECKING:
     from engine._core import Upscaler as Core
 
 Progress = Callable[[int, int], None]
+Run = Callable[[Sequence[Places]], Iterator[np.ndarray]]
 SHIPPED = Path(__file__).parent / "data" / "tiny"
 MAX_OUTPUT_PIXELS = 1_000_000_000
 _BAND = 256  # output rows aligned and quantised at a time
@@ -244,8 +246,9 @@ class _Run:
 
     def restore(self) -> np.ndarray:
         """uint16 [4H,4W,3], colours not aligned yet."""
-        run = self._whole
-        if "generator" not in self.up.sessions:
+        if "generator" in self.up.sessions:
+            run = self._stage("generator", "image", self._image, noise=self._noise)
+        else:
             latent = self._field(self._stage("encoder", "image", self._image))
             noised = self._stage("unet", "latent", self._cut(latent), noise=self._noise)
             run = self._stage("decoder", "x0", self._cut(self._field(noised)))
@@ -269,18 +272,28 @@ class _Run:
         rows, columns = (top, top + self.rows.tile), (left, left + self.columns.tile)
         return noise_field(self.seed, self.geometry.channels, rows, columns)
 
-    def _whole(self, places: list[tuple[int, int]]) -> np.ndarray:
-        image = np.stack([self._image(*p) for p in places])
-        return self._call("generator", {"image": image, "noise": np.stack([self._noise(*p) for p in places])}, places)
+    def _stage(self, name: str, key: str, source: Callable[[int, int], np.ndarray], **more: Callable) -> Run:
+        """A graph's results for batches of places; where a session can work in the background, one batch ahead."""
+        session, least = self.up.sessions[name], self.up.manifest.profile.batch[0]
+        start = getattr(session, "start", None)
 
-    def _stage(self, name: str, key: str, source: Callable[[int, int], np.ndarray], **more: Callable):
-        def run(places: list[tuple[int, int]]) -> np.ndarray:
-            inputs = {k: np.stack([cut(*p) for p in places]) for k, cut in ({key: source} | more).items()}
-            return self._call(name, inputs, places)
+        def run(batches: Sequence[Places]) -> Iterator[np.ndarray]:
+            waiting: deque[tuple[Places, Callable[[], np.ndarray]]] = deque()
+            for places in batches:
+                inputs = {}
+                for part, cut in ({key: source} | more).items():
+                    tiles = [cut(*place) for place in places]
+                    # A row's last tiles may be fewer than the least batch: the last one fills up.
+                    inputs[part] = np.stack(tiles + tiles[-1:] * (least - len(tiles)))
+                waiting.append((places, start(inputs) if start else functools.partial(session, inputs)))
+                if len(waiting) > int(start is not None):
+                    yield self._checked(name, *waiting.popleft())
+            while waiting:
+                yield self._checked(name, *waiting.popleft())
 
         return run
 
-    def _field(self, run: Callable[[list[tuple[int, int]]], np.ndarray]) -> np.ndarray:
+    def _field(self, run: Run) -> np.ndarray:
         """Run a stage on every tile and blend the latents into one field, which covers the last tiles' ends too."""
         ends = [axis.starts[-1] + axis.tile for axis in (self.rows, self.columns)]
         rows, columns = (Axis(end, a.tile, a.starts, a.overlap) for end, a in zip(ends, (self.rows, self.columns)))
@@ -292,11 +305,8 @@ class _Run:
     def _cut(self, field: np.ndarray) -> Callable[[int, int], np.ndarray]:
         return lambda top, left: field[:, top : top + self.rows.tile, left : left + self.columns.tile]
 
-    def _call(self, name: str, inputs: dict[str, np.ndarray], places: list[tuple[int, int]]) -> np.ndarray:
-        missing = self.up.manifest.profile.batch[0] - len(places)
-        if missing > 0:  # a row's last tiles may be fewer than the least batch: the last one fills up
-            inputs = {k: np.concatenate([v, np.repeat(v[-1:], missing, axis=0)]) for k, v in inputs.items()}
-        result = self.up.sessions[name](inputs)[: len(places)]
+    def _checked(self, name: str, places: Places, finish: Callable[[], np.ndarray]) -> np.ndarray:
+        result = finish()[: len(places)]
         # A sum is finite only if every value is, and costs a tenth of np.isfinite().all(); overflow cannot reach it.
         for tile, (top, left) in zip(result, places):
             if not np.isfinite(np.sum(tile, dtype=np.float64)):

@@ -41,7 +41,7 @@ class Options:
 
 
 class Session(Protocol):
-    """One loaded graph."""
+    """One loaded graph. One that can work in the background has `start(inputs)` too, which returns what waits."""
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """Run it. The result may be overwritten by the next call."""

@@ -13,6 +13,7 @@ import numpy as np
 
 _HANDLE = ctypes.c_void_p
 _CAPTURE_RELAXED = 2
+_NO_TIMING = 2
 _COMPUTE_MAJOR, _COMPUTE_MINOR = 75, 76
 
 
@@ -84,6 +85,23 @@ class Stream:
 
     def close(self) -> None:
         self._driver.call("cuStreamDestroy_v2", self.handle)
+
+
+class Event:
+    """A mark in a stream's work, to wait for what was put there before it."""
+
+    def __init__(self, driver: Driver):
+        self._driver, self._handle = driver, _HANDLE()
+        driver.call("cuEventCreate", ctypes.byref(self._handle), ctypes.c_uint(_NO_TIMING))
+
+    def record(self, stream: Stream) -> None:
+        self._driver.call("cuEventRecord", self._handle, stream.handle)
+
+    def synchronize(self) -> None:
+        self._driver.call("cuEventSynchronize", self._handle)
+
+    def close(self) -> None:
+        self._driver.call("cuEventDestroy_v2", self._handle)
 
 
 class CudaGraph:

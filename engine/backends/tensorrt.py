@@ -1,11 +1,12 @@
 """TensorRT 10 and 11 and TensorRT-RTX, through the one Python API that they share.
 
-A session keeps device buffers, pinned host memory and a CUDA graph for every shape it has met.
+A session keeps device buffers, pinned host memory and a CUDA graph for every shape it has met; two of each where the
+next batch is prepared while the GPU works on this one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ import numpy as np
 
 from engine import manifest as manifests
 from engine.backends import Options, check_inputs, output_shape
-from engine.backends.cuda import Buffer, CudaError, CudaGraph, Driver, Stream
+from engine.backends.cuda import Buffer, CudaError, CudaGraph, Driver, Event, Stream
 from engine.manifest import FolderError, Manifest
 
 # The first name that imports is taken. The cu13 wheels bring the bindings without their front package.
 _NAMES = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 _KEPT_SHAPES = 4
+_AT_ONCE = 2  # batches
 
 
 def load_module(backend: str) -> Any:
@@ -85,9 +87,16 @@ class _Shape:
         self.addresses = {n: b.device.value for n, b in self.buffers.items()} | {output: self.output.device.value}
         self.graph: CudaGraph | None = None
         self.graph_refused = False
+        self.done, self.busy = Event(driver), False
+
+    def wait(self) -> np.ndarray:
+        """The output, when it is there."""
+        self.done.synchronize()
+        self.busy = False
+        return self.output.host
 
     def close(self) -> None:
-        for part in (*self.buffers.values(), self.output, self.graph):
+        for part in (*self.buffers.values(), self.output, self.graph, self.done):
             if part is not None:
                 part.close()
 
@@ -105,9 +114,13 @@ class TensorRTSession:
             raise FolderError(f"{manifest.backend} refuses the plan ({' '.join(self._log) or 'no reason'})")
         self._context = self._engine.create_execution_context()
         self._stream = Stream(driver)
-        self._shapes: dict[tuple, _Shape] = {}
+        self._shapes: dict[tuple, list[_Shape]] = {}
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        return self.start(inputs)()
+
+    def start(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], np.ndarray]:
+        """Put a batch on the GPU and return what waits for its result. At most two are under way."""
         check_inputs(self.entry, self.manifest, inputs)
         self._driver.activate()
         state = self._state(inputs)
@@ -117,21 +130,38 @@ class TensorRTSession:
         if state.graph is not None:
             state.graph.launch(self._stream)
         else:
+            self._stream.synchronize()  # addresses and shapes are the context's, which may be at work
             self._bind(state, inputs)
             self._enqueue()
             self._record(state)
         state.output.download(self._stream)
-        self._stream.synchronize()
-        return state.output.host
+        state.done.record(self._stream)
+        state.busy = True
+        return state.wait
 
     def _state(self, inputs: Mapping[str, np.ndarray]) -> _Shape:
         key = tuple(inputs[t.name].shape for t in self.entry.inputs)
         if key not in self._shapes:
             while len(self._shapes) >= _KEPT_SHAPES:
-                self._shapes.pop(next(iter(self._shapes))).close()
+                self._close(self._shapes.pop(next(iter(self._shapes))))
+            self._shapes[key] = []
+        states = self._shapes[key]  # the one that was started first comes first
+        state = next((s for s in states if not s.busy), None)
+        if state is None and len(states) == _AT_ONCE:
+            state = states[0]  # left behind by a run that was cancelled
+            state.wait()
+        if state is None:
             shape = output_shape(self.entry, self.manifest.geometry, inputs)
-            self._shapes[key] = _Shape(self._driver, inputs, self.entry.output.name, shape)
-        return self._shapes[key]
+            state = _Shape(self._driver, inputs, self.entry.output.name, shape)
+        else:
+            states.remove(state)
+        states.append(state)
+        return state
+
+    def _close(self, states: list[_Shape]) -> None:
+        self._stream.synchronize()
+        for state in states:
+            state.close()
 
     def _bind(self, state: _Shape, inputs: Mapping[str, np.ndarray]) -> None:
         for name, array in inputs.items():
@@ -156,8 +186,8 @@ class TensorRTSession:
             self._log.append(f"no CUDA graph: {error}")
 
     def close(self) -> None:
-        for state in self._shapes.values():
-            state.close()
+        for states in self._shapes.values():
+            self._close(states)
         self._shapes.clear()
         self._stream.close()
 

@@ -142,7 +142,7 @@ def test_blending_tiles_of_a_picture_gives_the_picture(batch):
         return np.stack([field[:, 2 * y : 2 * (y + rows.tile), 2 * x : 2 * (x + columns.tile)] for y, x in places])
 
     result = np.full((3, 200, 154), np.nan, np.float32)
-    for first, band in blend(rows, columns, 3, 2, run, batch):
+    for first, band in blend(rows, columns, 3, 2, lambda batches: map(run, batches), batch):
         result[:, first : first + band.shape[1]] = band
     assert np.abs(result - field[:, :200, :154]).max() < 1e-6
 
@@ -150,5 +150,5 @@ def test_blending_tiles_of_a_picture_gives_the_picture(batch):
 def test_one_tile_is_passed_on_unchanged():
     axis = cover(30, 64, 8, 4)
     tile = np.random.default_rng(0).random((1, 3, 32, 32)).astype(np.float32)
-    ((first, band),) = blend(axis, axis, 3, 1, lambda places: tile)
+    ((first, band),) = blend(axis, axis, 3, 1, lambda batches: iter([tile]))
     assert first == 0 and np.array_equal(band, tile[0, :, :30, :30])

@@ -20,11 +20,11 @@ no_gpu = pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="no NVID
 
 
 class FakeDriver:
-    """Host memory in place of the GPU's. Work on a stream runs at once, or is recorded while a capture is on."""
+    """Host memory in place of the GPU's. Work on a stream waits, as late as it may, until somebody waits for it."""
 
     def __init__(self, index=0, capture_fails=False):
         self.memory, self.calls, self.recording, self.graphs = {}, [], None, {}
-        self.capture_fails = capture_fails
+        self.capture_fails, self.queue = capture_fails, []
 
     def activate(self):
         pass
@@ -32,28 +32,53 @@ class FakeDriver:
     def architecture(self):
         return "sm_90"
 
+    def do(self, work):
+        (self.queue if self.recording is None else self.recording).append(work)
+
+    def wait(self, event=None):
+        while self.queue:
+            work = self.queue.pop(0)
+            if work == event:
+                return
+            if callable(work):
+                work()
+
+    def handle(self, pointer, value):
+        ctypes.cast(pointer, ctypes.POINTER(ctypes.c_uint64))[0] = value
+
     def call(self, name, *a):
         self.calls.append(name)
         if name in ("cuMemAlloc_v2", "cuMemHostAlloc"):
             memory = ctypes.create_string_buffer(a[1].value)
             self.memory[ctypes.addressof(memory)] = memory
-            ctypes.cast(a[0], ctypes.POINTER(ctypes.c_uint64))[0] = ctypes.addressof(memory)
+            self.handle(a[0], ctypes.addressof(memory))
         elif name in ("cuMemFree_v2", "cuMemFreeHost"):
+            assert not self.queue  # what is freed may be in use
             del self.memory[a[0].value]
         elif name in ("cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2"):
-            ctypes.memmove(a[0].value, a[1].value, a[2].value)
+            to, source, size = (v.value for v in a[:3])
+            self.do(lambda: ctypes.memmove(to, source, size))
+        elif name == "cuStreamSynchronize":
+            self.wait()
+        elif name == "cuEventCreate":
+            self.handle(a[0], len(self.calls))
+        elif name == "cuEventRecord":
+            self.do(a[0].value)
+        elif name == "cuEventSynchronize":
+            if a[0].value in self.queue:
+                self.wait(a[0].value)
         elif name == "cuStreamBeginCapture_v2":
             if self.capture_fails:
                 raise CudaError("cuStreamBeginCapture_v2: operation not permitted (800)")
             self.recording = []
         elif name == "cuStreamEndCapture":
-            ctypes.cast(a[1], ctypes.POINTER(ctypes.c_uint64))[0] = key = len(self.graphs) + 1
-            self.graphs[key], self.recording = self.recording, None
+            self.handle(a[1], len(self.graphs) + 1)
+            self.graphs[len(self.graphs) + 1], self.recording = self.recording, None
         elif name == "cuGraphInstantiateWithFlags":
-            ctypes.cast(a[0], ctypes.POINTER(ctypes.c_uint64))[0] = a[1].value
+            self.handle(a[0], a[1].value)
         elif name == "cuGraphLaunch":
             for work in self.graphs[a[0].value]:
-                work()
+                self.do(work)
 
 
 class FakeContext:
@@ -79,7 +104,7 @@ class FakeContext:
             image, noise = view("image", shapes["image"]), view("noise", shapes["noise"])
             view("output", shapes["image"])[...] = image * 2 + noise.mean()
 
-        (work() if self.driver.recording is None else self.driver.recording.append(work))
+        self.driver.do(work)
         return True
 
 
@@ -146,6 +171,36 @@ def test_buffers_of_old_shapes_are_given_back(folder, monkeypatch):
     for side in range(64, 64 + 16 * 10, 16):
         session(inputs(1, side, 0))
     assert len(driver.memory) == 6 * backend._KEPT_SHAPES
+
+
+@pytest.mark.parametrize("capture_fails", [False, True])
+def test_the_next_batch_is_prepared_while_the_gpu_works(folder, monkeypatch, photo, capture_fails):
+    driver = FakeDriver(capture_fails=capture_fails)
+    monkeypatch.setattr(backend, "Driver", lambda index: driver)
+    monkeypatch.setattr(backend, "load_module", lambda name: fake_module(driver, b"plan"))
+    up = Upscaler.load(folder, trust_plan=True)
+    session = up.sessions["generator"]
+    rgb = np.ascontiguousarray(photo[:60, :130])
+    ours = up.upscale(rgb, seed=1, tile=32, batch=2)  # rows of an odd number of tiles: two shapes alternate
+    calls = [n for n in driver.calls if n in ("cuMemcpyHtoDAsync_v2", "cuEventSynchronize")]
+    assert calls[:5] == ["cuMemcpyHtoDAsync_v2"] * 4 + ["cuEventSynchronize"]  # two uploads a batch
+    up.sessions["generator"] = lambda inputs: session(inputs)  # one after the other
+    assert np.array_equal(ours, up.upscale(rgb, seed=1, tile=32, batch=2))
+
+
+def test_batches_left_behind_by_a_cancelled_run_harm_nothing(folder, monkeypatch):
+    session, driver = load(folder, monkeypatch)
+    for seed in range(4):
+        session.start(inputs(1, 64, seed))
+    given = inputs(1, 64, 9)
+    assert np.allclose(session(given), given["image"] * 2 + given["noise"].mean(), atol=1e-6)
+    assert driver.calls.count("cuMemAlloc_v2") == 6  # two of each buffer, not more
+    first, second = session.start(inputs(1, 64, 0)), session.start(inputs(1, 64, 1))
+    for seed, finish in enumerate((first, second)):
+        given = inputs(1, 64, seed)
+        assert np.allclose(finish(), given["image"] * 2 + given["noise"].mean(), atol=1e-6)
+    session.close()
+    assert not driver.memory
 
 
 def test_a_plan_that_tensorrt_refuses_is_a_clear_error(folder, monkeypatch):
