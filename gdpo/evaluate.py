@@ -201,7 +201,11 @@ def _fid(result: dict, sources: list[Source], hr: Path, out: Path, device: torch
     for source in sources:
         pictures = getattr(source, "pictures", None)
         folder = next(iter(pictures.values())).parent if pictures else out / "pictures" / source.name
-        result["models"][source.name]["fid"] = float(fid(str(folder), str(hr), verbose=False))
+        try:
+            result["models"][source.name]["fid"] = float(fid(str(folder), str(hr), verbose=False))
+        except Exception as error:  # of another project; what has been scored so far is worth keeping
+            result["missing"]["fid"] = f"pyiqa failed on {folder} ({type(error).__name__}: {error})"
+            return
 
 
 if __name__ == "__main__":

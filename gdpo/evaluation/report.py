@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from engine.files import atomic_path, atomic_write
 
-from .scores import Metric
+from .scores import PLACE, Metric
 
 _DIGITS = {"ssim_y": 4, "lpips": 4, "dists": 4, "clipiqa": 4, "maniqa-koniq": 4, "maniqa-pipal": 4, "vgg": 3}
 
@@ -61,9 +61,12 @@ def markdown(result: dict, columns: list[Metric]) -> str:
     for model, row in result["models"].items():
         cells = [row[n]["mean"] if isinstance(row.get(n), dict) else row.get(n) for n in names]
         lines.append(f"| {model} | " + " | ".join(figure(n, v) for n, v in zip(names, cells)) + " |")
-    for reason in dict.fromkeys(result["missing"].values()):
-        names = [n for n, r in result["missing"].items() if r == reason]
+    split = {name: reason.partition(PLACE) for name, reason in result["missing"].items()}
+    for reason in dict.fromkeys(reason for reason, _, _ in split.values()):
+        names = [name for name, parts in split.items() if parts[0] == reason]
         lines += ["", f"Not computed: {', '.join(names)}: {reason}"]
+        places = [f"- {name}: {split[name][2]}" for name in names if split[name][2]]
+        lines += ["", "Their weights go to", "", *places] if places else []
     if result["diversity"]:
         metrics = [k for k in next(iter(result["diversity"].values())) if k not in ("seeds", "images", "pixels")]
         lines += [

@@ -42,6 +42,17 @@ PYIQA = {
     "niqe-paper": ("niqe", -1, False),
 }
 NAMES = (*OFFLINE, *PYIQA, "fid")
+# pyiqa's name -> the file of its weights as pyiqa 0.1.14 calls it, and its backbone's in torch's own folder.
+WEIGHTS = {
+    "lpips": ("LPIPS_v0.1_alex-df73285e.pth", "alexnet-owt-7be5be79.pth"),
+    "dists": ("DISTS_weights-f5e65c96.pth", "vgg16-397923af.pth"),
+    "clipiqa": ("RN50.pt", None),
+    "musiq": ("musiq_koniq_ckpt-e95806b9.pth", None),
+    "maniqa": ("ckpt_koniq10k.pt", None),
+    "maniqa-pipal": ("MANIQA_PIPAL-ae6d356b.pth", None),
+    "niqe": ("niqe_modelparameters.mat", None),
+    "fid": ("pt_inception-2015-12-05-6726825d.pth", None),
+}
 
 
 def build_metrics(names: list[str], niqe_model: str, device: torch.device) -> tuple[list[Metric], dict[str, str]]:
@@ -87,17 +98,23 @@ def _offline(name: str, niqe_model: str, device: torch.device) -> Metric:
 
 
 def create_pyiqa(name: str, device: torch.device) -> tuple[Callable | None, str]:
-    """(metric, "") or (None, the reason and the remedy)."""
+    """(metric, "") or (None, the reason, the remedy and where the weights go)."""
     try:
         pyiqa = importlib.import_module("pyiqa")
     except Exception as error:  # pyiqa needs torchvision, timm and more, which fail in ways of their own
-        return None, f"pyiqa cannot be imported ({_line(error)}); pip install 'gdpo-sr[iqa]'"
+        return None, f"pyiqa cannot be imported ({_line(error)}); pip install 'gdpo-sr[iqa]'{PLACE}{_place(name)}"
     try:
         return pyiqa.create_metric(name, device=device, as_loss=False), ""
     except Exception as error:
-        hub = Path(torch.hub.get_dir())
-        where = f"{hub / 'pyiqa'} (backbones: {hub / 'checkpoints'})"
-        return None, f"pyiqa could not load {name} ({_line(error)}); its weights go to {where}"
+        return None, f"pyiqa could not load {name} ({_line(error)}){PLACE}{_place(name)}"
+
+
+PLACE = "; its weights go to "
+
+
+def _place(name: str) -> str:
+    hub, (file, backbone) = Path(torch.hub.get_dir()), WEIGHTS[name]
+    return str(hub / "pyiqa" / file) + (f" and {hub / 'checkpoints' / backbone}" if backbone else "")
 
 
 def _through_pyiqa(name: str, metric: Callable) -> Metric:

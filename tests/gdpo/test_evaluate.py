@@ -118,6 +118,26 @@ def test_missing_packages_and_weights_are_named(monkeypatch, data, tmp_path):
     assert "gdpo.assets vgg16" in result["missing"]["vgg"] and "gdpo-sr[iqa]" in result["missing"]["musiq"]
     table = (tmp_path / "out" / "table.md").read_text()
     assert "Not computed: lpips, musiq, fid: pyiqa cannot be imported" in table
+    assert "\n- musiq: " in table and "pyiqa/musiq_koniq_ckpt-e95806b9.pth\n" in table
+    assert result["missing"]["lpips"].endswith("checkpoints/alexnet-owt-7be5be79.pth")
+
+
+def test_a_fid_that_fails_does_not_lose_the_other_figures(monkeypatch, data, tmp_path):
+    def fid(a, b, verbose):
+        raise RuntimeError("no pictures")
+
+    fake = ModuleType("pyiqa")
+    fake.create_metric = lambda name, device, as_loss: fid
+    monkeypatch.setitem(sys.modules, "pyiqa", fake)
+    run_on(monkeypatch, data, tmp_path / "out", "--metrics", "psnr_y", "fid")
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert "RuntimeError: no pictures" in result["missing"]["fid"] and "psnr_y" in result["models"]["bicubic"]
+
+
+def test_every_metric_of_pyiqa_has_a_place_for_its_weights():
+    from gdpo.evaluation.scores import PYIQA, WEIGHTS
+
+    assert {name for name, *_ in PYIQA.values()} | {"fid"} == set(WEIGHTS)
 
 
 def test_pyiqa_columns(monkeypatch, data, tmp_path):
