@@ -30,10 +30,10 @@ list(GET GDPO_CUDA_ARCHITECTURES -1 last)
 list(APPEND generate -gencode arch=compute_${last},code=compute_${last})
 set(kernels ${CMAKE_CURRENT_BINARY_DIR}/kernels.fatbin)
 set(source ${CMAKE_CURRENT_SOURCE_DIR}/src)
-# -fmad=false as -ffp-contract=off: see docs/cpp.md.
+# -fmad=false as -ffp-contract=off: see docs/cpp.md. Not compressed: older drivers do not know every compression.
 add_custom_command(OUTPUT ${kernels}
-  COMMAND ${GDPO_NVCC} -std=c++17 -O3 -fmad=false $<$<BOOL:${GDPO_WERROR}>:-Werror=all-warnings> -fatbin ${generate}
-    ${source}/kernels.cu -o ${kernels}
+  COMMAND ${GDPO_NVCC} -std=c++17 -O3 -fmad=false $<$<BOOL:${GDPO_WERROR}>:-Werror=all-warnings> -no-compress -fatbin
+    ${generate} ${source}/kernels.cu -o ${kernels}
   DEPENDS ${source}/kernels.cu ${source}/kernels.hpp ${source}/pixels.hpp COMMENT "CUDA kernels" VERBATIM)
 set_source_files_properties(src/launch.cpp PROPERTIES OBJECT_DEPENDS ${kernels}
   COMPILE_DEFINITIONS "GDPO_KERNELS_FILE=\"${kernels}\"")

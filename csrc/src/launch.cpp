@@ -25,7 +25,9 @@ std::unique_ptr<const Kernels> Kernels::load(std::shared_ptr<const Driver> drive
   std::unique_ptr<Kernels> made(new Kernels(driver));
   const CUresult loaded = driver->p_cuModuleLoadData(&made->module_, gdpo_kernels);
   if (loaded == CUDA_ERROR_NO_BINARY_FOR_GPU || loaded == CUDA_ERROR_UNSUPPORTED_PTX_VERSION) return nullptr;
-  driver->check(loaded, "cuModuleLoadData");
+  driver->check(loaded,
+                "the CUDA kernels do not load (a driver of this library's CUDA or newer loads them, and "
+                "-DGDPO_CUDA=OFF builds the library without)");
 #define GDPO_FIND(Kernel, name) \
   driver->check(driver->p_cuModuleGetFunction(&made->functions_[#name], made->module_, #name), #name);
   GDPO_KERNELS(GDPO_FIND)

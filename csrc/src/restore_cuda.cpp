@@ -13,8 +13,8 @@
 namespace gdpo::detail {
 namespace {
 
-constexpr std::size_t kStaging = std::size_t{16} << 20;  // pinned memory that pictures pass through, piece by piece
-constexpr std::size_t kKept = std::size_t{1} << 30;      // device memory that stays from picture to picture
+constexpr std::size_t kStaging = std::size_t{1} << 20;  // pinned memory that pictures pass through, piece by piece
+constexpr std::size_t kKept = std::size_t{1} << 30;     // device memory that stays from picture to picture
 
 CUdeviceptr address(const void* device) { return reinterpret_cast<CUdeviceptr>(device); }
 

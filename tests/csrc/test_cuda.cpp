@@ -195,6 +195,15 @@ TEST(more_rows_than_a_grid_has_blocks_are_done) {
   CHECK(upscaled(cuda, {16400, 1}, Sample::u8, 0, request) == upscaled(cpu, {16400, 1}, Sample::u8, 0, request));
 }
 
+TEST(a_picture_larger_than_the_pinned_memory_crosses_in_pieces) {
+  const Upscaler cpu = upscaler(false, nullptr), cuda = upscaler(false, gpu());
+  Request request;
+  request.color = Color::none;
+  request.tile = 256;
+  const Size size{300, 600};  // more than 1 MiB of 16-bit samples
+  CHECK(upscaled(cuda, size, Sample::u16, 1, request) == upscaled(cpu, size, Sample::u16, 1, request));
+}
+
 TEST(a_picture_crosses_once_each_way) {
   const Upscaler cuda = upscaler(false, gpu());
   const Size size{200, 260};
