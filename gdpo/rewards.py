@@ -37,7 +37,7 @@ class Reward:
         kind: "fidelity" or "perceptual".
         score: (samples [B,G,3,H,W] in [-1,1], target [B,3,H,W] in [-1,1], statistics) -> [B,G] fp32, without gradient.
             Raises ValueError where a score has another shape (naming the reward) or is not finite (naming also the
-            image and the sample).
+            image and the sample), RuntimeError where a function of the user's own raises.
     """
 
     name: str
@@ -166,9 +166,10 @@ def _users_own(name: str) -> tuple[Kind, Score]:
     module_name, _, function_name = name.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # a module of the user's own can raise anything
+        reason = str(error) if isinstance(error, (ImportError, AttributeError)) else f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"reward {name!r} must be module:function, importable from here (PYTHONPATH): {error}"
+            f"reward {name!r} must be module:function, importable from here (PYTHONPATH): {reason}"
         ) from error
     kind = getattr(function, "kind", "perceptual")
     if not callable(function) or kind not in ("fidelity", "perceptual"):
@@ -190,6 +191,9 @@ def _checked(name: str, score: Score) -> Score:
             values = score(samples, target, statistics)
         except ValueError as error:
             raise ValueError(f"reward {name!r}: {error}") from error
+        except Exception as error:  # a function of the user's own can raise anything
+            reason = f"{type(error).__name__}: {error}"
+            raise RuntimeError(f"reward {name!r} failed ({reason}); GDPO_TRACEBACK=1 shows where") from error
         values = values.float()
         if not (finite := values.isfinite()).all():
             image, sample = (~finite).nonzero()[0].tolist()

@@ -98,10 +98,14 @@ def picky_score(samples, target):
     raise ValueError("it needs 224x224")
 
 
+def buggy_score(samples, target):
+    return {}["weights"]
+
+
 @pytest.fixture
 def own(monkeypatch):
     module = ModuleType("own_rewards")
-    for f in (my_score, plain_score, broken_score, short_score, picky_score):
+    for f in (my_score, plain_score, broken_score, short_score, picky_score, buggy_score):
         setattr(module, f.__name__, f)
     module.number = 3
     monkeypatch.setitem(sys.modules, "own_rewards", module)
@@ -123,10 +127,11 @@ def test_a_function_of_the_users_own(own, group):
             "reward 'own_rewards:short_score': it must return one number per picture, a tensor [6]; got shape (3,)",
         ),
         ("picky_score", "reward 'own_rewards:picky_score': it needs 224x224"),
+        ("buggy_score", "reward 'own_rewards:buggy_score' failed (KeyError: 'weights'); GDPO_TRACEBACK=1 shows where"),
     ],
 )
 def test_bad_scores_are_named(own, group, name, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises((ValueError, RuntimeError), match=re.escape(message)):
         build_rewards([f"own_rewards:{name}"])[0].score(*group)
 
 
@@ -145,6 +150,17 @@ def test_bad_scores_are_named(own, group, name, message):
 def test_bad_names_are_named(own, names, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         build_rewards(names)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("def f(:\n", "SyntaxError: "), ("1 / 0\n", "ZeroDivisionError: "), ("import no_such_module\n", "no_such_module")],
+)
+def test_a_module_that_cannot_be_imported_is_named(text, message, tmp_path, monkeypatch):
+    (tmp_path / "own_broken.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=f"reward 'own_broken:f' must be module:function.*{message}"):
+        build_rewards(["own_broken:f"])
 
 
 def test_mismatched_shapes_are_named(group):
