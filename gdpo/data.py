@@ -136,7 +136,10 @@ def loader(dataset: CropDataset, sample_lists: Iterable[list[int]], seed: int, n
         worker_init_fn=_leave_group,
         generator=torch.Generator(),  # else the loader would draw from the global one
     )
-    yield from batches
+    for batch in batches:
+        if isinstance(batch, ImageError):
+            raise batch
+        yield batch
 
 
 class _Samples(Dataset):
@@ -145,12 +148,20 @@ class _Samples(Dataset):
     def __init__(self, dataset: CropDataset, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
 
-    def __getitem__(self, sample: int) -> dict:
+    def __getitem__(self, sample: int) -> dict | ImageError:
         index = self.dataset.index_of(sample, seed=self.seed)
-        return self.dataset.item(index, seed=self.seed, sample=sample) | {"sample": sample}
+        try:
+            return self.dataset.item(index, seed=self.seed, sample=sample) | {"sample": sample}
+        except ImageError as error:  # raised in a worker, it would come back as a page of its traceback
+            return error
 
 
-def _collate(items: list[dict]) -> Batch:
+def _collate(samples: list[dict | ImageError]) -> Batch | ImageError:
+    items = []
+    for sample in samples:
+        if isinstance(sample, ImageError):
+            return sample
+        items.append(sample)
     captions = None if items[0]["caption"] is None else [i["caption"] for i in items]
     return Batch(
         [i["name"] for i in items], captions, [i["sample"] for i in items], torch.stack([i["hr"] for i in items])
@@ -181,7 +192,11 @@ def read_jsonl(path: Path, *keys: str) -> list[dict]:
         ValueError: names file and line.
     """
     rows = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error})") from None
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:

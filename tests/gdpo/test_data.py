@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -158,5 +159,13 @@ def test_a_damaged_picture_is_named_when_it_is_read(tmp_path, workers):
     path = tmp_path / "cut.png"
     Image.effect_noise((64, 64), 50).save(path)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ImageError, match=r"cut\.png"):
+    line = rf"^{re.escape(str(path))}: damaged or truncated picture [^\n]*$"  # and no traceback of a worker
+    with pytest.raises(ImageError, match=line):
         list(loader(CropDataset(tmp_path, "train", 32), [[0]], seed=0, num_workers=workers))
+
+
+def test_a_captions_file_that_is_no_text_is_named(tmp_path):
+    Image.effect_noise((64, 64), 50).save(tmp_path / "a.png")
+    (tmp_path / "captions.jsonl").write_bytes(b'{"file": "a.png", "caption": "caf\xe9"}\n')
+    with pytest.raises(ValueError, match=r"captions\.jsonl is not UTF-8 text"):
+        CropDataset(tmp_path, "train", 32)
