@@ -97,7 +97,8 @@ def find_sources(photos: list[Path], out: Path) -> tuple[list[Source], dict[str,
     """The photos in these folders and files, in natural order, and their captions by name.
 
     Raises:
-        ValueError: a path that is not there, two photos of one name, or an output folder inside a folder of photos.
+        ValueError: a path that is not there, two photos of one name, captions of other photos, or an output folder
+            inside a folder of photos.
     """
     sources: dict[str, Source] = {}
     captions: dict[str, str] = {}
@@ -122,7 +123,13 @@ def find_sources(photos: list[Path], out: Path) -> tuple[list[Source], dict[str,
             sources[name] = Source(path, name)
         if beside.is_file():
             rows = read_jsonl(beside, "file", "caption")
-            captions |= {n: str(r["caption"]) for r in rows if (n := f"{prefix}{r['file']}") in found}
+            here = {n: str(r["caption"]) for r in rows if (n := f"{prefix}{r['file']}") in found}
+            if rows and not here and root.is_dir():
+                raise ValueError(
+                    f"{beside} names {rows[0]['file']} and others, none of which is a photo in {given}; "
+                    "its names must be paths below that folder"
+                )
+            captions |= here
     return sorted(sources.values(), key=lambda s: natural(s.name)), captions
 
 

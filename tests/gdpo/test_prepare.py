@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -285,6 +286,16 @@ def test_hostile_files_are_converted_or_named(tmp_path):
     assert [c["file"] for c in captions] == [row["file"] for row in rows(tmp_path / "out")]
     assert {c["caption"] for c in captions if "good-" in c["file"]} == {"a cat"}
     assert "no caption for in/gray.png: left empty" in done.stderr
+
+
+def test_captions_of_other_photos_are_refused(photos, tmp_path):
+    folder = tmp_path / "in"
+    shutil.copytree(photos, folder)
+    for file, refused in (("in/coffee2.webp", True), ("coffee2.webp", False)):
+        (folder / "captions.jsonl").write_text(json.dumps({"file": file, "caption": "a cat"}) + "\n")
+        with pytest.raises(ValueError, match=f"captions.jsonl names {file} and others") if refused else nullcontext():
+            prepare([folder], tmp_path / "out", SMALL)
+    assert "a cat" in (tmp_path / "out" / "captions.jsonl").read_text()
 
 
 def test_nothing_usable_is_an_error(tmp_path):
