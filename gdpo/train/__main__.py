@@ -74,6 +74,8 @@ def train(method: str, config: TrainConfig) -> None:
         project_dir=config.output_dir,
     )
     dataset = CropDataset(config.data.folder, "train", config.data.crop_size)
+    if config.data.captions and dataset.captions is None:
+        raise ValueError(f"data.captions is set, but {config.data.folder} has no captions.jsonl")
     loop = Loop(config, accelerator, dataset, validation_batch(config))
     if isinstance(config, GDPOConfig):
         from .gdpo import GDPO

@@ -23,6 +23,7 @@ from engine.files import fsync, sha256
 from ..storage import fsync_tree
 
 _NAME = re.compile(r"checkpoint-(\d+)")
+NEWEST = ("latest", "auto")  # words of resume_from_checkpoint
 
 
 @dataclass
@@ -51,7 +52,7 @@ def save(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
         fsync(staged / "manifest.json")
         fsync(staged)
         if target.exists():  # the same step saved again, by a run that went back past a damaged checkpoint
-            shutil.rmtree(target)
+            _remove(target)
         os.replace(staged, target)
         fsync(root)
     finally:
@@ -74,6 +75,16 @@ def clean(root: Path) -> None:
     for pattern in (".staged-checkpoint-*", ".removed-checkpoint-*"):
         for left in root.glob(pattern):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def remove_after(root: Path, step: int) -> None:
+    """Remove the checkpoints of later steps: after `newest_valid` they are the damaged ones that it passed over.
+
+    Left in place they would count among those that `save` keeps, until nothing but damaged ones is kept.
+    """
+    for found, folder in _listed(root):
+        if found > step:
+            _remove(folder)
 
 
 def _listed(root: Path) -> list[tuple[int, Path]]:
@@ -131,7 +142,7 @@ def newest_valid(root: Path) -> tuple[Path, Checkpoint, list[str]]:
 
 def find(root: Path, wanted: str) -> tuple[Path, Checkpoint, list[str]]:
     """The checkpoint that `resume_from_checkpoint` names: "latest", or a folder."""
-    if wanted in ("latest", "auto"):
+    if wanted in NEWEST:
         return newest_valid(root)
     folder = Path(wanted) if Path(wanted).is_dir() else root / wanted
     if not folder.is_dir():

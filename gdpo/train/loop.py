@@ -88,6 +88,8 @@ class Loop:
             initial=first_step, total=config.max_train_steps, unit="step", disable=not self.main, file=sys.stderr
         )
         with self._signals(), bar:
+            if first_step and self._sheet_is_due(first_step):
+                self._sheet(first_step)  # a run that was stopped at this step saved it and drew none
             batches = loader(self.dataset, self._sample_lists(first_step), config.seed, config.data.num_workers)
             for step in range(first_step, config.max_train_steps):
                 started = time.perf_counter()
@@ -103,7 +105,7 @@ class Loop:
                     self._save_checkpoint(done)
                 if stop:
                     self._end_by_signal(done)
-                if self.main and config.validation_steps and done % config.validation_steps == 0 and not last:
+                if self._sheet_is_due(done):
                     self._sheet(done)
         self._finish()
 
@@ -117,7 +119,10 @@ class Loop:
         for _ in range(config.gradient_accumulation_steps):
             batch = next(batches)
             names += batch.names
-            metrics = self.method.step(self._to_device(batch), step, self._backward)
+            try:
+                metrics = self.method.step(self._to_device(batch), step, self._backward)
+            except ValueError as error:  # a score that is not finite, say
+                raise ValueError(f"at step {step + 1}, samples {', '.join(batch.names)}: {error}") from error
             for key, value in metrics.items():
                 total[key] = total.get(key, 0.0) + value.detach().float().mean() / config.gradient_accumulation_steps
         total["stop_signal"] = torch.tensor(float(self.stop_signal), device=self.accelerator.device)
@@ -222,8 +227,11 @@ class Loop:
         first = 0
         if wanted is not None and not (wanted == "auto" and not checkpoints.exists(self.root)):
             first = self._resume(wanted)
+            self.accelerator.wait_for_everyone()  # all have read what is removed now
         if self.main:
             checkpoints.clean(self.root)
+            if wanted in checkpoints.NEWEST:
+                checkpoints.remove_after(self.root, first)
             atomic_write(self.root / "config.json", json.dumps(asdict(config), indent=1) + "\n")
             atomic_write(self.root / "environment.json", json.dumps(environment(self.accelerator), indent=1) + "\n")
             self._cut_metrics(first)
@@ -251,7 +259,7 @@ class Loop:
     def _resume(self, wanted: str) -> int:
         folder, found, passed_over = checkpoints.find(self.root, wanted)
         for line in passed_over:
-            self._say(f"passed over a damaged checkpoint: {line}")
+            self._say(f"passed over a damaged checkpoint, which will be removed: {line}")
         old, new = found.state["identity"], json.loads(json.dumps(self.config.identity()))
         changed = [k for k in _flat(new) if _flat(old).get(k) != _flat(new)[k]]
         if changed:
@@ -354,10 +362,15 @@ class Loop:
             self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
     def _cut_metrics(self, first: int) -> None:
-        """Drop rows that a killed run wrote after the checkpoint from which this one goes on."""
+        """Drop rows that a killed run wrote after the checkpoint from which this one goes on.
+
+        A sheet comes after the checkpoint of its step and is drawn again, so its row goes as well.
+        """
         path = self.root / "metrics.jsonl"
-        rows = pictures.read_metrics(path)
-        atomic_write(path, "".join(json.dumps(r) + "\n" for r in rows if r["step"] <= first))
+        rows = [
+            r for r in pictures.read_metrics(path) if r["step"] < first or (r["step"] == first and "step_time" in r)
+        ]
+        atomic_write(path, "".join(json.dumps(r) + "\n" for r in rows))
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -372,6 +385,11 @@ class Loop:
             with torch.no_grad():
                 for k, value in own.items():
                     self.parameters[k].copy_(value)
+
+    def _sheet_is_due(self, done: int) -> bool:
+        """Whether this process draws a sheet after this step; the last one is drawn at the end."""
+        every = self.config.validation_steps
+        return self.main and every > 0 and done % every == 0 and done < self.config.max_train_steps
 
     def _sheet(self, done: int) -> None:
         if self.validation is not None:

@@ -111,6 +111,38 @@ def test_damage_is_found_and_named(tmp_path, name, damage):
     assert len(passed_over) == 1 and "checkpoint-0000002" in passed_over[0]
 
 
+def test_damaged_ones_do_not_count_among_those_kept(tmp_path):
+    for step in (1, 2, 3):
+        ck.save(tmp_path, make(step), keep=3)
+    for step in (2, 3):
+        (tmp_path / f"checkpoint-{step:07d}" / "state.json").unlink()
+    _, found, passed_over = ck.newest_valid(tmp_path)
+    assert found.state["step"] == 1 and len(passed_over) == 2
+    ck.remove_after(tmp_path, 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-0000001"]
+
+
+def test_a_step_saved_again_is_whole_or_absent(tmp_path, monkeypatch):
+    """Dying at any rename or removal, while a checkpoint of the same step is replaced."""
+    ck.save(tmp_path, make(1), keep=2)
+    ck.save(tmp_path, make(2), keep=2)
+    half = ck.shutil.rmtree
+
+    def cut_short(folder, *a, **k):
+        if folder.exists():
+            next(folder.iterdir()).unlink()
+            raise KeyboardInterrupt
+        half(folder, *a, **k)
+
+    monkeypatch.setattr(ck.shutil, "rmtree", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        ck.save(tmp_path, make(2), keep=2)
+    monkeypatch.undo()
+    ck.clean(tmp_path)
+    for folder in tmp_path.iterdir():
+        ck.load(folder)
+
+
 def test_a_path_in_the_manifest_cannot_leave_the_folder(tmp_path):
     folder = ck.save(tmp_path, make(1), keep=2)
     (tmp_path / "outside").write_text("x")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 import subprocess
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from training import GDPO, NAOSD, ROOT, command, environment, train
+
+from gdpo.train import checkpoint
 
 
 def tree_bytes(folder: Path) -> dict[str, bytes]:
@@ -163,9 +166,11 @@ def test_resume_without_checkpoint_other_model_and_existing_run(crops, tmp_path)
     content = bytearray(newest.read_bytes())
     content[-7] ^= 1
     newest.write_bytes(content)
-    done = train(*common, "--max_train_steps=3", "--resume_from_checkpoint=latest")
+    done = train(*common, "--max_train_steps=3", "--checkpointing_steps=9", "--resume_from_checkpoint=latest")
     assert "checkpoint-0000002" in done.stderr and "trainable.safetensors" in done.stderr
     assert "resumed from" in done.stderr and "checkpoint-0000001" in done.stderr
+    for folder in (tmp_path / "run").glob("checkpoint-*"):
+        checkpoint.load(folder)  # nothing unreadable is left
 
 
 def test_non_finite_loss_names_step_and_samples_and_keeps_the_checkpoint(crops, tmp_path):
@@ -183,6 +188,21 @@ def test_non_finite_loss_names_step_and_samples_and_keeps_the_checkpoint(crops, 
 
     newest = sorted(run.glob("checkpoint-*"))[-1]
     assert all(np.isfinite(v).all() for v in load_file(newest / "trainable.safetensors").values())
+
+
+def test_a_reward_of_the_users_own_that_fails_is_named_with_step_and_samples(crops, trained, tmp_path):
+    (tmp_path / "mine.py").write_text("def f(samples, target):\n    return samples.mean((1, 2, 3)) * float('nan')\n")
+    common = (*GDPO, f"--data.folder={crops}", f"--model.pretrained={trained}", f"--output_dir={tmp_path / 'o'}")
+    done = train(*common, "--reward_funcs=[psnr_y,mine:f]", check=False, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.search(
+        r"error: at step 1, samples crop\d\d.png: reward 'mine:f' is nan for image 0, sample 0", done.stderr
+    )
+
+
+def test_captions_that_are_not_there_are_missed_at_once(crops, tmp_path):
+    line = refused(*NAOSD, f"--data.folder={crops}", "--data.captions=true", f"--output_dir={tmp_path / 'o'}")
+    assert f"{crops} has no captions.jsonl" in line and not (tmp_path / "o").exists()
 
 
 def test_unwritable_output(crops, tmp_path):

@@ -15,6 +15,7 @@ from training import GDPO, NAOSD, train, train_here
 from gdpo import tiny
 from gdpo.generator import OneStepGenerator
 from gdpo.tiny import TinyUNetConfig
+from gdpo.train import loop
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -146,3 +147,36 @@ def test_gradient_checkpointing_changes_no_weight(crops, tmp_path, monkeypatch):
     assert recomputed
     a, b = weights(tmp_path / "plain"), weights(tmp_path / "saving")
     assert all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def test_sheets_and_their_rows_come_once_also_when_resumed(crops, trained, tmp_path, monkeypatch):
+    """Stopped at a step with a sheet, and run again when it was finished: as if never stopped."""
+    common = [*GDPO, f"--model.pretrained={trained}", f"--data.folder={crops}", "--validation_steps=2", *SHORT[1:3]]
+    common += ["--validation_images=1"]
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+
+    def rows(out: Path) -> list[dict]:
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in row.items() if k != "step_time"} for row in lines]
+
+    def sheets(out: Path) -> dict[str, bytes]:
+        return {p.name: p.read_bytes() for p in (out / "sheets").iterdir()}
+
+    train_here(monkeypatch, *common, f"--output_dir={straight}", "--max_train_steps=5")
+    assert [r["step"] for r in rows(straight) if "gain/reward" in r] == [2, 4, 5]
+
+    class Killed(Exception):
+        pass
+
+    def killed(self, done):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):  # between the checkpoint and the sheet of step 2
+        patch.setattr(loop.Loop, "_sheet", killed)
+        train_here(monkeypatch, *common, f"--output_dir={stopped}", "--max_train_steps=5")
+    assert [r["step"] for r in rows(stopped)] == [1, 2] and not (stopped / "sheets").exists()
+    for _ in range(2):
+        train_here(
+            monkeypatch, *common, f"--output_dir={stopped}", "--max_train_steps=5", "--resume_from_checkpoint=latest"
+        )
+        assert rows(stopped) == rows(straight) and sheets(stopped) == sheets(straight)
