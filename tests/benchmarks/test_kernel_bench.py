@@ -59,3 +59,16 @@ def test_a_wrong_result_gives_no_figure():
     clock = kernel_bench.Clock("cpu", 0.001)
     with pytest.raises(RuntimeError, match=r"attribute_reward wrong at .* is wrong"):
         list(kernel_bench.measure(case, "cpu", clock, 1e9, compiled=False))
+
+
+def test_what_fails_costs_its_own_figures(monkeypatch, capsys):
+    def broken(size, dtype, device):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nAdvice")
+
+    monkeypatch.setitem(kernel_bench.CASES, "attribute_reward", broken)
+    options = ["--ops", "[attribute_reward,group_norm]", "--dry_run", "true", "--compile", "false", "--seconds", "0.01"]
+    monkeypatch.setattr(sys, "argv", ["kernel_bench", *options])
+    assert kernel_bench.main() == 1
+    shown = capsys.readouterr()
+    assert shown.err == "no figure: attribute_reward, 2x3x1x2, torch.float32: CUDA out of memory. Advice\n"
+    assert "group_norm " in shown.out and "attribute_reward " not in shown.out

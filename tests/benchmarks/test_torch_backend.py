@@ -51,9 +51,31 @@ def test_the_compiled_step_is_a_run_of_its_own(mini_sd, capsys, monkeypatch):
 
 
 def test_no_time_means_no_figures_and_a_word_about_it(mini_sd, capsys):
-    torch_backend.measure(mini_sd, [64, 128], [1, 2], dry=True, seconds=1e-9)
-    shown = capsys.readouterr().out
-    assert not steps_shown(shown) and "4 shapes were not begun" in shown
+    bench = torch_backend.measure(mini_sd, [64, 128], [1, 2], dry=True, seconds=1e-9)
+    assert not steps_shown(capsys.readouterr().out)
+    assert bench.refused == ["4 shapes were not begun within 1e-09 s"]
+
+
+def test_what_a_library_refuses_costs_one_contender(mini_sd, capsys, monkeypatch):
+    right = torch_backend.error_of
+
+    def refused(run, *rest):
+        if run.steps == torch_backend.LADDER["bf16"]:
+            raise RuntimeError("cuDNN Frontend error:\nno plan")
+        if run.steps == torch_backend.LADDER["folded"]:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Advice")
+        return right(run, *rest)
+
+    monkeypatch.setattr(torch_backend, "error_of", refused)
+    monkeypatch.setattr("sys.argv", ["x", "--folder", str(mini_sd), "--pictures", "64", "--batches", "1", "--dry"])
+    assert torch_backend.main() == 1
+    shown = capsys.readouterr()
+    assert steps_shown(shown.out) == [n for n in list(torch_backend.LADDER)[:-1] if n not in ("bf16", "folded")]
+    refusals = [line for line in shown.err.splitlines() if line.startswith("no figure: ")]
+    assert refusals == [
+        "no figure: bf16, 64x64, batch 1: cuDNN Frontend error: no plan",
+        "no figure: folded, 64x64, batch 1: out of memory",
+    ]
 
 
 def test_bad_input(mini_sd):
