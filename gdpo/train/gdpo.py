@@ -141,6 +141,7 @@ class GDPO:
         metrics = {"reward": reward.mean(), "reward_std": reward.std(dim=1).mean()}
         metrics |= {f"rewards/{name}/mean": s.mean() for name, s in scores.items()}
         metrics |= {f"rewards/{name}/std": s.std(dim=1).mean() for name, s in scores.items()}
+        metrics |= {"advantages/max": advantage.amax(1).mean(), "advantages/min": advantage.amin(1).mean()}
         metrics["frac_reward_zero_std"] = (advantage == 0).all(dim=1).float().mean()
         metrics["texture_share"] = texture.mean()
         return advantage, mask, metrics

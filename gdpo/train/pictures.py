@@ -52,7 +52,8 @@ def curves(metrics: Path, path: Path) -> None:
 
     rows = read_metrics(metrics)
     hidden = {"step", "step_time", "learning_rate"}
-    names = sorted({k for r in rows for k in r} - hidden, key=lambda k: (k != "loss", not k.startswith("reward"), k))
+    first = ("loss", "reward", "advantage")
+    names = sorted({k for r in rows for k in r} - hidden, key=lambda k: (*(not k.startswith(f) for f in first), k))
     if not names:
         return
     across = min(3, len(names))

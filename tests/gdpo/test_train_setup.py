@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from matplotlib.axes import Axes
+from PIL import Image
 from training import GDPO, NAOSD, train, train_here
 
 from engine.cli import run
@@ -138,3 +140,21 @@ def test_a_disk_too_small_for_checkpoints_and_model_is_found_at_once(trained, cr
     monkeypatch.undo()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=17 * mib + generator.saved_bytes()))
     train_here(monkeypatch, *arguments, "--max_train_steps=1")
+
+
+def test_the_log_has_trls_names_and_every_one_gets_a_curve(trained, crops, tmp_path, monkeypatch):
+    arguments = [*GDPO, f"--model.pretrained={trained}", f"--data.folder={crops}", f"--output_dir={tmp_path / 'run'}"]
+    drawn: list[str] = []
+    title = Axes.set_title
+    monkeypatch.setattr(Axes, "set_title", lambda self, name, *a, **k: (drawn.append(name), title(self, name, *a, **k)))
+    train_here(monkeypatch, *arguments, "--max_train_steps=3", "--train_batch_size=2")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [r for r in rows if "loss" in r]
+    names = {"reward", "reward_std", "rewards/psnr_y/mean", "rewards/naturalness/mean", "frac_reward_zero_std"}
+    names |= {"rewards/margins", "rewards/accuracies", "grad_norm", "loss", "advantages/max", "advantages/min"}
+    assert len(rows) == 3 and all(names | {"step", "step_time"} <= row.keys() for row in rows)
+    assert names <= set(drawn) and drawn[0] == "loss" and drawn[1].startswith("reward")
+    for row in rows:  # advantages of three: mean 0, deviation 1
+        assert 0.57 < row["advantages/max"] < 1.16 and -1.16 < row["advantages/min"] < -0.57
+    with Image.open(tmp_path / "run" / "curves.png") as picture:
+        picture.verify()
