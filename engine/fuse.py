@@ -63,6 +63,9 @@ def prepare(generator: OneStepGenerator, steps: Steps) -> nn.Module:
     generator.eval().requires_grad_(False)
     if steps.folded:
         fold.fold(generator)
+        for module in generator.unet.modules():
+            if type(module) is fold._FixedCrossAttention:
+                module.__class__ = _DenseCrossAttention
     elif steps != DEFINITION:
         generator.merge_lora()
     for part in (generator.unet, generator.codec):
@@ -123,6 +126,17 @@ def _transformer_output(
 
 
 # ---- attention
+
+
+class _DenseCrossAttention(fold._FixedCrossAttention):
+    """Each picture's keys and values in memory of their own: attention kernels of GPUs (cuDNN's comes first on an H100)
+    are little tried, and have been wrong, on a batch that is one picture's with a stride of 0."""
+
+    def forward(self, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        key, value = (t.expand(len(hidden_states), -1, -1, -1).contiguous() for t in (self.key, self.value))
+        out = F.scaled_dot_product_attention(query, key, value)
+        return attn.to_out[0](out.transpose(1, 2).flatten(2)) / attn.rescale_output_factor
 
 
 class _SelfAttention:

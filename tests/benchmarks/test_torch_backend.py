@@ -133,3 +133,17 @@ def test_graphs_that_live_share_no_stream_and_a_dead_pool_is_not_taken_up(mini_s
     for _ in range(2):
         run(64)
     assert seen[-1] == (1, "a")
+
+
+def test_no_attention_reads_a_batch_with_a_stride_of_0(mini_sd, monkeypatch):
+    generator = OneStepGenerator.from_pretrained(mini_sd)
+    run = torch_backend.from_generator(generator, None, Steps(folded=True, attention=True))[1]
+    attention, strides = torch.nn.functional.scaled_dot_product_attention, []
+
+    def look(*tensors):
+        strides.extend(t.stride(0) for t in tensors)
+        return attention(*tensors)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", look)
+    run.run(torch.zeros(2, 3, 64, 64), torch.zeros(2, 4, 8, 8))
+    assert len(strides) > 30 and 0 not in strides
