@@ -4,7 +4,9 @@
 
 A sequence of parts, each a process of its own with a time limit and a log file (PARTS below, `--list` shows them). What
 a part finished is remembered in DIR/state.json: the next call at the same commit on the same GPU goes on with the rest.
-A part whose package is missing is skipped with the reason; the others go on. Exit code 1 names what is not done.
+A part whose package is missing is skipped with the reason; the others go on. Exit code 1 names what is not done. On an
+H100 one call is meant to reach all but the two parts that compile, which come last; their compiled code is kept for the
+next call (expected from the work, not measured yet). The plots are drawn in any case.
 `--dry` runs every part on the CPU at miniature size and writes no rows.
 
 Rows and plots go to benchmarks/results (or --results). The tree must be a commit; a copy without .git names it in the
@@ -17,6 +19,7 @@ What a GPU machine needs, beside torch with CUDA (2.11 or newer) and its triton,
     model, inference diffusers transformers safetensors huggingface-hub (and what these ask for: regex requests
                      tokenizers packaging filelock), tqdm; openai-clip for CLIP's own vocabulary, else one is made up
     gdpo-step        these, accelerate peft psutil scipy pillow scikit-image
+    gpu-tests        these, onnx onnxscript onnxruntime
     tensorrt-rtx     these, onnx onnxscript onnxruntime tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings
     plots            matplotlib
 Where torch, transformers, accelerate, peft, pytest and the usual scientific packages are at hand, that leaves two
@@ -44,8 +47,11 @@ from engine.files import atomic_write
 
 SKIPPED = 77  # exit code of a part that cannot run here; its last line says why
 ROUNDS = "2"  # every figure is taken twice
+RESERVED = 20  # seconds that the other parts leave for the plots
 TRAINING = ("torch", "numpy", "yaml", "jsonargparse", "diffusers", "transformers", "safetensors")
 STEP = (*TRAINING, "accelerate", "peft", "scipy", "PIL", "skimage")
+PYTEST = ("pytest", "-q", "-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider",
+          "--import-mode=importlib", "-o", f"pythonpath={ROOT / 'tests' / 'support'}")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,20 +74,28 @@ class Run:
 
 @dataclass(frozen=True)
 class Part:
-    """One process: what it is for, the modules it needs, its time limit and its command after `python -m`."""
+    """One process: what it is for, the modules it needs, its time limit and its command after `python -m`.
+
+    It runs behind the parts `after`, and not where a part of `checked` has failed: its figures would be of wrong code.
+    """
 
     about: str
     seconds: int
     needs: tuple[str, ...]
     command: Callable[[Run], list[str]]
     after: tuple[str, ...] = ()
+    checked: tuple[str, ...] = ()
 
 
 def _kernels_test(run: Run) -> list[str]:
-    names = ["bad_input"] if run.dry else ["bad_input", "loss", "statistics", "complexity", "reward"]
+    names = ["bad_input"] if run.dry else ["bad_input", "loss", "statistics", "complexity", "reward", "norm"]
     fast = ["-n", "8"] if importlib.util.find_spec("xdist") and not run.dry else []
-    return ["pytest", "-q", "-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider",
-            "--import-mode=importlib", *fast, *(f"tests/kernels/test_{n}.py" for n in names)]  # fmt: skip
+    return [*PYTEST, *fast, *(f"tests/kernels/test_{n}.py" for n in names)]
+
+
+def _gpu_tests(run: Run) -> list[str]:
+    files = ["engine/test_torch_backend.py", "engine/test_tensorrt_session.py", "gdpo/test_degradation.py"]
+    return [*PYTEST, "-m", "gpu", *(f"tests/{file}" for file in files)]
 
 
 def _kernels(run: Run) -> list[str]:
@@ -92,13 +106,13 @@ def _kernels(run: Run) -> list[str]:
             "--gate", "false" if tested else "true"]  # fmt: skip
 
 
-def _gdpo_step(*variants: str) -> Callable[[Run], list[str]]:
+def _gdpo_step(*variants: str, alone: bool = False) -> Callable[[Run], list[str]]:
     def command(run: Run) -> list[str]:
         size = ["--crop", "64", "--group", "2", "--steps", "1", "--rounds", "1", "--dry"]
         if not run.dry:
             size = ["--crop", "512", "--group", "6", "--steps", "5", "--rounds", ROUNDS]
         return ["benchmarks.gdpo_step", "--folder", str(run.model), "--precision", "bf16", *size, "--together",
-                "--variants", *variants]  # fmt: skip
+                *(["--alone"] if alone else []), "--variants", *variants]  # fmt: skip
 
     return command
 
@@ -107,7 +121,12 @@ def _inference(run: Run) -> list[str]:
     command = ["benchmarks.torch_backend", "--folder", str(run.model)]
     if run.dry:
         return [*command, "--pictures", "64", "--batches", "1", "2", "--dry"]
-    return [*command, "--pictures", "512", "1024", "--batches", "1", "2", "4", "8", "16"]
+    return [*command, "--pictures", "512", "1024", "--batches", "1", "2", "4", "8", "16", "--seconds", "160"]
+
+
+def _inference_compiled(run: Run) -> list[str]:
+    command = ["benchmarks.torch_backend", "--folder", str(run.model), "--compiled", "--batches", "1"]
+    return [*command, "--pictures", "64", "--dry"] if run.dry else [*command, "--pictures", "512"]
 
 
 def _own(name: str) -> Callable[[Run], list[str]]:
@@ -123,25 +142,35 @@ PARTS: dict[str, Part] = {
     "kernels-test": Part(
         "the kernels against fp64, on this device", 150, ("torch", "numpy", "pytest", "hypothesis"), _kernels_test
     ),
+    "model": Part("a folder of Stable Diffusion 2.1-base's shape, random weights", 120, TRAINING, _own("model")),
+    "inference": Part(
+        "the generator on a GPU: pictures of 512 and 1024, batches of 1 to 16", 240,
+        (*TRAINING, "benchmarks.torch_backend"), _inference, ("model",),
+    ),
+    "gdpo-step": Part(
+        "the GDPO step against the released procedure, with peak memory", 300,
+        STEP, _gdpo_step("plain", "checkpointing", "reuse-latents"), ("model",), ("kernels-test",),
+    ),
     "kernels": Part(
         "the kernels against eager torch, torch.compile and a copy", 150,
         ("torch", "numpy", "jsonargparse", "skimage", "cv2"), _kernels,
-    ),
-    "model": Part("a folder of Stable Diffusion 2.1-base's shape, random weights", 120, TRAINING, _own("model")),
-    "gdpo-step": Part(
-        "the GDPO step against the released procedure, with peak memory", 240,
-        STEP, _gdpo_step("plain", "checkpointing", "reuse-latents"), ("model",),
-    ),
-    "inference": Part(
-        "the generator on a GPU: pictures of 512 and 1024, batches of 1 to 16", 200,
-        (*TRAINING, "benchmarks.torch_backend"), _inference, ("model",),
     ),
     "tensorrt-rtx": Part(
         "does a plan built without a GPU load and run on this one", 150,
         (*TRAINING, "onnx", "onnxscript", "onnxruntime", "tensorrt_rtx | tensorrt_rtx_bindings"), _own("tensorrt-rtx"),
     ),
-    "gdpo-compiled": Part(  # apart: a compiler that takes its time must not cost the other figures
-        "the same with the sampler and the autoencoder compiled", 150, STEP, _gdpo_step("compile-frozen"), ("model",)
+    "gpu-tests": Part(
+        "the other tests that need a GPU: recorded graphs, plans, the degradation", 120,
+        (*TRAINING, "pytest", "scipy", "skimage", "PIL", "onnx", "onnxscript", "onnxruntime"), _gpu_tests,
+    ),
+    # Last: a compiler that takes its time must not cost the other figures.
+    "inference-compiled": Part(
+        "the generator with torch.compile, beside itself without", 300,
+        (*TRAINING, "benchmarks.torch_backend"), _inference_compiled, ("model",),
+    ),
+    "gdpo-compiled": Part(
+        "the step with the sampler and the autoencoder compiled, beside itself without", 300,
+        STEP, _gdpo_step("plain", "compile-frozen", alone=True), ("model",), ("kernels-test",),
     ),
     "plots": Part("pictures of the rows", 40, ("jsonargparse", "matplotlib"), _own("plots")),
 }  # fmt: skip
@@ -176,16 +205,21 @@ def load_state(run: Run) -> dict[str, dict[str, Any]]:
     return parts
 
 
+def status_of(name: str, state: dict[str, dict[str, Any]], run: Run) -> str | None:
+    """What became of a part at this commit on this machine."""
+    found = state.get(name, {})
+    same = (found.get("commit"), found.get("gpu"), found.get("dry")) == (run.commit, run.gpu, run.dry)
+    return found.get("status") if same else None
+
+
 def is_done(name: str, state: dict[str, dict[str, Any]], run: Run) -> bool:
     """Whether a part was finished at this commit on this machine, and what it made is still there."""
     if name == "plots":  # of whatever rows there are by then
         return False
-    found = state.get(name, {})
-    same = (found.get("commit"), found.get("gpu"), found.get("dry")) == (run.commit, run.gpu, run.dry)
-    return found.get("status") == "done" and same and (name != "model" or run.model.is_dir())
+    return status_of(name, state, run) == "done" and (name != "model" or run.model.is_dir())
 
 
-def execute(name: str, run: Run, seconds: float) -> dict[str, Any]:
+def execute(name: str, run: Run, seconds: float, wrong: tuple[str, ...] = ()) -> dict[str, Any]:
     """Run one part to its end or its time limit: what state.json remembers of it."""
     part = PARTS[name]
     record = {"commit": run.commit, "gpu": run.gpu, "dry": run.dry}
@@ -193,6 +227,8 @@ def execute(name: str, run: Run, seconds: float) -> dict[str, Any]:
         return record | {"status": "skipped", "reason": f"not installed here: {', '.join(absent)}"}
     if before := [p for p in part.after if p not in run.finished]:
         return record | {"status": "skipped", "reason": f"it needs the part {', '.join(before)}, which is not done"}
+    if bad := [p for p in part.checked if p in wrong]:
+        return record | {"status": "skipped", "reason": f"{', '.join(bad)} has failed: figures would be of wrong code"}
     log = run.out / f"{name}.log"
     began = time.monotonic()
     code = _process([sys.executable, "-m", *part.command(run)], log, _environment(run), seconds)
@@ -205,6 +241,7 @@ def execute(name: str, run: Run, seconds: float) -> dict[str, Any]:
         return record | {"status": "skipped", "reason": last}
     return record | {
         "status": "failed",
+        "timed_out": code is None,
         "reason": f"stopped after {seconds:.0f} s" if code is None else f"exit code {code}: {last}",
     }
 
@@ -246,12 +283,14 @@ def run_parts(wanted: list[str], again: list[str], run: Run, minutes: float) -> 
         if name in run.finished:
             say(f"{heading}: done before ({state[name].get('seconds')} s)")
             continue
-        left = end - time.monotonic()
+        left = end - time.monotonic() - (RESERVED if "plots" in wanted and name != "plots" else 0)
         if left < 5:
             problems.append(f"{name}: not reached in {minutes:g} minutes; run the same command again")
             continue
         say(f"{heading} ...")
-        state[name] = execute(name, run, min(left, PARTS[name].seconds))
+        failed = [part for part in PARTS if status_of(part, state, run) == "failed"]
+        wrong = tuple(part for part in failed if not state[part]["timed_out"])  # slow is not wrong
+        state[name] = execute(name, run, min(left, PARTS[name].seconds), wrong)
         atomic_write(run.out / "state.json", json.dumps({"parts": state}, indent=2) + "\n")
         status, reason = state[name]["status"], state[name].get("reason", "")
         say(f"    {status}" + (f": {reason}" if reason else f" in {state[name]['seconds']} s"))

@@ -103,13 +103,17 @@ def try_tensorrt_rtx(options: Any, show: Show) -> None:
     from engine.upscaler import Upscaler
 
     figures: dict[str, Any] = {"version": version, "model": f"random {size}", "side": side, "precision": precision}
-    try:
+    try:  # the answer, whatever it is
         loaded = Upscaler.load(plan, core=False)
         session = loaded.sessions["generator"]
-        inputs = inputs_for(loaded, 1, side)
-        result = np.array(session(inputs))
-    except (RuntimeError, ValueError, OSError) as error:  # the answer, whatever it is
+    except (RuntimeError, ValueError, OSError) as error:
         show("tensorrt_rtx", **figures, loads=False, reason=" ".join(str(error).split()))
+        return
+    inputs = inputs_for(loaded, 1, side)
+    try:
+        result = np.array(session(inputs))
+    except (RuntimeError, OSError) as error:
+        show("tensorrt_rtx", **figures, loads=True, runs=False, reason=" ".join(str(error).split()))
         return
     reference = Upscaler.load(model, "torch").sessions["generator"]
     expected = np.array(reference(inputs))
@@ -121,6 +125,7 @@ def try_tensorrt_rtx(options: Any, show: Show) -> None:
         "tensorrt_rtx",
         **figures,
         loads=True,
+        runs=True,
         relative_error=error,
         p50_ms=statistics.median(rounds),
         rounds_p50_ms=rounds,
@@ -128,7 +133,7 @@ def try_tensorrt_rtx(options: Any, show: Show) -> None:
 
 
 def draw_plots(options: Any, show: Show) -> None:
-    """Speed-up of the kernels and of the step, from the rows of this commit on this GPU."""
+    """Speed-up of the kernels, times of the step and of inference, from the rows of this commit on this GPU."""
     head, here = commit()[0], environment()["machine"]["gpu"]
 
     def rows(name: str) -> list[dict[str, Any]]:
@@ -136,7 +141,8 @@ def draw_plots(options: Any, show: Show) -> None:
         return found if options.dry else [r for r in found if (r["commit"], r["machine"]["gpu"]) == (head, here)]
 
     folder = options.out if options.dry else RESULTS
-    for name, draw in (("kernels", _draw_kernels), ("gdpo_step", _draw_step)):
+    pictures = (("kernels", _draw_kernels), ("gdpo_step", _draw_step), ("torch_backend", _draw_inference))
+    for name, draw in pictures:
         if found := rows(name):
             path = folder / f"gpu_{name}.png"
             draw(found, path)
@@ -182,6 +188,15 @@ def _draw_step(rows: list[dict[str, Any]], path: Path) -> None:
                 case = f"{row['model']} {row['crop']} {row['precision']} {row.get('variant', 'plain')}"
                 bars[f"{case}, {name}"] = row[f"{name}_p50_s"]
     _bars(path, "One GDPO step", "seconds (medians)", bars)
+
+
+def _draw_inference(rows: list[dict[str, Any]], path: Path) -> None:
+    bars = {}
+    for row in sorted(rows, key=lambda row: (row["side"], row["batch"])):
+        case = f"{row['side']} pixels, batch {row['batch']}"
+        bars[f"{case}, {row['step']}"] = 1e3 / row["pictures_per_s"]
+        bars[f"{case}, floor"] = row["floor_ms"] / row["batch"]
+    _bars(path, f"Inference, {rows[-1]['model']}", "milliseconds a picture (medians)", bars)
 
 
 PARTS: dict[str, Callable[[Any, Show], None]] = {

@@ -22,11 +22,18 @@ def command(*options: str, **environment: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-def test_the_dry_run_does_every_part_writes_no_rows_and_is_not_repeated(tmp_path):
+def test_the_dry_run_does_every_part_writes_no_rows_and_is_not_repeated(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "commit", lambda: ("abc", False))  # whoever commits while this runs
+
+    def call(*options: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["gpu", "--dry", "--out", str(out), *options])
+        code, said = gpu.main(), capsys.readouterr().err
+        assert code == 0, said
+        return said
+
     before = {p: p.read_bytes() for p in rows.RESULTS.glob("*")}
     out = tmp_path / "out"
-    done = command("--dry", "--out", str(out))
-    assert done.returncode == 0, done.stderr
+    call()
     state = json.loads((out / "state.json").read_text())["parts"]
     assert list(state) == list(gpu.PARTS)
     for name, found in state.items():
@@ -35,14 +42,15 @@ def test_the_dry_run_does_every_part_writes_no_rows_and_is_not_repeated(tmp_path
         assert all(module in found.get("reason", "") for module in absent)
     assert '"variant": "checkpointing"' in (out / "gdpo-step.log").read_text()
     assert (out / "gpu_gdpo_step.png").read_bytes()[:4] == b"\x89PNG"
+    assert '"variant": "compile-frozen"' in (log := (out / "gdpo-compiled.log").read_text()) and "released" not in log
     assert {p: p.read_bytes() for p in rows.RESULTS.glob("*")} == before
 
     began = time.monotonic()
     done_before = [name for name, found in state.items() if found["status"] == "done"]
-    again = command("--dry", "--out", str(out), "--parts", *done_before, "--again", "environment")
-    assert again.returncode == 0 and again.stderr.count("done before") == len(done_before) - 2
+    again = call("--parts", *done_before, "--again", "environment")
+    assert again.count("done before") == len(done_before) - 2
     for repeated in ("environment", "plots"):  # asked for; new rows may have come
-        assert f"{repeated}: {gpu.PARTS[repeated].about} ..." in again.stderr
+        assert f"{repeated}: {gpu.PARTS[repeated].about} ..." in again
     assert time.monotonic() - began < 30
 
 
@@ -112,6 +120,35 @@ def test_a_part_that_hangs_is_stopped_with_its_children(run, monkeypatch, tmp_pa
 def test_what_the_time_does_not_reach_waits_for_the_next_call(run):
     problems = gpu.run_parts(["good", "after-good"], [], run, 0.01)
     assert len(problems) == 2 and "not reached in 0.01 minutes" in problems[0] and states(run) == {}
+
+
+def test_figures_of_code_that_failed_its_tests_are_not_taken(run, monkeypatch, tmp_path):
+    checked = replace(stand_in(tmp_path, "print('fine')"), checked=("bad", "absent"))
+    monkeypatch.setitem(gpu.PARTS, "figures", checked)
+    gpu.run_parts(["absent", "figures"], [], run, 1)
+    assert states(run)["figures"] == "done"  # what could not run has not failed
+    slow = stand_in(tmp_path, "import time; time.sleep(60)", seconds=2)
+    with monkeypatch.context() as patch:
+        patch.setitem(gpu.PARTS, "bad", slow)
+        gpu.run_parts(["bad", "figures"], ["figures"], run, 1)
+    assert states(run)["figures"] == "done"  # slow is not wrong
+    gpu.run_parts(["bad", "figures"], ["figures"], run, 1)
+    found = gpu.load_state(run)["figures"]
+    assert found["status"] == "skipped" and found["reason"].startswith("bad has failed")
+    gpu.run_parts(["figures"], [], replace(run, commit="def"), 1)
+    assert states(run)["figures"] == "done"  # another commit, not tested yet
+
+
+def test_plots_are_drawn_when_the_time_is_used_up(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "RESERVED", 53)
+    monkeypatch.setitem(gpu.PARTS, "bad", stand_in(tmp_path, "import time; time.sleep(60)", seconds=60))
+    monkeypatch.setitem(gpu.PARTS, "plots", stand_in(tmp_path, "print('fine')"))
+    (problem,) = gpu.run_parts(["bad", "plots"], [], run, 1)
+    assert problem.startswith(("bad: stopped after 7 s", "bad: stopped after 6 s")) and states(run)["plots"] == "done"
+
+
+def test_what_compiles_costs_no_other_figure():
+    assert list(gpu.PARTS)[-3:] == ["inference-compiled", "gdpo-compiled", "plots"]
 
 
 def test_a_foreign_state_is_refused(run):
