@@ -10,7 +10,6 @@ RELEASED is either of the authors' two released forms, or this project's:
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -25,6 +24,7 @@ from . import lora
 from .codecs import load_codec
 from .exported import from_export
 from .generator import OneStepGenerator
+from .parts import load_pretrained, read_json
 from .prompts import PromptEncoder
 from .released import ReleasedLora, read_released
 from .storage import check_target
@@ -158,7 +158,7 @@ def _from_folder(released: Path, base: Path | None, t_noise: int | None, t_diffu
     def home(part: str) -> Path:
         return released if (released / part).is_dir() or base is None else base
 
-    unet = UNet2DConditionModel.from_pretrained(str(released / "unet"), local_files_only=True)
+    unet = load_pretrained(UNet2DConditionModel, released / "unet")
     codec: Any = load_codec(home("vae") / "vae")
     text_home = home("text_encoder")
     schedule_file = home("scheduler") / "scheduler" / "scheduler_config.json"
@@ -166,7 +166,7 @@ def _from_folder(released: Path, base: Path | None, t_noise: int | None, t_diffu
     for file in (schedule_file, width_file):
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file; a model folder needs it")
-    width = json.loads(width_file.read_text()).get("hidden_size")
+    width = read_json(width_file).get("hidden_size")
     if (unet.config.in_channels, unet.config.cross_attention_dim) != (codec.channels, width):
         raise ValueError(
             f"{released / 'unet'} takes {unet.config.in_channels} channels and text of width "
@@ -176,7 +176,7 @@ def _from_folder(released: Path, base: Path | None, t_noise: int | None, t_diffu
     return OneStepGenerator(
         unet,
         codec,
-        json.loads(schedule_file.read_text()),
+        read_json(schedule_file),
         t_noise=t_noise,
         t_diffusion=t_diffusion,
         prompt_encoder=PromptEncoder(text_home),

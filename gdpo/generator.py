@@ -191,8 +191,8 @@ class OneStepGenerator(nn.Module):
                 self._copy_text_models(root)
 
     def saved_bytes(self) -> int:
-        """About how many bytes `save_pretrained` writes: all weights (a spare adapter's too) and the text models."""
-        weights = sum(p.numel() * p.element_size() for p in self.parameters())
+        """About how many bytes `save_pretrained` writes in fp32: all weights (spare adapters too) and text models."""
+        weights = 4 * sum(p.numel() for p in self.parameters())
         files = (file for part in self._text_models() for file in part.rglob("*") if file.is_file())
         return weights + sum(file.stat().st_size for file in files)
 

@@ -16,10 +16,11 @@ NEGATIVE_PROMPT = (
     "blurring, dirty, messy, worst quality, low quality, frames, watermark, signature, jpeg artifacts, deformed, "
     "lowres, over-smooth"
 )
+_CACHED = 1024  # of the size that Stable Diffusion 2.1 has, 315 KB each
 
 
 class PromptEncoder:
-    """Caches the embedding of each prompt; the text encoder is loaded at the first prompt and can be released."""
+    """Caches embeddings of prompts; the text encoder is loaded at the first prompt and can be released."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -31,8 +32,10 @@ class PromptEncoder:
     @torch.no_grad()
     def __call__(self, prompts: list[str]) -> torch.Tensor:
         """prompts (B strings) -> [B,L,D] on `device` in `dtype`."""
-        for prompt in dict.fromkeys(p for p in prompts if p not in self._cache):
-            self._cache[prompt] = self._encode(prompt)
+        for prompt in dict.fromkeys(prompts):  # those in use become the newest
+            self._cache[prompt] = self._cache.pop(prompt) if prompt in self._cache else self._encode(prompt)
+        for prompt in list(self._cache)[: -max(_CACHED, len(prompts))]:
+            del self._cache[prompt]
         return torch.stack([self._cache[p] for p in prompts]).to(self.device, self.dtype)
 
     def release(self) -> None:

@@ -17,7 +17,7 @@ from ..degradation import Degradation
 from ..rewards import build_rewards
 from .config import GDPOConfig
 from .gain import compare, group_reward, luma
-from .setup import Prompts, base_generator, group_noise, lora_targets
+from .setup import Prompts, base_generator, group_noise, lora_targets, save_trained
 
 
 class GDPO:
@@ -191,7 +191,7 @@ class GDPO:
 
     def save(self, folder: Path) -> None:
         """Write the base with the policy's LoRA beside it, so that `gdpo.merge --strength` can choose how much."""
-        self.generator.save_pretrained(folder)
+        save_trained(self.generator, self.config, folder)
 
 
 def _pick(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from ..randomness import uniform
 from .config import NAOSDConfig
 from .energy import EnergyScore
 from .grid import grid_penalty
-from .setup import Prompts, base_generator, group_noise, lora_targets
+from .setup import Prompts, base_generator, group_noise, lora_targets, save_trained
 from .vsd import VSD
 
 
@@ -138,4 +138,4 @@ class NAOSD:
 
     def save(self, folder: Path) -> None:
         """Write the trained generator; the VSD fake is not part of it."""
-        self.generator.save_pretrained(folder)
+        save_trained(self.generator, self.config, folder)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from importlib import import_module
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -53,11 +55,8 @@ def tracker(config: TrainConfig) -> str | None:
     return config.report_to
 
 
-def base_generator(config: TrainConfig, accelerator: Accelerator) -> OneStepGenerator:
-    """Load (or make) the generator with earlier LoRA weights merged: the frozen base that training starts from.
-
-    The base is held once, in the training precision when only a LoRA is trained on it.
-    """
+def read_base(config: TrainConfig) -> OneStepGenerator:
+    """The generator that training starts from, in the precision of its files, with earlier LoRA weights merged."""
     model = config.model
     if model.pretrained == "tiny":
         shape = TinyUNetConfig(block_out_channels=model.block_out_channels, layers_per_block=model.layers_per_block)
@@ -68,6 +67,16 @@ def base_generator(config: TrainConfig, accelerator: Accelerator) -> OneStepGene
         generator = OneStepGenerator.from_pretrained(model.pretrained, model.t_noise, model.t_diffusion).merge_lora()
     if model.prompt is not None and generator.uses_text:
         generator.prompt, generator.prompt_embeds = model.prompt, None
+    return generator
+
+
+def base_generator(config: TrainConfig, accelerator: Accelerator) -> OneStepGenerator:
+    """The frozen base on its device, held once, in the training precision when only a LoRA is trained on it.
+
+    Raises:
+        ValueError: crops that this model cannot take.
+    """
+    model, generator = config.model, read_base(config)
     if config.data.crop_size % generator.multiple:
         raise ValueError(
             f"data.crop_size must be a multiple of {generator.multiple} for this model; got {config.data.crop_size}"
@@ -82,6 +91,22 @@ def base_generator(config: TrainConfig, accelerator: Accelerator) -> OneStepGene
     if accelerator.device.type == "cuda" and accelerator.mixed_precision != "no" and not model.full:
         norms_in_own_precision(generator)  # a CPU's autocast leaves them so
     return generator
+
+
+def save_trained(generator: OneStepGenerator, config: TrainConfig, folder: Path) -> None:
+    """Write the trained generator, its LoRA apart from the base as that was read.
+
+    Training may hold the base in half precision; a merge at strength 0 must give the base back to the bit all the same.
+    """
+    if config.model.full:
+        return generator.save_pretrained(folder)
+    base = read_base(config)
+    with tempfile.TemporaryDirectory() as work:
+        for name, trained, own in (("unet", generator.unet, base.unet), ("vae", generator.vae, base.vae)):
+            if trained is not None and lora.adapters(trained):
+                lora.save(trained, Path(work, name))
+                lora.load(own, Path(work, name))
+    base.save_pretrained(folder)
 
 
 class _GroupNorm(nn.GroupNorm):

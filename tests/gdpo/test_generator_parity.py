@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gdpo import lora
+from gdpo import lora, prompts
 from gdpo.generator import OneStepGenerator
 
 PROMPTS = ["clean photo", "sharp texture, high resolution", "blurry painting"]
@@ -260,3 +260,16 @@ def test_the_tiny_preset_solves_the_same_equation_the_other_way(inputs):
     # The codec is a permutation of pixels: exact both ways.
     blocks = images.reshape(3, 3, 16, 4, 32, 4).permute(0, 1, 3, 5, 2, 4).reshape(3, 48, 16, 32)
     assert torch.equal(latents, blocks) and torch.equal(generator.decode(latents), images)
+
+
+def test_many_prompts_do_not_fill_the_memory(mini_sd, monkeypatch):
+    """The newest embeddings are kept, those in use among them; a forgotten one is encoded again, to the same bits."""
+    monkeypatch.setattr(prompts, "_CACHED", 3)
+    encoder = prompts.PromptEncoder(mini_sd)
+    first = encoder(["a", "b"])
+    encoder(["a"])
+    encoder(["c", "d"])
+    assert list(encoder._cache) == ["a", "c", "d"]
+    assert encoder(["a", "b", "c", "d", "e"]).shape[0] == 5, "a batch larger than the cache"
+    assert torch.equal(encoder(["a", "b"]), first)
+    assert len(encoder._cache) == 3

@@ -180,3 +180,16 @@ def test_sheets_and_their_rows_come_once_also_when_resumed(crops, trained, tmp_p
             monkeypatch, *common, f"--output_dir={stopped}", "--max_train_steps=5", "--resume_from_checkpoint=latest"
         )
         assert rows(stopped) == rows(straight) and sheets(stopped) == sheets(straight)
+
+
+def test_half_precision_leaves_the_base_as_it_was_read(crops, trained, tmp_path, monkeypatch):
+    """Strength 0 of the knob is the model before GDPO, to the bit."""
+    out = tmp_path / "run"
+    common = (*GDPO, *SHORT, f"--data.folder={crops}", f"--model.pretrained={trained}", f"--output_dir={out}")
+    train_here(monkeypatch, *common, "--max_train_steps=2", "--mixed_precision=bf16")
+    before, after = (load_file(m / "unet" / "diffusion_pytorch_model.safetensors") for m in (trained, out / "model"))
+    assert before.keys() == after.keys() and all(torch.equal(v, after[k]) for k, v in before.items())
+    assert any((v.bfloat16().float() != v).any() for v in before.values()), "else bf16 could not be seen"
+    lora = load_file(out / "model" / "unet_lora" / "adapter_model.safetensors")
+    saved = load_file(out / "checkpoint-0000002" / "trainable.safetensors")
+    assert len(lora) == len(saved) and max(float(v.abs().max()) for k, v in lora.items() if "lora_B" in k) > 0
