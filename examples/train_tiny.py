@@ -16,7 +16,13 @@ from engine.cli import run as run_command
 from engine.files import atomic_write
 
 CROPS = Path("data/crops")
-STAGES = {"tiny-naosd": "naosd", "tiny-naosd-sharpen": "naosd", "tiny-naosd-clean": "naosd", "tiny-gdpo": "gdpo"}
+STAGES = {
+    "tiny-naosd": "naosd",
+    "tiny-naosd-sharpen": "naosd",
+    "tiny-naosd-clean": "naosd",
+    "tiny-naosd-refine": "naosd",
+    "tiny-gdpo": "gdpo",
+}
 CARD = """# The tiny generator of GDPO-SR
 
 One-step x4 super-resolution without a VAE: a UNet of {parameters:.1f} M parameters on pixel-unshuffled latents; noise
