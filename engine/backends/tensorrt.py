@@ -88,14 +88,19 @@ class _Shape:
         self.graph: CudaGraph | None = None
         self.graph_refused = False
         self.done, self.busy = Event(driver), False
+        self.left: np.ndarray | None = None  # the output that outlives the buffers
 
     def wait(self) -> np.ndarray:
         """The output, when it is there."""
+        if self.left is not None:
+            return self.left
         self.done.synchronize()
         self.busy = False
         return self.output.host
 
     def close(self) -> None:
+        if self.busy:  # somebody may still wait for it
+            self.left = self.wait().copy()
         for part in (*self.buffers.values(), self.output, self.graph, self.done):
             if part is not None:
                 part.close()
@@ -141,11 +146,10 @@ class TensorRTSession:
 
     def _state(self, inputs: Mapping[str, np.ndarray]) -> _Shape:
         key = tuple(inputs[t.name].shape for t in self.entry.inputs)
-        if key not in self._shapes:
-            while len(self._shapes) >= _KEPT_SHAPES:
-                self._close(self._shapes.pop(next(iter(self._shapes))))
-            self._shapes[key] = []
-        states = self._shapes[key]  # the one that was started first comes first
+        states = self._shapes.pop(key, [])  # the one that was started first comes first
+        while len(self._shapes) >= _KEPT_SHAPES:
+            self._close(self._shapes.pop(next(iter(self._shapes))))
+        self._shapes[key] = states  # the shape used last comes last
         state = next((s for s in states if not s.busy), None)
         if state is None and len(states) == _AT_ONCE:
             state = states[0]  # left behind by a run that was cancelled
