@@ -82,6 +82,35 @@ def test_the_configuration_says_what_becomes_of_the_kernels(compiler, nvcc, tmp_
     assert (done.returncode != 0) == bool(rc) and message in " ".join((done.stdout + done.stderr).split())
 
 
+@pytest.mark.parametrize(
+    "choice, known, rc, message",
+    [
+        ("auto", "compute_75 compute_80 compute_90", 0, "nvcc for sm_80 sm_90"),
+        ("ON", "compute_75 compute_80 compute_90", 0, "nvcc for sm_80 sm_90"),
+        ("auto", "compute_52 compute_1000", 0, "left out ({nvcc} --list-gpu-arch names none of 80;90;100)"),
+        ("auto", "", 0, "left out ({nvcc} --list-gpu-arch names none"),
+        ("ON", "", 1, "GDPO_CUDA=ON: {nvcc} --list-gpu-arch names none of 80;90;100; take a newer CUDA toolkit"),
+    ],
+    ids=["auto", "on", "old", "broken", "insist"],
+)
+def test_an_nvcc_that_does_not_know_every_gpu_breaks_nothing(compiler, tmp_path, choice, known, rc, message):
+    """With empty headers and a script for nvcc: nothing is compiled."""
+    for name in ("cuda.h", "cuda_runtime_api.h", "NvInferRuntime.h"):
+        (tmp_path / name).touch()
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\nprintf '%s\\n' {known}\nexit {int(not known)}\n")
+    nvcc.chmod(0o755)
+    places = {"GDPO_JSON_INCLUDE": tmp_path, "GDPO_CUDA_INCLUDE": tmp_path, "GDPO_TENSORRT_INCLUDE": tmp_path}
+    settings = places | {"TENSORRT_ROOT": tmp_path, "GDPO_NVCC": nvcc, "GDPO_CUDA": choice}
+    defines = [f"-D{name}={value}" for name, value in settings.items()]
+    command = [CMAKE, "-S", ROOT / "csrc", "-B", tmp_path / "build", *defines]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    said = " ".join((done.stdout + done.stderr).split())
+    assert (done.returncode != 0) == bool(rc) and message.format(nvcc=nvcc) in said
+    generate = "".join(f.read_text() for f in (tmp_path / "build").rglob("build.make"))
+    assert ("compute_90,code=compute_90" in generate) == ("sm_90" in message) and "compute_100" not in generate
+
+
 @pytest.fixture(scope="session")
 def tensorrt(shared, compiler, nvcc):
     """The tool with the TensorRT backend, and the stand-ins for libcuda and libnvinfer."""
