@@ -64,11 +64,20 @@ def reset_orientation(exif: bytes) -> tuple[bytes | None, int]:
 # artist, copyright; and the pointers to its EXIF and GPS directories.
 _TIFF_TAGS = (270, 271, 272, 305, 306, 315, 33432)
 _TIFF_POINTERS = (0x8769, 0x8825)
+_INTEROP = 0xA005  # in the EXIF directory: a pointer to another one
 
 
 def _text(value: object) -> bytes:
     """The bytes of a text tag, whatever their encoding: Pillow reads them as Latin-1."""
     return str(value).encode("latin1", "replace")
+
+
+def _entries(exif: Image.Exif, pointer: int) -> dict[int, Any]:
+    """What a directory holds, with the one inside it in place of its offset, which means nothing in another file."""
+    entries = dict(exif.get_ifd(pointer))
+    if _INTEROP in entries:
+        entries[_INTEROP] = exif.get_ifd(_INTEROP)
+    return {tag: value for tag, value in entries.items() if value != {}}
 
 
 def tiff_exif(image: Image.Image) -> bytes | None:
@@ -78,8 +87,8 @@ def tiff_exif(image: Image.Image) -> bytes | None:
         if tag in found:
             kept[tag] = _text(found[tag])
     for pointer in _TIFF_POINTERS:
-        if entries := found.get_ifd(pointer):
-            kept[pointer] = dict(entries)
+        if entries := _entries(found, pointer):
+            kept[pointer] = entries
     return kept.tobytes().removeprefix(b"Exif\0\0") if len(kept) else None
 
 
@@ -123,7 +132,7 @@ def _append_directory(path: Path, exif: bytes) -> None:
                 value = struct.pack("<I", append(text)) if len(text) > 4 else text.ljust(4, b"\0")
                 entries[tag] = struct.pack("<HHI", tag, 2, len(text)) + value
         for pointer in _TIFF_POINTERS:
-            if values := said.get_ifd(pointer):
+            if values := _entries(said, pointer):
                 directory = TiffImagePlugin.ImageFileDirectory_v2(b"II*\0\0\0\0\0", group=pointer)
                 for tag, value in values.items():
                     directory[tag] = value

@@ -114,6 +114,18 @@ def test_a_tiff_keeps_what_the_camera_said_and_its_pixels(tmp_path, dtype):
     assert pyvips.Image.new_from_file(str(tmp_path / "a.tif")).get("n-pages") == 1  # another reader agrees
 
 
+def test_a_tiff_keeps_the_interoperability_directory_inside_exif(tmp_path):
+    said = Image.Exif()
+    said[271], said[0x8769] = "Maker", {0x9003: "2020:01:01 00:00:00", 0xA005: {1: "R98", 2: b"0100"}}
+    Image.fromarray(gradient()).save(tmp_path / "a.jpg", exif=said)
+    for source, path in [("a.jpg", "a.tif"), ("a.tif", "b.tif")]:
+        write_image(tmp_path / path, read_image(tmp_path / source))
+        with Image.open(tmp_path / path) as image:
+            exif = image.getexif()
+            assert exif.get_ifd(0xA005) == {1: "R98", 2: b"0100"}
+            assert exif.get_ifd(0x8769)[0x9003] == "2020:01:01 00:00:00"
+
+
 def test_damaged_exif_never_damages_a_tiff(tmp_path):
     rng, good, kept = random.Random(0), exif_block()[6:], 0
     pixels = gradient()
