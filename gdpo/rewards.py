@@ -37,7 +37,7 @@ class Reward:
         kind: "fidelity" or "perceptual".
         score: (samples [B,G,3,H,W] in [-1,1], target [B,3,H,W] in [-1,1], statistics) -> [B,G] fp32, without gradient.
             Raises ValueError where a score has another shape (naming the reward) or is not finite (naming also the
-            image and the sample), RuntimeError where a function of the user's own raises.
+            image and the sample), and where a function of the user's own raises.
     """
 
     name: str
@@ -193,7 +193,7 @@ def _checked(name: str, score: Score) -> Score:
             raise ValueError(f"reward {name!r}: {error}") from error
         except Exception as error:  # a function of the user's own can raise anything
             reason = f"{type(error).__name__}: {error}"
-            raise RuntimeError(f"reward {name!r} failed ({reason}); GDPO_TRACEBACK=1 shows where") from error
+            raise ValueError(f"reward {name!r} failed ({reason}); GDPO_TRACEBACK=1 shows where") from error
         values = values.float()
         if not (finite := values.isfinite()).all():
             image, sample = (~finite).nonzero()[0].tolist()

@@ -72,7 +72,7 @@ def _remove(folder: Path) -> None:
 
 def clean(root: Path) -> None:
     """Remove what a killed run left staged or half removed."""
-    for pattern in (".staged-checkpoint-*", ".removed-checkpoint-*"):
+    for pattern in (".staged-checkpoint-*", ".removed-*"):
         for left in root.glob(pattern):
             shutil.rmtree(left, ignore_errors=True)
 
@@ -85,6 +85,22 @@ def remove_after(root: Path, step: int) -> None:
     for found, folder in _listed(root):
         if found > step:
             _remove(folder)
+
+
+def set_aside_after(root: Path, step: int) -> list[Path]:
+    """Rename the checkpoints of later steps, and return their new paths: the run went back and takes another course.
+
+    Left in place, they would be resumed from as the newest ones.
+    """
+    moved = []
+    for found, folder in _listed(root):
+        if found > step:
+            target = folder.parent / f"set-aside-{folder.name}"
+            if target.exists():
+                _remove(target)
+            os.replace(folder, target)
+            moved.append(target)
+    return moved
 
 
 def _listed(root: Path) -> list[tuple[int, Path]]:
@@ -106,11 +122,12 @@ def load(folder: Path) -> Checkpoint:
 
     Raises:
         ValueError: naming the file that is missing, cut or altered.
+        OSError: a file that is there could not be read, which says nothing about the checkpoint.
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         entries = {str(name): (int(facts["bytes"]), str(facts["sha256"])) for name, facts in manifest.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: manifest.json cannot be read ({error})") from None
     for name, (size, digest) in entries.items():
         path = folder / name

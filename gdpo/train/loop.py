@@ -232,6 +232,9 @@ class Loop:
             checkpoints.clean(self.root)
             if wanted in checkpoints.NEWEST:
                 checkpoints.remove_after(self.root, first)
+            elif wanted is not None:
+                for folder in checkpoints.set_aside_after(self.root, first):
+                    self._say(f"set aside, as this run goes on from an earlier step: {folder}")
             atomic_write(self.root / "config.json", json.dumps(asdict(config), indent=1) + "\n")
             atomic_write(self.root / "environment.json", json.dumps(environment(self.accelerator), indent=1) + "\n")
             self._cut_metrics(first)

@@ -97,15 +97,27 @@ def save_trained(generator: OneStepGenerator, config: TrainConfig, folder: Path)
     """Write the trained generator, its LoRA apart from the base as that was read.
 
     Training may hold the base in half precision; a merge at strength 0 must give the base back to the bit all the same.
+
+    Raises:
+        ValueError: the folder of the base holds other weights now than when training read it.
     """
     if config.model.full:
         return generator.save_pretrained(folder)
     base = read_base(config)
     with tempfile.TemporaryDirectory() as work:
         for name, trained, own in (("unet", generator.unet, base.unet), ("vae", generator.vae, base.vae)):
-            if trained is not None and lora.adapters(trained):
+            if trained is None:
+                continue
+            if lora.adapters(trained):
                 lora.save(trained, Path(work, name))
                 lora.load(own, Path(work, name))
+            held, loras = dict(trained.named_parameters()), lora.parameters(own)
+            for key, p in own.named_parameters():
+                if key not in loras and not torch.equal(p.to(held[key].dtype), held[key].cpu()):
+                    raise ValueError(
+                        f"{config.model.pretrained} has changed since training read it (first: {name}, {key}), and the "
+                        "LoRA fits what it was: put that back and resume from the last checkpoint, which has the LoRA"
+                    )
     base.save_pretrained(folder)
 
 

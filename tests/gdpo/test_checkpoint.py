@@ -122,6 +122,29 @@ def test_damaged_ones_do_not_count_among_those_kept(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-0000001"]
 
 
+def test_a_checkpoint_that_cannot_be_read_just_now_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):
+    for step in (1, 2):
+        ck.save(tmp_path, make(step), keep=3)
+
+    def hiccup(path, *a, **k):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(ck.Path, "read_text", hiccup)
+    with pytest.raises(PermissionError, match=r"checkpoint-0000002/manifest\.json"):
+        ck.newest_valid(tmp_path)
+
+
+def test_going_back_sets_the_later_ones_aside(tmp_path):
+    for _ in range(2):  # the second time replaces what the first set aside
+        for step in (1, 2, 3):
+            ck.save(tmp_path, make(step), keep=3)
+        moved = ck.set_aside_after(tmp_path, 1)
+        assert [p.name for p in moved] == ["set-aside-checkpoint-0000002", "set-aside-checkpoint-0000003"]
+        assert [ck.load(p).state["step"] for p in moved] == [2, 3]
+        assert ck.newest_valid(tmp_path)[1].state["step"] == 1
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_a_step_saved_again_is_whole_or_absent(tmp_path, monkeypatch):
     """Dying at any rename or removal, while a checkpoint of the same step is replaced."""
     ck.save(tmp_path, make(1), keep=2)

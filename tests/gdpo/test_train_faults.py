@@ -190,14 +190,19 @@ def test_non_finite_loss_names_step_and_samples_and_keeps_the_checkpoint(crops, 
     assert all(np.isfinite(v).all() for v in load_file(newest / "trainable.safetensors").values())
 
 
-def test_a_reward_of_the_users_own_that_fails_is_named_with_step_and_samples(crops, trained, tmp_path):
-    (tmp_path / "mine.py").write_text("def f(samples, target):\n    return samples.mean((1, 2, 3)) * float('nan')\n")
+@pytest.mark.parametrize(
+    ("result", "reason"),
+    [
+        ("samples.mean((1, 2, 3)) * float('nan')", "is nan for image 0, sample 0"),
+        ("{}['weights']", r"failed \(KeyError: 'weights'\)"),
+    ],
+)
+def test_a_reward_of_the_users_own_that_fails_is_named_with_step_and_samples(crops, trained, tmp_path, result, reason):
+    (tmp_path / "mine.py").write_text(f"def f(samples, target):\n    return {result}\n")
     common = (*GDPO, f"--data.folder={crops}", f"--model.pretrained={trained}", f"--output_dir={tmp_path / 'o'}")
     done = train(*common, "--reward_funcs=[psnr_y,mine:f]", check=False, PYTHONPATH=str(tmp_path))
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert re.search(
-        r"error: at step 1, samples crop\d\d.png: reward 'mine:f' is nan for image 0, sample 0", done.stderr
-    )
+    assert re.search(rf"error: at step 1, samples crop\d\d.png: reward 'mine:f' {reason}", done.stderr)
 
 
 def test_captions_that_are_not_there_are_missed_at_once(crops, tmp_path):

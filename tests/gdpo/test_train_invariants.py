@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 from training import GDPO, NAOSD, train, train_here
 
@@ -193,3 +193,38 @@ def test_half_precision_leaves_the_base_as_it_was_read(crops, trained, tmp_path,
     lora = load_file(out / "model" / "unet_lora" / "adapter_model.safetensors")
     saved = load_file(out / "checkpoint-0000002" / "trainable.safetensors")
     assert len(lora) == len(saved) and max(float(v.abs().max()) for k, v in lora.items() if "lora_B" in k) > 0
+
+
+def test_a_base_that_changes_while_a_run_trains_on_it_is_noticed(crops, trained, tmp_path, monkeypatch):
+    """Its LoRA would be saved on weights that it never saw."""
+    base, out = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(trained, base)
+    weights = base / "unet" / "diffusion_pytorch_model.safetensors"
+    common = (*GDPO, *SHORT, f"--data.folder={crops}", f"--model.pretrained={base}", f"--output_dir={out}")
+    before = weights.read_bytes()
+
+    def overwritten(self, done):
+        real(self, done)
+        tensors = load_file(weights)
+        tensors["head.out.bias"] += 0.01
+        save_file(tensors, weights)
+
+    real = loop.Loop._save_checkpoint
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "_save_checkpoint", overwritten)
+        with pytest.raises(ValueError, match=r"base has changed since training read it .*head\.out"):
+            train_here(patch, *common, "--max_train_steps=2", "--mixed_precision=bf16")
+    assert not (out / "model").exists()
+    weights.write_bytes(before)
+    train_here(monkeypatch, *common, "--max_train_steps=2", "--mixed_precision=bf16", "--resume_from_checkpoint=latest")
+    assert (out / "model").is_dir()
+
+
+def test_going_back_to_an_earlier_checkpoint_takes_the_later_ones_out_of_the_way(crops, tmp_path, monkeypatch, capfd):
+    out = tmp_path / "run"
+    common = (*NAOSD, *SHORT, f"--data.folder={crops}", f"--output_dir={out}", "--checkpointing_steps=1")
+    train_here(monkeypatch, *common, "--max_train_steps=3")
+    capfd.readouterr()
+    train_here(monkeypatch, *common, "--max_train_steps=2", "--resume_from_checkpoint=checkpoint-0000001")
+    assert "set-aside-checkpoint-0000003" in capfd.readouterr().err
+    assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-0000001", "checkpoint-0000002"]
