@@ -5,7 +5,7 @@
 Every step of the ladder is on top of those before it. The whole ladder is measured where a user waits for one picture
 and at a batch of 8, both of the first size; elsewhere its ends are. Before a figure is taken, the output is compared
 with fp32 (relative L2), and a figure of a wrong result is not kept: exit code 1 names it, and what time did not reach
-or a library refused. Contenders take turns in two rounds; a figure is the median of all calls on pictures that are on
+or a library refused. Called again, it goes on with the shapes that have no rows of this commit and GPU. Contenders take turns in two rounds; a figure is the median of all calls on pictures that are on
 the device, the spread each round's median.
 The floor: FLOP counted on the definition over the rate of a large bf16 product measured in the same run.
 Compiling takes minutes, so `--compiled` is a run of its own: the recorded generator with torch.compile and without.
@@ -28,7 +28,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu_parts import medians
-from benchmarks.rows import append_row, require_clean
+from benchmarks.rows import append_row, environment, read_rows, require_clean
 from engine import cli
 from engine.backends import Options
 from engine.backends.torch import TorchSession, from_generator
@@ -73,6 +73,11 @@ class Bench:
     def reference(self) -> TorchSession:
         """The definition, on the model itself, which it leaves as it is."""
         return from_generator(self.master, Options(str(self.device)), DEFINITION)[1]
+
+    def refuse(self, name: str, side: int, batch: int, why: Exception | str) -> None:
+        full = isinstance(why, torch.cuda.OutOfMemoryError)
+        reason = FULL if full else " ".join(str(why).split())[:300]
+        self.refused.append(f"{name}, {side}x{side}, batch {batch}: {reason}")
 
     def session(self, steps: Steps) -> TorchSession:
         return from_generator(copy.deepcopy(self.master), Options(str(self.device)), steps)[1]
@@ -130,28 +135,32 @@ def error_of(run: TorchSession, inputs: tuple[torch.Tensor, ...], expected: torc
 
 def compare(bench: Bench, runs: dict[str, TorchSession], side: int, batch: int, work: int) -> list[dict[str, Any]]:
     """Check, then time, the contenders on one shape; rows of those that are right and fit the memory."""
+    # What a library of the GPU refuses costs this contender on this shape only.
     inputs = bench.inputs(side, batch)
-    expected = torch.cat([bench.reference.run(i[None], n[None]) for i, n in zip(*inputs)])
+    try:
+        expected = torch.cat([bench.reference.run(i[None], n[None]) for i, n in zip(*inputs)])
+    except RuntimeError as error:
+        bench.refuse("the definition in fp32", side, batch, error)
+        return []
     errors: dict[str, float] = {}
     for name, run in runs.items():
         try:
             errors[name] = error_of(run, inputs, expected)
-        except RuntimeError as error:  # what a library of the GPU refuses costs this contender on this shape only
-            full = isinstance(error, torch.cuda.OutOfMemoryError)
-            reason = FULL if full else " ".join(str(error).split())[:300]
-            bench.refused.append(f"{name}, {side}x{side}, batch {batch}: {reason}")
+        except RuntimeError as error:
+            bench.refuse(name, side, batch, error)
         if name not in errors:  # behind the error's end, which held what the run had allocated
             run.forget()
-            continue
-        if not errors[name] < LIMIT:
-            bench.refused.append(
-                f"{name}, {side}x{side}, batch {batch}: {errors[name]:.2g} from fp32 (relative L2), at most {LIMIT}"
-            )
+        elif not errors[name] < LIMIT:
+            bench.refuse(name, side, batch, f"{errors[name]:.2g} from fp32 (relative L2), at most {LIMIT}")
     right = {name: runs[name] for name, error in errors.items() if error < LIMIT}
     times: dict[str, list[list[float]]] = {name: [] for name in right}
     for _ in range(ROUNDS):
-        for name, run in right.items():
-            times[name].append(seconds_of(run, inputs, 0 if bench.dry else 0.3))
+        for name, run in list(right.items()):
+            try:
+                times[name].append(seconds_of(run, inputs, 0 if bench.dry else 0.3))
+            except RuntimeError as error:
+                bench.refuse(name, side, batch, error)
+                del right[name], times[name]
     floor = 1e3 * work * batch / bench.flop_per_s
     rows: list[dict[str, Any]] = []
     for name in right:
@@ -170,6 +179,14 @@ def compare(bench: Bench, runs: dict[str, TorchSession], side: int, batch: int, 
     for run in runs.values():
         run.forget()
     return rows
+
+
+def measured(model: str, step: str) -> set[tuple[int, int]]:
+    """The (side, batch) that have a row of this step, of this commit and GPU."""
+    here = environment()
+    own = [r for r in read_rows("torch_backend") if (r["model"], r["step"]) == (model, step)]
+    same = [r for r in own if r["commit"] == here["commit"] and r["machine"]["gpu"] == here["machine"]["gpu"]]
+    return {(r["side"], r["batch"]) for r in same}
 
 
 COLUMNS = {"side": 6, "batch": 6, "ms": 10, "rounds": 20, "pic/s": 9, "gain": 7, "x eager": 8, "x floor": 8, "error": 9}
@@ -232,7 +249,9 @@ def measure(
     runs = {name: bench.session(one) for name, one in steps.items()}
     whole = {(sizes[0], batch) for batch in (batches[0], 8) if batch in batches}
     rest = set() if compiled else {(side, batch) for side in sizes for batch in batches} - whole
-    for number, (side, batch) in enumerate(shapes := [*sorted(whole), *sorted(rest)]):
+    done = set() if dry else measured(bench.model, names[-1] if compiled else names[0])
+    shapes = [shape for shape in (*sorted(whole), *sorted(rest)) if shape not in done]
+    for number, (side, batch) in enumerate(shapes):
         if time.monotonic() > end:
             bench.refused.append(f"{len(shapes) - number} shapes were not begun within {seconds:g} s")
             break

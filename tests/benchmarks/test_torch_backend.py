@@ -78,6 +78,38 @@ def test_what_a_library_refuses_costs_one_contender(mini_sd, capsys, monkeypatch
     ]
 
 
+def test_a_failure_of_the_definition_or_while_timing_costs_no_other_figure(mini_sd, capsys, monkeypatch):
+    timed, ran = torch_backend.seconds_of, backend.TorchSession.run
+
+    def fails(run, *rest):
+        if run.steps == torch_backend.LADDER["bf16"]:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Advice")
+        return timed(run, *rest)
+
+    def no_room(self, image, noise):
+        if self.steps == torch_backend.DEFINITION and image.shape[-1] == 128:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Advice")
+        return ran(self, image, noise)
+
+    monkeypatch.setattr(torch_backend, "seconds_of", fails)
+    monkeypatch.setattr(backend.TorchSession, "run", no_room)
+    bench = torch_backend.measure(mini_sd, [64, 128], [1], dry=True)
+    full = "128x128, batch 1: out of memory"
+    assert bench.refused == ["bf16, 64x64, batch 1: out of memory", f"the definition in fp32, {full}"]
+    assert steps_shown(capsys.readouterr().out) == [n for n in list(torch_backend.LADDER)[:-1] if n != "bf16"]
+
+
+def test_called_again_it_goes_on_where_it_was(monkeypatch, tmp_path):
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    assert torch_backend.measured("m", "eager fp16") == set()
+    rows.append_row("torch_backend", model="m", step="eager fp16", side=64, batch=1)
+    rows.append_row("torch_backend", model="m", step="CUDA graph", side=64, batch=2)
+    rows.append_row("torch_backend", model="other", step="eager fp16", side=64, batch=4)
+    assert torch_backend.measured("m", "eager fp16") == {(64, 1)}
+    monkeypatch.setattr(rows, "commit", lambda: ("another", False))
+    assert torch_backend.measured("m", "eager fp16") == set()
+
+
 def test_bad_input(mini_sd):
     with pytest.raises(ValueError, match="pictures must be multiples of 64; got 100"):
         torch_backend.measure(mini_sd, [100], [1], dry=True)
