@@ -30,8 +30,14 @@ _SHIPPED = "GDPO"
 
 
 def newest(kind: str, **wanted: Any) -> list[Row]:
-    """The rows of the last run that wrote such rows: those of the newest commit, the last of each name."""
+    """The rows of the last run that wrote such rows: those of the newest commit.
+
+    Raises:
+        ValueError: there are none.
+    """
     found = [r for r in rows.read_rows(kind) if all(r.get(k) == v for k, v in wanted.items())]
+    if not found:
+        raise ValueError(f"benchmarks/results/{kind}.jsonl has no row with {wanted or 'anything'}: measure first")
     return [r for r in found if r["commit"] == found[-1]["commit"]]
 
 
@@ -76,7 +82,7 @@ def gain() -> str:
     """What GDPO changed on held-out crops."""
     from benchmarks.gdpo_gain import table
 
-    return table(rows.read_rows("gdpo_gain")[-1]).strip()
+    return table(newest("gdpo_gain")[-1]).strip()
 
 
 def ablation() -> str:
@@ -84,7 +90,7 @@ def ablation() -> str:
     keys = ("reward", "psnr_y", "naturalness", "grid_artefact", "oversharpening")
     head = ["", "steps", *keys]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for row in newest("gdpo_ablation"):
+    for row in {(r["variant"], r["step"]): r for r in newest("gdpo_ablation")}.values():
         cells = [f"{row[f'{k}_gain']:+.4f} ± {row[f'{k}_standard_error']:.4f}" for k in keys]
         lines.append(f"| {row['variant']} | {row['step']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -25,6 +25,17 @@ def test_a_changed_row_changes_the_document(tmp_path, monkeypatch):
     assert "12.34" in changed and "missed by" in changed and changed != text
 
 
+def test_the_ablation_compares_all_three():
+    table = report.ablation()
+    assert all(f"| {variant} | 300 |" in table for variant in ("GDPO", "DPO", "rho=0.5"))
+
+
+def test_no_rows_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    with pytest.raises(ValueError, match=r"quality\.jsonl has no row with .*realsr.*: measure first"):
+        report.filled(report.DOCUMENT.read_text("utf-8"))
+
+
 def test_a_missing_place_is_named():
     with pytest.raises(ValueError, match="must hold one <!-- realsr -->"):
         report.filled("no tables")
