@@ -21,8 +21,6 @@ def unusable(manifest: Manifest, backend: str) -> str | None:
         return f"it runs {' and '.join(BACKENDS)}, not {backend}"
     if manifest.precision == "bf16":
         return "ONNX Runtime has no bf16 convolution on a CPU"
-    if manifest.profile.batch[0] > 1:
-        return f"it does not fill batches up to {manifest.profile.batch[0]}, the least that the folder takes"
     if importlib.util.find_spec("engine._core") is None:
         return "engine._core was not built (GDPO_BUILD_CSRC=1 pip install ... shows why)"
     if library() is None:

@@ -29,7 +29,10 @@ void Driver::check(CUresult code, const char* what) const {
   if (code == CUDA_SUCCESS) return;
   const char* reason = nullptr;
   p_cuGetErrorString(code, &reason);
-  throw BackendError(text(what, ": ", reason != nullptr ? reason : "unknown error", " (", static_cast<int>(code), ")"));
+  const auto message =
+      text(what, ": ", reason != nullptr ? reason : "unknown error", " (", static_cast<int>(code), ")");
+  if (code == CUDA_ERROR_OUT_OF_MEMORY) throw NoMemory(message);
+  throw BackendError(message);
 }
 
 void Driver::activate() const { check(p_cuCtxSetCurrent(context_), "cuCtxSetCurrent"); }

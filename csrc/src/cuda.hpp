@@ -4,6 +4,7 @@
 #include <cuda.h>
 
 #include <cstddef>
+#include <gdpo/error.hpp>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -48,6 +49,12 @@ namespace gdpo::detail {
   X(cuMemcpyDtoHAsync, "cuMemcpyDtoHAsync_v2")                  \
   X(cuMemsetD8Async, "cuMemsetD8Async")
 
+/// The GPU has no such piece of memory left.
+class NoMemory : public BackendError {
+ public:
+  using BackendError::BackendError;
+};
+
 /// libcuda with one GPU's primary context.
 class Driver {
  public:
@@ -57,7 +64,7 @@ class Driver {
   Driver(const Driver&) = delete;
   Driver& operator=(const Driver&) = delete;
 
-  /// @throws BackendError where a call failed
+  /// @throws BackendError where a call failed, NoMemory where that is why
   void check(CUresult code, const char* what) const;
 
   /// Make this context the calling thread's.

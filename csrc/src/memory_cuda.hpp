@@ -77,7 +77,9 @@ struct Memory {
              parts.filter({h, to.size.height}),
              parts.filter({w, to.size.width})};
     }
-    lefts = parts.constant(plan.columns.starts);
+    auto starts = plan.columns.starts;  // and the last one again, for a row's last batch where that is too short
+    starts.resize(starts.size() + static_cast<std::size_t>(up.manifest.batch[0]) - 1, plan.columns.starts.back());
+    lefts = parts.constant(starts);
     down[0] = parts.constant(plan.rows.weights(f)), across[0] = parts.constant(plan.columns.weights(f));
     if (staged) down[1] = parts.constant(plan.rows.weights(1)), across[1] = parts.constant(plan.columns.weights(1));
     constants = parts.constants();

@@ -92,52 +92,55 @@ class Run {
     return result;
   }
 
+  /// make(place, tile) for each place. A row's last tiles may be fewer than the least batch: the last one fills up.
+  template <typename Make>
+  Feed tiles(Buffer<float>& buffer, const std::vector<Place>& places, std::int64_t channels, std::int64_t resolution,
+             const Make& make) {
+    const Shape all = shape(places, channels, resolution);
+    float* const out = room(buffer, all);
+    const std::size_t tile = elements(all[1], all[2], all[3]);
+    for (std::size_t i = 0; i < places.size(); ++i) make(places[i], out + i * tile);
+    for (std::size_t i = places.size(); i < static_cast<std::size_t>(all[0]); ++i) {
+      std::memcpy(out + i * tile, out + (i - 1) * tile, sizeof(float) * tile);
+    }
+    return {out, all};
+  }
+
   Feed images(const std::vector<Place>& places) {
     const std::int64_t f = geometry_.factor, height = plan_.rows.tile * f, width = plan_.columns.tile * f;
-    float* const out = room(first_, places.size(), 3, height, width);
     const float factor = 2.0f / full_;
-    for (std::size_t i = 0; i < places.size(); ++i) {
-      float* const planes = out + i * 3 * height * width;
-      const Range rows{places[i].top * f, places[i].top * f + height},
-          columns{places[i].left * f, places[i].left * f + width};
+    return tiles(first_, places, 3, f, [&](const Place& place, float* planes) {
+      const Range rows{place.top * f, place.top * f + height}, columns{place.left * f, place.left * f + width};
       in_.window(rows, columns, up_.pool, [&](std::int64_t first, std::int64_t count, const float* band) {
         for (int c = 0; c < 3; ++c) {
           normalise(band + c * count * width, factor, count * width, planes + (c * height + first) * width);
         }
       });
-    }
-    return {out, shape(places, 3, f)};
+    });
   }
 
   Feed noises(const std::vector<Place>& places) {
     const std::int64_t height = plan_.rows.tile, width = plan_.columns.tile;
-    float* const out = room(second_, places.size(), geometry_.channels, height, width);
-    for (std::size_t i = 0; i < places.size(); ++i) {
-      noise_field(seed_, static_cast<int>(geometry_.channels), {places[i].top, places[i].top + height},
-                  {places[i].left, places[i].left + width}, out + i * geometry_.channels * height * width, up_.pool);
-    }
-    return {out, shape(places, geometry_.channels, 1)};
+    return tiles(second_, places, geometry_.channels, 1, [&](const Place& place, float* planes) {
+      noise_field(seed_, static_cast<int>(geometry_.channels), {place.top, place.top + height},
+                  {place.left, place.left + width}, planes, up_.pool);
+    });
   }
 
   Feed cut(const Field& field, const std::vector<Place>& places) {
     const std::int64_t height = plan_.rows.tile, width = plan_.columns.tile, channels = geometry_.channels;
-    float* out = room(first_, places.size(), channels, height, width);
-    const Feed feed{out, shape(places, channels, 1)};
-    for (const auto& place : places) {
-      for (std::int64_t line = 0; line < channels * height; ++line, out += width) {
+    return tiles(first_, places, channels, 1, [&](const Place& place, float* planes) {
+      for (std::int64_t line = 0; line < channels * height; ++line, planes += width) {
         const std::int64_t row = line / height * field.rows + place.top + line % height;
-        std::memcpy(out, field.values.data() + row * field.columns + place.left, sizeof(float) * width);
+        std::memcpy(planes, field.values.data() + row * field.columns + place.left, sizeof(float) * width);
       }
-    }
-    return feed;
+    });
   }
 
   const float* call(const char* name, const std::vector<Feed>& inputs, const std::vector<Place>& places, bool picture) {
-    const auto count = static_cast<std::int64_t>(places.size());
-    check_batch(up_.manifest, count);
     const std::int64_t f = geometry_.factor;
     const Shape result = shape(places, picture ? 3 : geometry_.channels, picture ? f : 1);
-    float* const out = room(result_, places.size(), result[1], result[2], result[3]);
+    float* const out = room(result_, result);
     const auto begin = std::chrono::steady_clock::now();
     up_.sessions.at(name)->run(inputs, out, result);
     *seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
@@ -145,19 +148,18 @@ class Run {
     for (std::size_t i = 0; i < places.size(); ++i) {
       if (!finite(out + i * tile, tile)) throw_not_finite(up_, plan_, name, places[i]);
     }
-    step_(count);
+    step_(static_cast<std::int64_t>(places.size()));
     return out;
   }
 
   Shape shape(const std::vector<Place>& places, std::int64_t channels, std::int64_t resolution) const {
-    return {static_cast<std::int64_t>(places.size()), channels, plan_.rows.tile * resolution,
-            plan_.columns.tile * resolution};
+    return {std::max(static_cast<std::int64_t>(places.size()), up_.manifest.batch[0]), channels,
+            plan_.rows.tile * resolution, plan_.columns.tile * resolution};
   }
 
   /// Memory that is kept from call to call.
-  static float* room(Buffer<float>& buffer, std::size_t places, std::int64_t channels, std::int64_t height,
-                     std::int64_t width) {
-    const std::size_t needed = elements(places, channels, height, width);
+  static float* room(Buffer<float>& buffer, const Shape& shape) {
+    const std::size_t needed = elements(shape[0], shape[1], shape[2], shape[3]);
     if (buffer.size() < needed) {
       buffer = Buffer<float>();
       buffer = Buffer<float>(needed);
@@ -177,13 +179,6 @@ class Run {
 };
 
 }  // namespace
-
-void check_batch(const Manifest& manifest, std::int64_t tiles) {
-  const auto& allowed = manifest.batch;
-  if (tiles >= allowed[0]) return;
-  throw InvalidArgument(text("a batch of ", tiles, " is beyond the profile (", allowed[0], " to ", allowed[2],
-                             "); build it with --max-batch"));
-}
 
 void throw_not_finite(const Upscaler::Impl& up, const Plan& plan, const char* graph, const Place& place) {
   const std::int64_t f = up.manifest.geometry.factor;

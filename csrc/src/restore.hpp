@@ -26,9 +26,6 @@ struct Plan {
 Buffer<std::uint16_t> restore(const Upscaler::Impl& up, const Plan& plan, const Resampler& in, float full,
                               const Request& request, const Step& step, double* backend_seconds);
 
-/// @throws InvalidArgument: fewer tiles than the model takes at once
-void check_batch(const Manifest& manifest, std::int64_t tiles);
-
 /// Say which tile of a graph's output is not finite. @throws NotFinite, always
 [[noreturn]] void throw_not_finite(const Upscaler::Impl& up, const Plan& plan, const char* graph, const Place& place);
 

@@ -153,14 +153,14 @@ class CudaRun {
     for (std::int64_t i = 0; i < rows.count(); ++i) {
       for (std::int64_t j = 0; j < columns.count(); j += plan_.batch) {
         const std::int64_t places = std::min(plan_.batch, columns.count() - j);
-        check_batch(up_.manifest, places);
+        const std::int64_t batch = std::max(places, up_.manifest.batch[0]);  // the last tile fills up, see Memory
         std::vector<Shape> shapes;
         for (const auto& input : inputs) {
-          shapes.push_back({places, input.channels, rows.tile * input.resolution, columns.tile * input.resolution});
+          shapes.push_back({batch, input.channels, rows.tile * input.resolution, columns.tile * input.resolution});
         }
-        const auto slots = session.slots(shapes, {places, channels, tall, wide});
+        const auto slots = session.slots(shapes, {batch, channels, tall, wide});
         const Row row{rows.starts[i], memory_.lefts + j};
-        for (std::size_t k = 0; k < inputs.size(); ++k) inputs[k].fill(row, places, slots.inputs[k]);
+        for (std::size_t k = 0; k < inputs.size(); ++k) inputs[k].fill(row, batch, slots.inputs[k]);
         machine_.begin.record(stream_);
         session.start();
         machine_.end.record(stream_);
@@ -270,7 +270,11 @@ class CudaAccelerator : public Accelerator {
       std::size_t free = 0, total = 0;
       driver->check(driver->p_cuMemGetInfo(&free, &total), "cuMemGetInfo");
       if (needed > free / 2) return false;  // the plans need the rest
-      memory.emplace(driver, CudaMemory::device, needed);
+      try {
+        memory.emplace(driver, CudaMemory::device, needed);
+      } catch (const NoMemory&) {  // free, but in pieces, or another process was faster
+        return false;
+      }
     }
     const Trim trim{memory};
     const Memory parts(Parts(memory->address()), up, plan, in, out, request.color);

@@ -178,6 +178,8 @@ CUresult cuMemFreeHost(void* at) {
   return --fake_cuda_live, CUDA_SUCCESS;
 }
 CUresult cuMemAlloc(CUdeviceptr* at, std::size_t bytes) {
+  const char* const largest = std::getenv("FAKE_CUDA_LARGEST");
+  if (largest != nullptr && bytes > std::strtoull(largest, nullptr, 10)) return CUDA_ERROR_OUT_OF_MEMORY;
   return cuMemHostAlloc(reinterpret_cast<void**>(at), bytes, 0);
 }
 CUresult cuMemFree(CUdeviceptr at) { return cuMemFreeHost(reinterpret_cast<void*>(at)); }

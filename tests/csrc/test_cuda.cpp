@@ -23,8 +23,8 @@ std::int64_t counter(const char* name) {
 /// tiles disagree where they overlap and every weight of the blending counts.
 class Model : public Session, public DeviceSession {
  public:
-  Model(std::string name, std::int64_t factor, std::shared_ptr<Gpu> gpu)
-      : name_(std::move(name)), factor_(factor), gpu_(std::move(gpu)) {}
+  Model(std::string name, std::int64_t factor, std::int64_t least, std::shared_ptr<Gpu> gpu)
+      : name_(std::move(name)), factor_(factor), least_(least), gpu_(std::move(gpu)) {}
 
   void run(const std::vector<Feed>& inputs, float* output, const Shape& shape) override {
     std::vector<const float*> values;
@@ -56,6 +56,7 @@ class Model : public Session, public DeviceSession {
  private:
   void work(const std::vector<const float*>& in, float* out, const Shape& shape) {
     const std::int64_t channels = shape[1], rows = shape[2], columns = shape[3], f = factor_;
+    CHECK(shape[0] >= least_);
     for (std::int64_t n = 0; n < shape[0]; ++n) {
       for (std::int64_t c = 0; c < channels; ++c) {
         for (std::int64_t y = 0; y < rows; ++y) {
@@ -79,6 +80,7 @@ class Model : public Session, public DeviceSession {
             } else {
               value = at(in[0], 13, c, y / f, x / f, f);
             }
+            CHECK(is_finite(value));  // of every tile, those that fill up too
             out[((n * channels + c) * rows + y) * columns + x] =
                 value + 0.01f * static_cast<float>((7 * y + 3 * x) % 11 - 5);
           }
@@ -91,7 +93,7 @@ class Model : public Session, public DeviceSession {
   }
 
   const std::string name_;
-  const std::int64_t factor_;
+  const std::int64_t factor_, least_;
   const std::shared_ptr<Gpu> gpu_;
   std::vector<std::unique_ptr<CudaMemory>> memory_;
   Slots slots_{{}, nullptr};
@@ -100,16 +102,17 @@ class Model : public Session, public DeviceSession {
 };
 
 /// @param staged encoder, unet and decoder, 13 latent channels at an eighth; else a generator, 48 at a quarter
-Upscaler upscaler(bool staged, std::shared_ptr<Gpu> gpu, int bad_call = 0) {
+/// @param batch of the profile: least, usual, largest
+Upscaler upscaler(bool staged, std::shared_ptr<Gpu> gpu, int bad_call = 0, Span batch = {1, 2, 8}) {
   Manifest manifest;
   manifest.geometry = staged ? Geometry{4, 8, 13, 16, 32} : Geometry{4, 4, 48, 16, 32};
-  manifest.batch = {1, 2, 8};
+  manifest.batch = batch;
   manifest.tile = {64, 96, 1024};
   Upscaler::Impl::Sessions sessions;
   for (const char* const name : {"generator", "encoder", "unet", "decoder"}) {
     if ((std::string(name) == "generator") == staged) continue;
     manifest.graphs[name] = {};
-    auto model = std::make_unique<Model>(name, manifest.geometry.factor, gpu);
+    auto model = std::make_unique<Model>(name, manifest.geometry.factor, batch[0], gpu);
     if (std::string(name) == (staged ? "unet" : "generator")) model->bad_call = bad_call;
     sessions[name] = std::move(model);
   }
@@ -180,6 +183,27 @@ TEST(every_request_has_the_bytes_of_the_cpu) {
   }
 }
 
+TEST(a_static_batch_is_filled_up) {
+  for (const bool staged : {false, true}) {
+    const Upscaler plain = upscaler(staged, nullptr);
+    Request request;
+    request.tile = 24;
+    for (const Size size : {Size{61, 83}, {1, 1}}) {
+      const auto expected = upscaled(plain, size, Sample::u8, 0, request);
+      for (const auto& on : {std::shared_ptr<Gpu>(), gpu()}) {
+        std::int64_t last = 0, all = 0;
+        Request counted = request;
+        counted.progress = [&](std::int64_t done, std::int64_t total) {
+          last = done, all = total;
+          return true;
+        };
+        CHECK(upscaled(upscaler(staged, on, 0, {3, 3, 3}), size, Sample::u8, 0, counted) == expected);
+        CHECK(last == all && all > 0);  // tiles, not what fills up
+      }
+    }
+  }
+}
+
 TEST(a_tall_picture_is_low_passed_in_bands) {
   const Upscaler cpu = upscaler(false, nullptr), cuda = upscaler(false, gpu());
   Request request;
@@ -226,11 +250,13 @@ TEST(a_picture_crosses_once_each_way) {
 
 TEST(a_picture_without_room_goes_the_way_of_the_cpu) {
   const Upscaler cpu = upscaler(true, nullptr), cuda = upscaler(true, gpu());
-  setenv("FAKE_CUDA_FREE", "100000", 1);
   const std::int64_t up = counter("fake_cuda_up");
-  CHECK(upscaled(cuda, {61, 83}, Sample::u8, 0, {}) == upscaled(cpu, {61, 83}, Sample::u8, 0, {}));
-  CHECK(counter("fake_cuda_up") == up);
-  unsetenv("FAKE_CUDA_FREE");
+  for (const char* const little : {"FAKE_CUDA_FREE", "FAKE_CUDA_LARGEST"}) {  // in all, or in one piece
+    setenv(little, "100000", 1);
+    CHECK(upscaled(cuda, {61, 83}, Sample::u8, 0, {}) == upscaled(cpu, {61, 83}, Sample::u8, 0, {}));
+    CHECK(counter("fake_cuda_up") == up);
+    unsetenv(little);
+  }
   upscaled(cuda, {61, 83}, Sample::u8, 0, {});
   CHECK(counter("fake_cuda_up") > up);
 }

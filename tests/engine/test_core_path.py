@@ -28,6 +28,21 @@ def test_pictures_have_the_same_bytes(engine, options, request, photos):
         assert np.array_equal(cpp.upscale(rgb, seed, **options), python.upscale(rgb, seed, **options))
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_a_static_batch_is_filled_up_with_the_same_bytes(tiny_model, photos, tmp_path, split):
+    from engine.export import export_generator
+    from engine.manifest import Profile
+    from gdpo.generator import OneStepGenerator
+
+    static, generator = Profile((3, 3, 3), (128, 128, 128)), OneStepGenerator.from_pretrained(tiny_model)
+    export_generator(generator, tmp_path, profile=static, split=split, check=False)
+    cpp, python = Upscaler.load(tmp_path, core=True), Upscaler.load(tmp_path, core=False)
+    for rgb in (photos[0], photos[1][:50, :110], photos[2][:1, :1]):  # rows of 4 tiles, of 5 and of one
+        seen = []
+        ours = cpp.upscale(rgb, 3, progress=lambda done, total: seen.append((done, total)))
+        assert np.array_equal(ours, python.upscale(rgb, 3)) and seen[-1][0] == seen[-1][1]
+
+
 def test_the_cpp_path_is_taken_where_it_can_run_the_folder(tiny_engine, tiny_model, monkeypatch):
     assert Upscaler.load(tiny_engine).path == "C++"
     assert Upscaler.load(tiny_engine, backend="openvino").path == "Python"
