@@ -2,6 +2,7 @@
 /// bytes must come out, whatever the picture, the model and the request.
 #include <dlfcn.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <thread>
 
@@ -80,7 +81,7 @@ class Model : public Session, public DeviceSession {
             } else {
               value = at(in[0], 13, c, y / f, x / f, f);
             }
-            CHECK(is_finite(value));  // of every tile, those that fill up too
+            CHECK(std::isfinite(value));  // of every tile, those that fill up too
             out[((n * channels + c) * rows + y) * columns + x] =
                 value + 0.01f * static_cast<float>((7 * y + 3 * x) % 11 - 5);
           }
