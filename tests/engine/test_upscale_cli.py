@@ -201,7 +201,10 @@ def test_an_interrupt_in_the_middle_leaves_no_partial_file(tiny_engine, photo, t
     for i in range(200):
         save(tmp_path / "in" / f"{i:03}.png", photo[:128, :128])
     line = command(tmp_path / "in", tmp_path / "out", "--model", tiny_engine, "--threads", 1)
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    # A shell that runs the tests in the background has them ignore Ctrl-C, and their children with them.
+    process = subprocess.Popen(
+        line, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
     deadline = time.monotonic() + 60
     while not list((tmp_path / "out").glob("[0-9]*.png")):
         assert time.monotonic() < deadline and process.poll() is None
