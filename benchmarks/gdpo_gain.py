@@ -23,7 +23,7 @@ from engine.files import atomic_write
 from gdpo.data import CropDataset, loader, read_jsonl
 from gdpo.degradation import Degradation, DegradationConfig
 from gdpo.generator import OneStepGenerator
-from gdpo.metrics import grid_artefact, oversharpening
+from gdpo.metrics import grid_artefact, lattice_artefact, oversharpening
 from gdpo.rewards import build_rewards
 from gdpo.train.gain import compare
 from gdpo.train.pictures import sheet
@@ -87,7 +87,7 @@ def measure(generator: OneStepGenerator, o: Options) -> dict[str, float]:
             generator, bicubic, hr, rewards, samples=batch.samples, seed=o.seed, noises=o.noises
         )  # fmt: skip
         scores = {name: values[0] for name, values in compared.scores.items()}
-        for artefact in (grid_artefact, oversharpening):
+        for artefact in (grid_artefact, lattice_artefact, oversharpening):
             pair = torch.cat([compared.before, compared.after]).clamp(-1, 1) / 2 + 0.5
             scores[artefact.__name__] = artefact(pair.float(), batch.hr.expand_as(pair))
         for name, values in scores.items():

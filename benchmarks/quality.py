@@ -33,9 +33,9 @@ from engine.images import Picture, read_image, write_image
 from engine.resample import resize
 from gdpo.data import CropDataset
 from gdpo.degradation import Degradation, DegradationConfig
+from gdpo.evaluation.scores import OFFLINE
 from gdpo.evaluation.sources import parse_source
 
-METRICS = ("psnr_y", "ssim_y", "vgg", "niqe", "piqe", "naturalness", "grid_artefact", "oversharpening")
 Network = Callable[[np.ndarray], np.ndarray]
 
 
@@ -105,9 +105,9 @@ def upscale_all(nets: dict[str, Network], lr: Path, out: Path, every: int) -> di
 
 def table(results: dict, parameters: dict[str, int], seconds: dict[str, float]) -> str:
     """Markdown: a line for each network."""
-    lines = ["| | parameters | seconds | " + " | ".join(METRICS) + " |", "|---|" + "---|" * (len(METRICS) + 2)]
+    lines = ["| | parameters | seconds | " + " | ".join(OFFLINE) + " |", "|---|" + "---|" * (len(OFFLINE) + 2)]
     for name, scores in results["models"].items():
-        cells = [f"{scores[m]['mean']:.4g}" if m in scores else "" for m in METRICS]
+        cells = [f"{scores[m]['mean']:.4g}" if m in scores else "" for m in OFFLINE]
         size = f"{parameters[name] / 1e6:.2f} M" if name in parameters else ""
         took = f"{seconds[name]:.2f}" if name in seconds else ""
         lines.append(f"| {name} | {size} | {took} | " + " | ".join(cells) + " |")
@@ -148,7 +148,7 @@ def main() -> None:
             lr, hr = subset(folder, out / name / "pairs", every)
         command = [sys.executable, "-m", "gdpo.evaluate", "--lr", lr, "--hr", hr, "--out", out / name / "scores"]
         command += [word for n in nets for word in ("--sr", f"{n}={out / name / 'sr' / n}")]
-        command += ["--niqe", niqe, "--metrics", *METRICS]
+        command += ["--niqe", niqe, "--metrics", *OFFLINE]
         if len(compared) > 1:
             command += ["--compare", compared[-1], compared[-2]]
         subprocess.run([str(c) for c in command], check=True)

@@ -24,6 +24,7 @@ _COLUMNS = {  # key -> (heading, digits)
     "niqe": ("NIQE*", 2),
     "piqe": ("PIQE", 1),
     "grid_artefact": ("grid", 3),
+    "lattice_artefact": ("dots", 2),
     "oversharpening": ("oversharpening", 2),
 }
 _SHIPPED = "GDPO"
@@ -43,12 +44,14 @@ def newest(kind: str, **wanted: Any) -> list[Row]:
 
 def quality(name: str) -> str:
     """Every model of one set, side by side."""
-    head = ["", "parameters", "seconds", *(heading for heading, _ in _COLUMNS.values())]
+    models = {r["model"]: r for r in newest("quality", set=name)}
+    columns = {key: _COLUMNS[key] for key in _COLUMNS if any(key in row for row in models.values())}
+    head = ["", "parameters", "seconds", *(heading for heading, _ in columns.values())]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for model, row in {r["model"]: r for r in newest("quality", set=name)}.items():
+    for model, row in models.items():
         size = f"{row['parameters'] / 1e6:.2f} M" if row["parameters"] else ""
         took = f"{row['seconds']:.2f}" if row["seconds"] else ""
-        cells = [f"{row[key]:.{digits}f}" if key in row else "" for key, (_, digits) in _COLUMNS.items()]
+        cells = [f"{row[key]:.{digits}f}" if key in row else "" for key, (_, digits) in columns.items()]
         label = f"**{model}**" if model == _SHIPPED else "HR" if model == "hr" else model
         lines.append("| " + " | ".join([label, size, took, *cells]) + " |")
     return "\n".join(lines)

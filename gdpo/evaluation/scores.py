@@ -30,7 +30,8 @@ class Metric:
     score: Callable[[Tensor, Tensor], Tensor]
 
 
-OFFLINE = ("psnr_y", "ssim_y", "vgg", "niqe", "piqe", "naturalness", "grid_artefact", "oversharpening")
+_ARTEFACTS = ("grid_artefact", "lattice_artefact", "oversharpening")
+OFFLINE = ("psnr_y", "ssim_y", "vgg", "niqe", "piqe", "naturalness", *_ARTEFACTS)
 # Column -> pyiqa's name, better, needs a reference. KonIQ and PIPAL are two MANIQAs and differ by far.
 PYIQA = {
     "lpips": ("lpips", -1, True),

@@ -1,10 +1,11 @@
 """Image quality metrics in plain torch: float [N,3,H,W] in [0,1] in, one number per picture [N] out.
 
-Against a reference: psnr_y, ssim_y, and grid_artefact and oversharpening (which also work without one).
+Against a reference: psnr_y, ssim_y, and grid_artefact, lattice_artefact and oversharpening (which also
+work without one).
 Without: niqe, piqe, naturalness. The VGG16 distance is in gdpo.features.
 """
 
-from .artefacts import grid_artefact, oversharpening
+from .artefacts import grid_artefact, lattice_artefact, oversharpening
 from .fidelity import psnr_y, ssim_y
 from .natural_scene import naturalness
 from .niqe_model import load_niqe, niqe
@@ -12,6 +13,7 @@ from .piqe_blocks import piqe
 
 __all__ = [
     "grid_artefact",
+    "lattice_artefact",
     "load_niqe",
     "naturalness",
     "niqe",

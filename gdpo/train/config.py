@@ -158,6 +158,7 @@ class NAOSDConfig(TrainConfig):
         diversity: above 0 the perceptual distance is the energy score on VGG features (gdpo.train.energy) with this
             weight of its spread term; needs num_noises of 2 or more. 1 is the proper score, 0 the plain distance.
         grid_weight: above 0, a penalty on errors that repeat every 8 pixels (gdpo.train.grid; not in the paper).
+        lattice_weight: above 0, a penalty on peaks of the spectrum at periods of 2 and 4 pixels (the same file).
         vsd_cfg: guidance scale of the VSD teacher.
         vsd_t: range of VSD timesteps as fractions of T.
         vsd_lora_rank, vsd_learning_rate: of the LoRA "fake" model that is trained beside.
@@ -173,6 +174,7 @@ class NAOSDConfig(TrainConfig):
     num_noises: int = 1
     diversity: float = 0.0
     grid_weight: float = 0.0
+    lattice_weight: float = 0.0
     vsd_weight: float = 1.0
     vsd_cfg: float = 7.5
     vsd_t: tuple[float, float] = (0.02, 0.5)
@@ -182,13 +184,14 @@ class NAOSDConfig(TrainConfig):
 
     def validate(self) -> None:
         super().validate()
-        _at_least(0, self, "pixel_weight", "perceptual_weight", "vsd_weight", "diversity", "grid_weight")
-        _at_least(0, self, "perceptual_size")
+        _at_least(0, self, "pixel_weight", "perceptual_weight", "vsd_weight", "diversity", "perceptual_size")
+        _at_least(0, self, "grid_weight", "lattice_weight")
         _at_least(1, self, "num_noises", "vsd_lora_rank")
         _above_0(self, "vsd_learning_rate")
         _require(1 <= self.perceptual_blocks <= 5, "perceptual_blocks", "1 to 5", self.perceptual_blocks)
-        if self.grid_weight:
-            _require(self.data.crop_size >= 32, "data.crop_size", "at least 32 with grid_weight", self.data.crop_size)
+        if self.grid_weight or self.lattice_weight:
+            side = self.data.crop_size
+            _require(side >= 32, "data.crop_size", "at least 32 with a grid or lattice weight", side)
         _require(
             not (self.diversity and self.num_noises < 2),
             "diversity",

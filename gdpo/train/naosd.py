@@ -21,7 +21,7 @@ from ..features import load_perceptual
 from ..randomness import uniform
 from .config import NAOSDConfig
 from .energy import EnergyScore
-from .grid import grid_penalty
+from .grid import grid_penalty, lattice_penalty
 from .setup import Prompts, base_generator, group_noise, lora_targets, save_trained
 from .vsd import VSD
 
@@ -100,6 +100,9 @@ class NAOSD:
         if config.grid_weight:
             grid = grid_penalty(restored, target)
             loss, metrics["grid"] = loss + config.grid_weight * grid, grid
+        if config.lattice_weight:
+            lattice = lattice_penalty(restored, target)
+            loss, metrics["lattice"] = loss + config.lattice_weight * lattice, lattice
         if self.perceptual is not None:
             restored, target = self._crop(restored, samples, k), self._crop(target, samples, k)
             if config.diversity:

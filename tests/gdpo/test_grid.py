@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gdpo.randomness import normal
-from gdpo.train.grid import grid_penalty
+from gdpo.train.grid import grid_penalty, lattice_penalty
 
 
 def level(x: torch.Tensor) -> float:
@@ -40,3 +40,27 @@ def test_descent_takes_the_grid_off_and_leaves_the_rest():
         restored = (restored - 2.0 * gradient).detach().requires_grad_()
     assert grid_penalty(restored, target).detach() < 0.3 * before
     assert float((restored - target).detach()[:, :, 64:].abs().max()) > 0.005  # beyond the last block nothing is seen
+
+
+def dots(strength: float) -> torch.Tensor:
+    """[2,3,96,96] of a texture, and dots of period 4 in its left half."""
+    pattern = ((torch.arange(96)[:, None] + torch.arange(96)) % 4 < 2).float() - 0.5
+    return normal((2, 3, 96, 96), 2, "texture") * 0.1 + strength * pattern * (torch.arange(96) < 48)
+
+
+def test_the_lattice_penalty_sees_dots_in_a_texture_that_the_grid_penalty_hardly_sees():
+    clean, dotted = dots(0), dots(0.02)
+    assert float(lattice_penalty(clean, clean)) == 0
+    other = dots(0).flip(0).flip(2)  # another texture of the same kind
+    assert float(lattice_penalty(dotted, clean)) > 3 * float(lattice_penalty(other, clean))
+    assert float(lattice_penalty(dotted, dotted)) == 0
+
+
+def test_descent_on_the_lattice_penalty_takes_the_dots_off_and_leaves_the_texture():
+    clean, restored = dots(0), dots(0.05).requires_grad_()
+    before = lattice_penalty(restored, clean).detach()
+    for _ in range(150):
+        (gradient,) = torch.autograd.grad(lattice_penalty(restored, clean), restored)
+        restored = (restored - 0.2 * gradient).detach().requires_grad_()
+    assert lattice_penalty(restored, clean).detach() < 0.3 * before
+    assert float((restored - clean).detach().square().mean()) < float((dots(0.05) - clean).square().mean())

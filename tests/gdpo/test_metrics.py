@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from gdpo.metrics import grid_artefact, load_niqe, niqe, oversharpening, piqe, psnr_y, ssim_y
+from gdpo.metrics import grid_artefact, lattice_artefact, load_niqe, niqe, oversharpening, piqe, psnr_y, ssim_y
 from gdpo.metrics.fit import blur, low_octaves, pattern
 from gdpo.metrics.niqe_model import niqe_features
 
@@ -226,6 +226,22 @@ def test_noise_and_an_odd_period_are_no_grid(photos, g):
     assert torch.equal(grid_artefact(photos, photos), torch.zeros(4))
 
 
+def test_dots_in_texture_are_found_where_the_grid_figure_is_blind(photos, g):
+    detail = photos - blur(photos, 1.5)
+    dots = pattern(torch.zeros_like(photos), 4, 1.0, g) / 255
+    dotted = (photos + 30 * dots * detail.abs().amax(1, keepdim=True)).clamp(0, 1)
+    assert (lattice_artefact(dotted, photos) > 1).all()
+    assert (grid_artefact(dotted, photos) < 0.5).all()
+    assert torch.equal(lattice_artefact(photos, photos), torch.zeros(4))
+
+
+def test_neither_blur_nor_noise_makes_dots(photos, g):
+    noisy = (photos + 0.02 * torch.randn(photos.shape, generator=g)).clamp(0, 1)
+    assert (lattice_artefact(noisy, photos) < 1).all()
+    assert (lattice_artefact(blur(photos, 1.0), photos) < 1).all()
+    assert (lattice_artefact(noisy) < 2).all()
+
+
 @pytest.mark.parametrize("sigma", [1.0, 2.0])
 @pytest.mark.parametrize("with_reference", [True, False])
 def test_oversharpening_rises_with_the_unsharp_mask(photos, sigma, with_reference):
@@ -251,6 +267,10 @@ def test_oversharpening_ignores_blur_and_mild_noise(photos, g):
         (lambda x: ssim_y(x[:, :, :10], x[:, :, :10]), "sides of at least 11; got (4, 3, 10, 256)"),
         (lambda x: piqe(x[0]), "x must be [N,3,H,W] with sides of at least 16; got (3, 256, 256)"),
         (lambda x: grid_artefact(x[:, :, :33, :63]), "a side of at least 64; got (4, 3, 33, 63)"),
+        (
+            lambda x: lattice_artefact(x[:, :, :31]),
+            "x must be [N,3,H,W] with sides of at least 32; got (4, 3, 31, 256)",
+        ),
         (lambda x: oversharpening(x, x[:2]), "reference is (2, 3, 256, 256)"),
     ],
 )
