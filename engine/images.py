@@ -99,6 +99,25 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
         raise ImageError(f"{path}: damaged or truncated picture ({reason[:200]})") from error
 
 
+def picture_size(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """Height and width of a picture once it is upright, from its header alone; None where that cannot be read."""
+    try:
+        data = _read_bytes(Path(path))
+        kind = _sniff(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if kind in ("PNG16", "TIFF"):
+                image = _load_vips(data, kind)
+                orientation = image.get("orientation") if image.get_typeof("orientation") else 1
+            else:
+                image = _open_pillow(data, kind, MAX_BYTES)
+                orientation = image.getexif().get(0x0112, 1)
+    except Exception:  # whatever a decoder raises: see read_image
+        return None
+    swap, _ = _ORIENTATIONS.get(orientation, (False, ()))
+    return (image.width, image.height) if swap else (image.height, image.width)
+
+
 def write_image(path: str | os.PathLike[str], picture: Picture, *, quality: int = 95) -> None:
     """Write a picture, atomically, in the format of the path's suffix.
 
@@ -236,9 +255,14 @@ def _vips() -> Any:
     return pyvips
 
 
+def _load_vips(data: bytes, kind: str) -> Any:
+    image = _vips().Image
+    load = image.tiffload_buffer if kind == "TIFF" else image.pngload_buffer
+    return load(data, fail_on="error", access="sequential")
+
+
 def _read_vips(kind: str) -> Callable[[bytes, int], Picture]:
     def read(data: bytes, max_pixels: int) -> Picture:
-        vips = _vips()
         metadata: dict[str, Any] = {}
         orientation = 1
         try:
@@ -252,8 +276,7 @@ def _read_vips(kind: str) -> Callable[[bytes, int], Picture]:
                 raise
         except Exception:  # Pillow does not know every layout of TIFF that libvips reads
             metadata = {}
-        load = {"PNG": vips.Image.pngload_buffer, "TIFF": vips.Image.tiffload_buffer}[kind]
-        image = load(data, fail_on="error", access="sequential")
+        image = _load_vips(data, kind)
         _check_size(image.width, image.height, max_pixels)
         pages = image.get("n-pages") if image.get_typeof("n-pages") else 1
         if pages > 1:

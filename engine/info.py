@@ -10,6 +10,8 @@ from engine import cli
 from engine import manifest as manifests
 from engine.manifest import PLANS, FolderError, Manifest
 
+_BAD = "NOT USABLE"
+
 
 def describe(folder: Path, manifest: Manifest) -> str:
     """The manifest as text, with the size and the state of every file."""
@@ -46,7 +48,7 @@ def _state(file: Path, sha256: str, manifest: Manifest) -> str:
     try:
         size = len(manifests.read_file(file.parent, file.name, sha256))
     except FolderError as error:
-        return f"NOT USABLE: {error}"
+        return f"{_BAD}: {error}"
     trust = ""
     if manifest.backend in PLANS:
         trust = ", built here" if manifests.built_here(sha256) else ", not built here (needs --trust-plan)"
@@ -59,8 +61,9 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="the manifest as JSON")
     options = parser.parse_args()
     manifest = manifests.load(options.folder)
-    print(json.dumps(asdict(manifest), indent=1) if options.json else describe(Path(options.folder), manifest))
-    return 0
+    text = describe(Path(options.folder), manifest)
+    print(json.dumps(asdict(manifest), indent=1) if options.json else text)
+    return 1 if _BAD in text else 0
 
 
 def console() -> None:

@@ -40,6 +40,8 @@ def plan(
     extension = f".{extension.removeprefix('.').lower()}" if extension else None
     if extension and extension not in SUFFIXES:
         raise ValueError(f"format must be one of {' '.join(s[1:] for s in SUFFIXES)}; got {extension[1:]}")
+    if "" in (*inputs, output):
+        raise ValueError("an input or the output is an empty path; an unset variable?")
     out = Path(output)
     found = [pair for text in inputs for pair in _expand(text, recursive)]
     one_file = len(inputs) == 1 and len(found) == 1 and not Path(inputs[0]).is_dir()
@@ -53,6 +55,8 @@ def plan(
     else:
         if out.exists() and not out.is_dir():
             raise ValueError(f"output {output} is a file; several inputs need a folder")
+        if out.suffix.lower() in SUFFIXES and not out.is_dir() and not output.endswith(os.sep):
+            raise ValueError(f"output {output} is named like a picture; several inputs need a folder (or: {output}/)")
         jobs = []
         for source, relative in _without_own_outputs(found, inputs, out, suffix):
             jobs.append(Job(source, out / relative.with_name(f"{relative.stem}{suffix}{extension or relative.suffix}")))

@@ -16,7 +16,7 @@ from typing import Any
 from engine import cli
 from engine.color import METHODS
 from engine.compare import ComparePage, compare_page
-from engine.images import MAX_PIXELS, SUFFIXES, Picture, check_writable, read_image, write_image
+from engine.images import MAX_PIXELS, SUFFIXES, Picture, check_writable, picture_size, read_image, write_image
 from engine.jobs import Job, plan
 from engine.resample import resize
 from engine.upscaler import MAX_OUTPUT_PIXELS, Upscaler, output_size
@@ -85,6 +85,8 @@ def main() -> int:
     page = [Path(options.compare)] if options.compare else []
     if page and page[0].is_dir():
         raise ValueError(f"--compare {page[0]}: this is a folder; name the page, such as {page[0] / 'page.html'}")
+    if page and page[0].suffix.lower() not in (".html", ".htm"):  # so that it is never a picture, nor an input
+        raise ValueError(f"--compare {page[0]}: a page's name ends in .html, such as {page[0].with_suffix('.html')}")
     for folder in {target.parent for target in [job.target for job in jobs] + page}:
         _writable(folder)
     up = _load(options)
@@ -146,6 +148,7 @@ class _Worker:
     def _one(self, job: Job, slider: ComparePage | None, step: Callable) -> dict[str, Any]:
         o = self.options
         if job.target.exists() and not o.overwrite:
+            self._check_finished(job)
             if slider is not None:  # the page shows every picture, whenever it was finished
                 before, after = (
                     read_image(job.source, max_pixels=o.max_pixels),
@@ -167,6 +170,21 @@ class _Worker:
         if slider is not None:
             slider.add(job.source.name, picture.pixels, result, picture.icc)
         return {"status": "written", "width": width, "height": height, "path": self.up.path}
+
+    def _check_finished(self, job: Job) -> None:
+        """The picture that is there has the size that this run would write.
+
+        Raises:
+            ValueError: it has another or cannot be read; skipping it would call a wrong picture finished.
+        """
+        size = picture_size(job.source)
+        wanted = output_size(*size, self.options.scale) if size else None
+        if wanted and (found := picture_size(job.target)) != wanted:
+            there = f"a picture of {found[1]}x{found[0]}" if found else "no picture that can be read"
+            raise ValueError(
+                f"{job.target}: is there already and holds {there}, not one of {wanted[1]}x{wanted[0]}; "
+                "--overwrite replaces it"
+            )
 
     def _report(self) -> int:
         if not self.options.no_progress or self.failed or self.skipped:

@@ -22,6 +22,7 @@ from .evaluation.compare import bootstrap, compare
 from .evaluation.scores import NAMES, Metric, build_metrics, create_pyiqa
 from .evaluation.sources import Source, build_sources, check_pairs, list_pictures, read_pair
 
+_MAX_CROP = 1024
 _SEED_METRICS = ("psnr_y", "ssim_y", "naturalness")  # cheap enough for many noises
 
 
@@ -56,12 +57,36 @@ def parser() -> Parser:
     return p
 
 
+def _device(name: str | None) -> torch.device:
+    """The device of that name, or what is there.
+
+    Raises:
+        ValueError: no such device.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if name != "cpu" and (kind != "cuda" or (index and not index.isdigit())):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N; got {name!r}")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; use cpu")
+    return torch.device(name)
+
+
 def main() -> None:
     args = parser().parse_args()
     for name in ("seeds", "seed_images", "every", "bootstrap", "sheet_images", "sheet_crop", "sheet_zoom"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(args, name)}")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if args.sheet_crop > _MAX_CROP:
+        raise ValueError(f"--sheet-crop must be at most {_MAX_CROP}; got {args.sheet_crop}")
+    if not 0 <= args.seed < 1 << 63:
+        raise ValueError(f"--seed must be in [0, 2^63); got {args.seed}")
+    device = _device(args.device)
+    out = Path(args.out)
+    for folder in (args.lr, args.hr, *(text.rpartition("=")[2] for text in [*args.sr, *args.model])):
+        if out.resolve() == Path(folder).resolve():
+            raise ValueError(f"--out {out} is one of the folders that are read; choose another for the results")
     hr, lr = list_pictures(Path(args.hr)), list_pictures(Path(args.lr))
     check_pairs(list(hr), Path(args.lr), lr)
     names = sorted(hr)[:: args.every]
@@ -71,7 +96,6 @@ def main() -> None:
     if unknown := [n for n in pair if n not in rows]:
         raise ValueError(f"--compare names {unknown[0]!r}; rows are {', '.join(rows)}")
     columns, missing = build_metrics(args.metrics, args.niqe, device)
-    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
 
     shown = {names[i] for i in np.linspace(0, len(names) - 1, min(args.sheet_images, len(names))).astype(int)}

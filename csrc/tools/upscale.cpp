@@ -1,6 +1,7 @@
 /// gdpo-upscale-cpp: upscale one picture from the command line, without Python.
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <gdpo/pnm.hpp>
 #include <gdpo/upscaler.hpp>
 #include <iostream>
@@ -100,6 +101,10 @@ Arguments parse(int count, char** values) {
 
 void run(Arguments arguments) {
   const Codec reader = codec(arguments.paths[1]), writer = codec(arguments.paths[2]);
+  std::error_code unequal;  // no such file, most often: then they are not the same
+  if (std::filesystem::equivalent(arguments.paths[1], arguments.paths[2], unequal)) {
+    throw gdpo::InvalidArgument(arguments.paths[2] + ": OUT is the input itself; name another file");
+  }
   const gdpo::Picture in = reader.read(arguments.paths[1], 100'000'000);
   const auto up = gdpo::Upscaler::load(arguments.paths[0], arguments.options);
   gdpo::Picture out(gdpo::output_size(in.size, arguments.request.scale), in.sample);

@@ -116,6 +116,7 @@ def test_the_tool_upscales_and_names_what_is_wrong(installed, folders, runtime, 
         ([folders / "plain", tmp_path / "in.ppm", "b.ppm", "--tile", "x"], "--tile needs a number"),
         ([folders / "plain", tmp_path / "in.ppm", "b.ppm", "--tile", "3"], "tile must be 16 to 256"),
         ([folders / "plain", tmp_path / "in.ppm", "b.ppm", "--frobnicate"], "unknown"),
+        ([folders / "plain", tmp_path / "in.ppm", "in.ppm"], "OUT is the input itself"),
     ]:
         done = subprocess.run([tool, *arguments], capture_output=True, text=True, env=runtime, cwd=tmp_path)
         assert done.returncode == 2 and message in done.stderr and not (tmp_path / "b.ppm").exists(), message

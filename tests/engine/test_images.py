@@ -14,7 +14,7 @@ import pyvips
 from PIL import Image, ImageCms
 
 from engine.files import atomic_path
-from engine.images import ImageError, Picture, check_writable, read_image, write_image
+from engine.images import ImageError, Picture, check_writable, picture_size, read_image, write_image
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -97,6 +97,15 @@ def test_orientation_is_applied_as_pillow_does_and_reset(tmp_path, suffix, orien
     exif = Image.Exif()
     exif.load(picture.exif)
     assert exif.get(0x0112, 1) == 1
+    assert picture_size(path) == expected.shape[:2]
+
+
+def test_the_size_of_what_cannot_be_read_is_none_and_deep_files_have_one(tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\nrubbish")
+    assert picture_size(tmp_path / "bad.png") is None and picture_size(tmp_path / "none.png") is None
+    for name in ("deep.png", "deep.tif"):
+        write_image(tmp_path / name, Picture(np.zeros((9, 12, 3), np.uint16)))
+        assert picture_size(tmp_path / name) == (9, 12)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])

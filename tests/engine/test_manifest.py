@@ -249,3 +249,11 @@ def test_info_prints_json_and_text(folder, capsys, monkeypatch):
         assert end.value.code == 0
     out = capsys.readouterr().out
     assert json.loads(out[out.index("\n{") :])["format"] == 1
+
+
+def test_info_of_a_damaged_folder_is_a_failure(folder, capsys, monkeypatch):
+    next(folder.glob("*.onnx")).write_bytes(b"x")
+    monkeypatch.setattr("sys.argv", ["info", str(folder)])
+    with pytest.raises(SystemExit) as end:
+        cli.run(info.main)
+    assert end.value.code == 1 and "NOT USABLE" in capsys.readouterr().out

@@ -58,6 +58,20 @@ def test_one_picture_to_one_file(run, photo, tmp_path):
     assert code == 0 and read_image(tmp_path / "out.png").pixels.shape == (60, 82, 3)
 
 
+@pytest.mark.parametrize("there", ["half a picture", "another scale"])
+def test_what_is_no_result_is_not_called_finished(run, photo, tmp_path, there):
+    source, out = save(tmp_path / "in.png", photo[:16, :20]), tmp_path / "out.png"
+    if there == "another scale":
+        save(out, photo[:32, :40])
+    else:
+        out.write_bytes(b"\x89PNG\r\n\x1a\n")
+    before = out.read_bytes()
+    code, _, err = run(source, out)
+    assert code == 1 and "0 written, 1 failed" in err and "not one of 80x64; --overwrite replaces it" in err
+    assert out.read_bytes() == before
+    assert run(source, out, "--overwrite")[0] == 0 and read_image(out).pixels.shape == (64, 80, 3)
+
+
 def test_gray_alpha_depth_profile_and_metadata_are_kept(run, photo, tmp_path):
     gray = np.repeat(photo[:24, :24, :1], 3, axis=2).astype(np.uint16) * 257
     source = save(tmp_path / "in.png", gray, gray=True, alpha=gray[..., 0].copy(), xmp=b"<x/>", text={"Title": "t"})
@@ -137,6 +151,10 @@ def test_a_page_takes_what_a_jpeg_cannot_hold(run, tmp_path):
         (["in/a.png", "o.png", "--threads", "-1"], "threads must be 0 (all) or more; got -1"),
         (["in/a.png", "o.png", "--compare", "in/a.jpg/page.html"], "in/a.jpg: this is, or lies below, a file"),
         (["in/a.png", "o.png", "--compare", "empty"], "--compare empty: this is a folder"),
+        (["in/a.png", "o.png", "--compare", "in/a.jpg"], "a page's name ends in .html, such as in/a.html"),
+        (["in/a.png", "in/a.jpg", "all.png"], "all.png is named like a picture; several inputs need a folder"),
+        (["in/a.png", ""], "the output is an empty path"),
+        (["", "o.png"], "an input or the output is an empty path"),
         (["in/a.png", "o.png", "--seed", "-1"], "seed must be in"),
         (["in/a.png", "o.png", "--quality", "0"], "quality must be 1 to 100"),
         (["in/a.png", "o.png", "--precision", "fp16"], "this folder is fp32"),

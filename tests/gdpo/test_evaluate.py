@@ -180,6 +180,10 @@ def test_pyiqa_columns(monkeypatch, data, tmp_path):
         (["--lr", "lr", "--hr", "hr", "--niqe", "x.mat", "--metrics", "niqe"], "one of photos, photos-32"),
         (["--lr", "lr", "--hr", "hr", "--compare", "bicubic", "ours"], "--compare names 'ours'; rows are bicubic"),
         (["--lr", "lr", "--hr", "hr", "--seeds", "0"], "--seeds must be at least 1; got 0"),
+        (["--lr", "lr", "--hr", "hr", "--seed", "-1"], "--seed must be in [0, 2^63); got -1"),
+        (["--lr", "lr", "--hr", "hr", "--sheet-crop", "4096"], "--sheet-crop must be at most 1024; got 4096"),
+        (["--lr", "lr", "--hr", "hr", "--device", "gpu"], "--device must be cpu, cuda or cuda:N; got 'gpu'"),
+        (["--lr", "lr", "--hr", "hr", "--device", "cuda:99"], "torch sees"),
         (["--lr", "lr", "--hr", "hr", "--model", "empty"], "empty"),
         (["--lr", "lr", "--hr", "broken"], "scene0.png: "),
     ],
@@ -197,6 +201,13 @@ def test_bad_input_is_one_clear_line(monkeypatch, data, tmp_path, arguments, mes
         command(monkeypatch, *arguments, *metrics, "--out", tmp_path / "out")
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.parametrize("name", ["lr", "hr", "sr"])
+def test_results_never_go_into_a_folder_of_pictures(monkeypatch, data, name):
+    monkeypatch.chdir(data)
+    with pytest.raises(ValueError, match="is one of the folders that are read"):
+        command(monkeypatch, "--lr", "lr", "--hr", "hr", "--sr", "ours=sr", "--metrics", "psnr_y", "--out", name)
 
 
 def test_exit_code_of_the_command(tmp_path):
