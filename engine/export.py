@@ -104,13 +104,15 @@ def export_generator(
         model: what the manifest says about the model besides what the generator knows.
 
     Raises:
-        ValueError: an unknown precision or opset.
+        ValueError: an unknown precision or opset, or a seed out of range.
         RuntimeError: the exported model differs from torch by more than TOLERANCE.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
     if not 18 <= opset <= 23:
         raise ValueError(f"opset must be 18 to 23; got {opset}")
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed must be in [0, 2^64); got {seed}")
     check_target(out)
     generator = generator.eval().requires_grad_(False)
     geometry = geometry_of(generator)
