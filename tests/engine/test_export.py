@@ -149,7 +149,7 @@ def test_the_self_contained_graph_upscales_odd_pictures(tiny_engine, photo):
     [
         ({"precision": "int8"}, "precision must be one of fp32, fp16, bf16"),
         ({"opset": 9}, "opset must be 18 to 23"),
-        ({"seed": -1}, "seed must be in [0, 2^64); got -1"),
+        ({"seed": -1}, r"seed must be in \[0, 2\^64\); got -1"),
     ],
 )
 def test_bad_options_are_named(tiny_model, tmp_path, options, message):
