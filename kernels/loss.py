@@ -118,7 +118,7 @@ def _gdpo_loss_reduce_kernel(
             summed = tl.sum(weights, 2)
             inverse = tl.where(summed > 0, tl.div_rn(1.0, tl.where(summed > 0, summed, 1.0)), 0.0)
         else:
-            inverse = tl.zeros((IMAGES, GROUP), tl.float32) + tl.div_rn(1.0, n.to(tl.float32))
+            inverse = tl.zeros((IMAGES, GROUP), tl.float32) + tl.div_rn(1.0, 1.0 * n)
         advantage = tl.load(advantage_ptr + sample, mask=inside, other=0.0).to(tl.float32)
         tl.store(scale_ptr + sample, -beta * advantage * inverse, mask=inside)
         margin = -0.5 * beta * tl.sum(advantage * (tl.sum(total, 2) * inverse), 1)

@@ -227,11 +227,15 @@ def test_the_operators_keep_their_word(order):
 def test_cuda_graph_capture():
     pred, noise, ref, advantage, _ = problem(1, 6, 4, 64, 64)
     pred.requires_grad_()
-    run((pred, noise, ref, advantage, None), "triton")  # compiled before the capture
+
+    def captured():
+        value, margin = gdpo_loss(pred, noise, ref, advantage, backend="triton")
+        return value, margin, *torch.autograd.grad(value, pred)
+
+    captured()  # compiled before the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        value, margin = gdpo_loss(pred, noise, ref, advantage, backend="triton")
-        (grad,) = torch.autograd.grad(value, pred)
+        value, margin, grad = captured()
     with torch.no_grad():
         noise.normal_()
     graph.replay()

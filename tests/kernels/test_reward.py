@@ -53,10 +53,10 @@ def test_is_the_papers_words(backend, g, f, p, seed):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_weights_count_within_their_kind(backend):
     fidelity, perceptual, smooth, texture = problem(2, 5, 2, 3)
-    integers = ([3, 1], [1, 2, 2])  # a metric of weight 2 is a metric that is there twice
-    repeated = [m.repeat_interleave(torch.tensor(w), dim=2) for m, w in zip((fidelity, perceptual), integers)]
+    integers = [torch.tensor(w, device=DEVICE) for w in ([3, 1], [1, 2, 2])]  # weight 2: there twice
+    repeated = [m.repeat_interleave(w, dim=2) for m, w in zip((fidelity, perceptual), integers)]
     expected = attribute_reward(*repeated, smooth, texture, backend="torch")
-    weights = [torch.tensor(w, dtype=torch.float32) for w in integers]
+    weights = [w.float() for w in integers]
     found = attribute_reward(
         fidelity, perceptual, smooth, texture,
         fidelity_weights=weights[0], perceptual_weights=weights[1], backend=backend,
@@ -69,9 +69,9 @@ def test_weights_count_within_their_kind(backend):
 def test_weights_are_checked():
     fidelity, perceptual, smooth, texture = problem(2, 5, 2, 3)
     with pytest.raises(ValueError, match="fidelity_weights"):
-        attribute_reward(fidelity, perceptual, smooth, texture, fidelity_weights=torch.ones(3))
+        attribute_reward(fidelity, perceptual, smooth, texture, fidelity_weights=torch.ones(3, device=DEVICE))
     with pytest.raises(ValueError, match="perceptual_weights"):
-        attribute_reward(fidelity, perceptual, smooth, texture, perceptual_weights=torch.zeros(3))
+        attribute_reward(fidelity, perceptual, smooth, texture, perceptual_weights=torch.zeros(3, device=DEVICE))
 
 
 @pytest.mark.parametrize("shape", [(1, 6, 1, 2), (16, 16, 3, 1), (5, 2, 1, 1), (4, 7, 0, 3), (4, 7, 5, 0)])

@@ -139,7 +139,7 @@ def _loss(b: int, g: int, side: int, dtype: torch.dtype, weighted: bool, channel
     pred, noise, ref = (_new(b, g, channels, side, side, dtype=dtype) for _ in range(3))
     weight = _new(b, side, side) if weighted else None
     _, margin, scale = loss._forward(pred, noise, ref, _new(b, g), weight, 5000.0)
-    loss._backward(pred, noise, weight, margin, scale, _new(), None)
+    loss._backward(pred, noise, weight, margin, scale, _new(), _new(b) if weighted else None)
 
 
 def _statistics(b: int, g: int, side: int, dtype: torch.dtype) -> None:
@@ -147,9 +147,9 @@ def _statistics(b: int, g: int, side: int, dtype: torch.dtype) -> None:
     statistics._launch(_new(b, g, 3, side, side, dtype=dtype), _new(b, 3, side, side, dtype=dtype), mask)
 
 
-def _norm(n: int, channels: int, side: int, dtype: torch.dtype, silu: bool) -> None:
+def _norm(n: int, channels: int, side: int, dtype: torch.dtype, silu: bool, groups: int = 32) -> None:
     x = torch.empty(n, side, side, channels, dtype=dtype, device="meta").movedim(-1, 1)
-    norm._launch(x, 32, _new(channels, dtype=dtype), _new(channels, dtype=dtype), 1e-5, silu)
+    norm._launch(x, groups, _new(channels, dtype=dtype), _new(channels, dtype=dtype), 1e-5, silu)
 
 
 # Not compiled but for the H100: what differs from the rest in a count or a type.
@@ -188,10 +188,17 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "weighted float32", lambda: _loss(16, 16, 128, torch.float32, True)
     yield "odd float32", lambda: _loss(3, 2, 7, torch.float32, True, channels=1)
     yield "odd float32", lambda: _statistics(1, 1, 37, torch.float32)
+    for weighted in (False, True):  # a 1 is no number to Triton but a constant, which has no .to()
+        yield "one element", lambda weighted=weighted: _loss(1, 2, 1, torch.float32, weighted, channels=1)
+    yield "one element", lambda: _statistics(1, 1, 1, torch.float32)
+    yield "one element", lambda: _norm(1, 1, 1, torch.float32, True, groups=1)
+    yield "one channel", lambda: _norm(1, 1, 512, torch.float32, True, groups=1)
+    yield "one channel", lambda: _norm(2, 48, 200, torch.float32, True, groups=48)
     for patch in (10, 64):
         yield f"patch {patch}", lambda patch=patch: complexity._launch(_new(1, 512, 512), patch, 50.0)
     yield "map", lambda: complexity._launch(_new(1, 512, 512), 10, None)
     yield "one pixel", lambda: complexity._launch(_new(1, 1, 1), 10, 50.0)
+    yield "one metric", lambda: reward._launch(_new(1, 2, 1), _new(1, 2, 1), _new(1), _new(1), _new(1), _new(1))
     yield "paper", lambda: reward._launch(_new(1, 6, 1), _new(1, 6, 2), _new(1), _new(1))
     yield "large", lambda: reward._launch(_new(16, 16, 3), _new(16, 16, 0), _new(16), _new(16), _new(3))
 
