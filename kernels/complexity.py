@@ -56,10 +56,13 @@ def _patch_entropy_reference(patches: Tensor) -> Tensor:
     """[n,ph,pw] -> [n]: the definition, step by step."""
     n = len(patches)
     resized = F.interpolate(patches[:, None], size=(SIDE, SIDE), mode="bilinear", align_corners=False)
-    sobel = torch.tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]], dtype=patches.dtype, device=patches.device)
-    kernels = torch.stack((sobel, sobel.T))[:, None]
-    gradient = F.conv2d(F.pad(resized, (1, 1, 1, 1), mode="replicate"), kernels)
-    scaled = gradient.square().sum(1).sqrt().reshape(n, -1) * BINS_PER_UNIT
+    padded = F.pad(resized, (1, 1, 1, 1), mode="replicate")[:, 0]
+    # [-1,0,1] and [1,2,1] by shifts: a convolution would be in TF32 on a GPU, and this takes half its time on a CPU.
+    derived = padded[:, :, 2:] - padded[:, :, :-2]
+    smoothed = padded[:, :, :-2] + 2 * padded[:, :, 1:-1] + padded[:, :, 2:]
+    dx = derived[:, :-2] + 2 * derived[:, 1:-1] + derived[:, 2:]
+    dy = smoothed[:, 2:] - smoothed[:, :-2]
+    scaled = (dx.square() + dy.square()).sqrt().reshape(n, -1) * BINS_PER_UNIT
     inside = scaled < BINS  # beyond 5.5 nothing is counted; it takes a gray outside [0,1]
     bins = torch.where(inside, scaled, 0).floor().long()
     histogram = torch.zeros(n, BINS, dtype=torch.long, device=patches.device)
