@@ -21,6 +21,7 @@ STAGES = {
     "tiny-naosd-sharpen": "naosd",
     "tiny-naosd-clean": "naosd",
     "tiny-naosd-refine": "naosd",
+    "tiny-naosd-lattice": "naosd",
     "tiny-gdpo": "gdpo",
 }
 CARD = """# The tiny generator of GDPO-SR
@@ -32,7 +33,7 @@ for a laptop's CPU: it sharpens and cleans, it does not invent faces or text as 
 - **Recipe**: `python examples/train_tiny.py`, that is {stages}.
   Every weight is trained from random ones, on {train} crops of 256x256 from the photos below, halved by area averaging;
   degradation: the second-order process of Real-ESRGAN with the paper's values (with less noise and JPEG, and less
-  change of size, in the stage called refine: its config has the values).
+  change of size, from the stage called refine on: its config has the values).
 - **Quality**: docs/results.md of the repository. {held} crops of four of the photos were held out, and RealSR was used
   for measuring only.
 - **Licence of the weights**: Apache-2.0, as the project. Licences of the photos: below; none of them is contained here.
