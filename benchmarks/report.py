@@ -90,10 +90,12 @@ def gain() -> str:
 
 def ablation() -> str:
     """GDPO, DPO and fixed weights at each checkpoint: the change against the model that all started from."""
-    keys = ("reward", "psnr_y", "naturalness", "grid_artefact", "oversharpening")
+    found = {(r["variant"], r["step"]): r for r in newest("gdpo_ablation", set=None)}.values()
+    known = ("reward", "psnr_y", "naturalness", "grid_artefact", "lattice_artefact", "oversharpening")
+    keys = [key for key in known if all(f"{key}_gain" in row for row in found)]
     head = ["", "steps", *keys]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for row in {(r["variant"], r["step"]): r for r in newest("gdpo_ablation")}.values():
+    for row in found:
         cells = [f"{row[f'{k}_gain']:+.4f} ± {row[f'{k}_standard_error']:.4f}" for k in keys]
         lines.append(f"| {row['variant']} | {row['step']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
