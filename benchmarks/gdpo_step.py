@@ -5,9 +5,11 @@
 
 Each procedure runs in a process of its own (on a CPU peak memory is a property of a process), on the same crop of a
 real photo, with the same group size, rank and scores. The processes alternate, `--rounds` times, so that a slow minute
-of the machine does not fall on one side. One step is degradation to optimiser step; the first is not counted, and must
-give log 2, the loss of a policy that is its reference: a figure of a wrong step is not kept. What fails costs its own
-row only; exit code 1 then.
+of the machine does not fall on one side; each round ends with the rows of all rounds so far (`rounds`), and what has
+rows of this commit, machine and setting is not measured again. One step is degradation to optimiser step; the first is
+not counted, and must give about log 2, the loss of a policy that is its reference. Before, our step with a seeded LoRA
+is compared with plain torch in fp32: loss, margin and gradient. A figure of a wrong step is not kept. What fails costs
+its own row only; exit code 1 then, and where `--seconds` did not suffice for all rounds.
 Processor seconds are given beside: on a machine that others use they say more than the clock (set OMP_NUM_THREADS=1
 there, since threads that wait for each other spin).
 """
@@ -23,11 +25,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from engine import cli
 
@@ -36,32 +40,41 @@ REWARDS = ["psnr_y", "region_detail"]
 VARIANTS = ("plain", "checkpointing", "reuse-latents", "compile-frozen")
 OURS_ALONE = ("reuse-latents", "compile-frozen")  # the released procedure has no such choice: compared with its plain
 # How far the first loss may be from log 2. Equal kernels cancel; on a GPU attention that will need a gradient may take
-# another one, whose roundings beta/2 = 2500 magnifies. A wrong noise, latent or adapter is off by far more.
-TOLERANCE = {"cpu": 2e-3, "cuda": 0.05}
+# another one, and bf16 roundings of 1 in 250 become, over 16384 latents and 6 samples, some 0.2 at beta/2 = 2500.
+# A wrong noise or latent is off by hundreds.
+TOLERANCE = {"cpu": 2e-3, "cuda": 0.5}
+LIMITS = {"loss": 0.1, "margin": 0.2, "gradient": 0.3}  # of `check`, relative; a wrong sign or factor is 1 or more
+# LoRA weights and a beta with which the check has a margin of about 1: neither rounding nor a flat sigmoid.
+CHECK_SIZE, CHECK_BETA = 0.05, 20.0
 FULL = "out of memory"
+MARK = "finished: "  # a line of a worker
 
 
 def worker(
     procedure: str, variants: list[str], folder: str, crop: int, group: int, precision: str, steps: int
-) -> dict[str, dict[str, Any]]:
-    """Run a procedure in this process: {variant: {"seconds", "cpu_seconds": one per counted step, "peak_mib",
-    "first_loss"}}, or {variant: {"error"}} where it failed."""
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Run a procedure in this process. Yields (variant, {"seconds", "cpu_seconds": one per counted step, "peak_mib",
+    "first_loss"}), or (variant, {"error"}) where it failed."""
     import torch
     from accelerate import Accelerator
 
     accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
-    found: dict[str, dict[str, Any]] = {}
     for variant in variants:
+        found: dict[str, Any]
         try:
-            found[variant] = _steps(procedure, variant, folder, accelerator, crop, group, steps)
+            if procedure == "check":
+                found = dict(check(folder, precision, min(crop, 128)))
+            else:
+                found = _steps(procedure, variant, folder, accelerator, crop, group, steps)
         except torch.cuda.OutOfMemoryError as error:
-            found[variant] = {"error": f"{FULL}: {str(error).split('. ')[0]}"}
-        except RuntimeError as error:  # a wrong loss, or what a GPU's libraries refuse
-            found[variant] = {"error": " ".join(str(error).split())[:300] or type(error).__name__}
+            found = {"error": f"{FULL}: {str(error).split('. ')[0]}"}
+        except Exception as error:  # a wrong loss, what a GPU's libraries refuse: not the others' fault
+            traceback.print_exc()
+            found = {"error": " ".join(str(error).split())[:300] or type(error).__name__}
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return found
+        yield variant, found
 
 
 def _steps(
@@ -116,9 +129,7 @@ def _released(folder: str, accelerator: Any, crop: int, group: int, variant: str
     return procedure.step
 
 
-def _ours(folder: str, accelerator: Any, crop: int, group: int, variant: str = "plain") -> Any:
-    import torch
-
+def _method(folder: str, accelerator: Any, crop: int, group: int, variant: str = "plain", **more: Any) -> Any:
     from gdpo.train.config import DataConfig, GDPOConfig, ModelConfig
     from gdpo.train.gdpo import GDPO
 
@@ -130,9 +141,17 @@ def _ours(folder: str, accelerator: Any, crop: int, group: int, variant: str = "
         reuse_latents=variant == "reuse-latents",
         compile_frozen=variant == "compile-frozen",
         mixed_precision=accelerator.mixed_precision,
+        **more,
     )
     config.validate()
-    method = GDPO(config, accelerator)
+    return GDPO(config, accelerator)
+
+
+def _ours(folder: str, accelerator: Any, crop: int, group: int, variant: str = "plain") -> Any:
+    import torch
+
+    method = _method(folder, accelerator, crop, group, variant)
+    config = method.config
     optimizer = torch.optim.AdamW(method.trained.values(), lr=config.learning_rate)
 
     def step(batch: Any, number: int) -> float:
@@ -145,30 +164,110 @@ def _ours(folder: str, accelerator: Any, crop: int, group: int, variant: str = "
     return step
 
 
+def check(folder: str, precision: str, crop: int = 128, group: int = 4) -> dict[str, float]:
+    """Our step in `precision` with the fused kernels against fp32 with plain torch, the LoRA seeded and not zero.
+
+    Returns:
+        Relative errors of loss, margin and the gradient of all of the LoRA (relative L2). The scores are given: with
+        G small a rounding could turn their order.
+    """
+    import torch
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    taken = []
+    for kind, backend in (("fp32", "torch"), (precision, "auto")):
+        AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps its first precision
+        accelerator = Accelerator(mixed_precision="no" if kind == "fp32" else kind)
+        convolutions = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = backend != "torch"
+        method = _method(folder, accelerator, crop, group, backend=backend, beta=CHECK_BETA)
+        random = torch.Generator().manual_seed(0)
+        for name, weight in sorted(method.trained.items()):
+            if ".lora_B." in name:
+                weight.data.copy_(CHECK_SIZE * torch.randn(weight.shape, generator=random))
+        scored, given = method._advantage, torch.linspace(-1, 3, group, device=accelerator.device)[None]
+        method._advantage = lambda *pictures, scored=scored, given=given: (given, *scored(*pictures)[1:])
+        metrics = method.step(_batch(crop, 0, accelerator.device), 0, accelerator.backward)
+        gradient = torch.cat([method.trained[name].grad.flatten().double() for name in sorted(method.trained)])
+        taken.append({"loss": metrics["loss"], "margin": metrics["rewards/margins"], "gradient": gradient.cpu()})
+        torch.backends.cudnn.allow_tf32 = convolutions
+        del method, scored  # the next one needs the room
+    exact, ours = taken
+    return {key: float((ours[key] - exact[key]).norm() / exact[key].norm()) for key in exact}
+
+
 def _spawn(procedure: str, variants: list[str], *setting: object) -> dict[str, dict[str, Any]]:
-    """`worker` in a process of its own; one that dies (a killed process, a broken GPU) is an error of its variants."""
-    arguments = json.dumps([procedure, variants, *setting])
-    command = [sys.executable, "-m", "benchmarks.gdpo_step", "--worker", arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["?"])[-1]
-        print(done.stderr[-4000:], file=sys.stderr)
-        return {variant: {"error": f"the process failed ({done.returncode}): {last}"} for variant in variants}
-    return json.loads(done.stdout.splitlines()[-1])
+    """`worker` in a process of its own. Where one dies (killed, a broken GPU), that is an error of the variant that it
+    was at; what it had finished is kept, and another process does the rest."""
+    found: dict[str, dict[str, Any]] = {}
+    while left := [variant for variant in variants if variant not in found]:
+        arguments = json.dumps([procedure, left, *setting])
+        command = [sys.executable, "-m", "benchmarks.gdpo_step", "--worker", arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        found |= dict(json.loads(line[len(MARK) :]) for line in done.stdout.splitlines() if line.startswith(MARK))
+        if any("error" in found.get(variant, {}) for variant in left) or done.returncode:
+            print(done.stderr[-4000:], file=sys.stderr)
+        if left := [variant for variant in left if variant not in found]:
+            last = (done.stderr.strip().splitlines() or ["?"])[-1]
+            found[left[0]] = {"error": f"the process failed ({done.returncode}): {last}"}
+    return found
+
+
+Runs = dict[tuple[str, str], list[dict[str, Any]]]  # (procedure, variant): one of each round
 
 
 def compare(
-    variants: list[str], together: bool, rounds: int, *setting: object, procedures: tuple[str, ...] = PROCEDURES
-) -> dict[tuple[str, str], dict[str, Any]]:
-    """{(procedure, variant): figures} over alternating processes; `setting` is what follows `variants` in `worker`."""
+    variants: list[str],
+    together: bool,
+    rounds: int,
+    *setting: object,
+    procedures: tuple[str, ...] = PROCEDURES,
+    before: Runs | None = None,
+    seconds: float = math.inf,
+) -> Iterator[Runs]:
+    """Alternating processes; the runs so far, behind each round. `setting` is what follows `variants` in `worker`.
+
+    Runs of an earlier call (`before`) are not repeated. No further round is begun past `seconds`, but one.
+    """
     own = {"ours": variants, "released": [v for v in dict.fromkeys(["plain", *variants]) if v not in OURS_ALONE]}
-    runs: dict[tuple[str, str], list[dict[str, Any]]] = {(p, v): [] for p in procedures for v in own[p]}
+    runs: Runs = {(p, v): list((before or {}).get((p, v), [])) for p in procedures for v in own[p]}
+    began, done = time.monotonic(), 0
     for round_ in range(rounds):
+        missing = {p: [v for v in own[p] if len(runs[p, v]) <= round_ and not _failed(runs[p, v])] for p in procedures}
+        if not any(missing.values()):
+            continue
+        # The next round takes about as long as the one before.
+        if done and (elapsed := time.monotonic() - began) + elapsed / done > seconds:
+            return
         for name in procedures if round_ % 2 == 0 else procedures[::-1]:
-            for some in [own[name]] if together else [[v] for v in own[name]]:
+            for some in filter(None, [missing[name]] if together else [[v] for v in missing[name]]):
                 for variant, run in _spawn(name, some, *setting).items():
                     runs[name, variant].append(run)
-    return {key: _figures(taken) for key, taken in runs.items()}
+        done += 1
+        yield runs
+
+
+def _failed(runs: list[dict[str, Any]]) -> bool:
+    return any("error" in run for run in runs)
+
+
+def _earlier(figures: dict[str, Any]) -> Runs:
+    """The runs in the newest rows of this commit, machine and setting (the rows' own figures that say what was run)."""
+    from .rows import environment, read_rows
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["commit"], *(row["machine"].get(key) for key in ("gpu", "cpu", "cores"))
+
+    here = place(environment())
+    found: Runs = {}
+    for row in read_rows("gdpo_step"):
+        if place(row) == here and figures.items() <= row.items():
+            for name, taken in row.get("runs", {}).items():
+                good = [run for run in taken if run.get("error", FULL).startswith(FULL)]
+                procedure, _, variant = name.partition(" ")
+                found[procedure, variant] = max(good, found.get((procedure, variant), []), key=len)
+    return found
 
 
 def _figures(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -194,6 +293,53 @@ def _row(released: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
+def _measure(args: Any, folder: str, precision: str, device: str) -> list[str]:
+    """Check and measure all variants in a precision, with rows behind each round: what has no figure, and why."""
+    from .rows import append_row
+
+    began = time.monotonic()
+    setting = (folder, args.crop, args.group, precision, args.steps)
+    what = {
+        "model": Path(args.folder).name if args.folder else f"random {args.size}",
+        "crop": args.crop,
+        "group": args.group,
+        "precision": precision,
+        "device": device,
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "steps": args.steps,
+    }
+    checked = _spawn("check", ["check"], *setting)["check"]
+    wrong = [f"the check of our step, {precision}: {checked['error']}"] if "error" in checked else []
+    if bad := [key for key, limit in LIMITS.items() if not checked.get(key, 0.0) <= limit]:
+        return [f"{precision}: our step is not that in fp32 ({', '.join(bad)}): {checked}, at most {LIMITS}"]
+    procedures = ("ours",) if args.alone else PROCEDURES
+    before = {} if args.dry else _earlier(what)
+    runs: Runs = {}
+    rounds = 0
+    seconds = args.seconds - (time.monotonic() - began)
+    for runs in compare(
+        args.variants, args.together, args.rounds, *setting, procedures=procedures, before=before, seconds=seconds
+    ):
+        rounds = min((len(taken) for taken in runs.values() if not _failed(taken)), default=args.rounds)
+        for variant in args.variants:
+            pair = (("released", "plain" if variant in OURS_ALONE else variant), ("ours", variant))
+            own = {key: runs[key] for key in pair if key in runs}
+            if all(own_runs == before.get(key) for key, own_runs in own.items()):
+                continue  # nothing new
+            row = what | {"variant": variant, "rounds": len(runs["ours", variant]), "check": checked}
+            row |= _row(*(_figures(own[key]) if key in own else {} for key in pair))
+            print(json.dumps(row), flush=True)
+            if not args.dry and any(key.endswith("_p50_s") for key in row):
+                append_row("gdpo_step", **row, runs={" ".join(key): taken for key, taken in own.items()})
+    for (procedure, variant), taken in runs.items():
+        error = _figures(taken).get("error", "")
+        if error and not error.startswith(FULL):
+            wrong.append(f"{procedure} {variant}, {precision}: {error}")
+    if runs and rounds < args.rounds:
+        wrong.append(f"{precision}: round {rounds + 1} was not begun, {args.seconds:g} s would not have sufficed")
+    return wrong
+
+
 def main() -> int:
     parser = cli.Parser(prog="python -m benchmarks.gdpo_step", description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -205,6 +351,9 @@ def main() -> int:
     parser.add_argument("--precision", type=Literal["fp32", "bf16", "fp16"], nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--steps", type=PositiveInt, default=3, help="counted steps of each process")
     parser.add_argument("--rounds", type=PositiveInt, default=2, help="processes of each procedure")
+    parser.add_argument(
+        "--seconds", type=PositiveFloat, default=math.inf, help="no round but the first that would end past them"
+    )
     parser.add_argument("--variants", type=Literal[VARIANTS], nargs="+", default=["plain"], help="of the step")
     parser.add_argument(
         "--together", action="store_true", help="all variants of a procedure in one process (a GPU's peak can be reset)"
@@ -214,12 +363,13 @@ def main() -> int:
     parser.add_argument("--worker", type=str | None, help="used by this command itself")
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps(worker(*json.loads(args.worker))))
+        for finished in worker(*json.loads(args.worker)):
+            print(MARK + json.dumps(finished), flush=True)
         return 0
     import torch
 
     from .random_folder import build_folder
-    from .rows import append_row, require_clean
+    from .rows import require_clean
 
     if not args.dry:
         require_clean()
@@ -227,28 +377,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or str(build_folder(Path(temporary) / args.size, args.size))
         for precision in args.precision:
-            setting = (folder, args.crop, args.group, precision, args.steps)
-            procedures = ("ours",) if args.alone else PROCEDURES
-            found = compare(args.variants, args.together, args.rounds, *setting, procedures=procedures)
-            errors = {f"{p} {v}, {precision}": figures.get("error", "") for (p, v), figures in found.items()}
-            wrong += [f"{key}: {error}" for key, error in errors.items() if error and not error.startswith(FULL)]
-            for variant in args.variants:
-                figures = {
-                    "model": Path(args.folder).name if args.folder else f"random {args.size}",
-                    "variant": variant,
-                    "crop": args.crop,
-                    "group": args.group,
-                    "precision": precision,
-                    "device": "cuda" if torch.cuda.is_available() else "cpu",
-                    "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-                    **_row(
-                        found.get(("released", "plain" if variant in OURS_ALONE else variant), {}),
-                        found["ours", variant],
-                    ),
-                }
-                print(json.dumps(figures), flush=True)
-                if not args.dry and any(key.endswith("_p50_s") for key in figures):
-                    append_row("gdpo_step", **figures)
+            wrong += _measure(args, folder, precision, "cuda" if torch.cuda.is_available() else "cpu")
     for line in wrong:
         print(f"no figure: {line}", file=sys.stderr)
     return 1 if wrong else 0

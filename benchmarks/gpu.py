@@ -5,8 +5,8 @@
 A sequence of parts, each a process of its own with a time limit and a log file (PARTS below, `--list` shows them). What
 a part finished is remembered in DIR/state.json: the next call at the same commit on the same GPU goes on with the rest.
 A part whose package is missing is skipped with the reason; the others go on. Exit code 1 names what is not done. On an
-H100 one call is meant to reach all but the two parts that compile, which come last; their compiled code is kept for the
-next call (expected from the work, not measured yet). The plots are drawn in any case.
+H100 one call is meant to reach the parts down to tensorrt-rtx and the 1024 pixels of inference-large at small batches
+(expected from the work, not measured yet; docs/gpu.md). The plots are drawn in any case.
 `--dry` runs every part on the CPU at miniature size and writes no rows.
 
 Rows and plots go to benchmarks/results (or --results). The tree must be a commit; a copy without .git names it in the
@@ -14,7 +14,7 @@ environment variable GDPO_COMMIT. Logs, state: --out. The random model and compi
 
 What a GPU machine needs, beside torch with CUDA (2.11 or newer) and its triton, Python 3.11 or newer:
     all parts        numpy pyyaml jsonargparse (4.49 or newer, under 5)
-    kernels-test     pytest hypothesis; faster with pytest-xdist
+    test-...         pytest hypothesis; faster with pytest-xdist
     kernels          scikit-image opencv-python-headless
     model, inference diffusers transformers safetensors huggingface-hub (and what these ask for: regex requests
                      tokenizers packaging filelock), tqdm; openai-clip for CLIP's own vocabulary, else one is made up
@@ -83,14 +83,17 @@ class Part:
     seconds: int
     needs: tuple[str, ...]
     command: Callable[[Run], list[str]]
-    after: tuple[str, ...] = ()
+    after: tuple[str, ...] = ("environment",)
     checked: tuple[str, ...] = ()
 
 
-def _kernels_test(run: Run) -> list[str]:
-    names = ["bad_input"] if run.dry else ["bad_input", "loss", "statistics", "complexity", "reward", "norm"]
-    fast = ["-n", "8"] if importlib.util.find_spec("xdist") and not run.dry else []
-    return [*PYTEST, *fast, *(f"tests/kernels/test_{n}.py" for n in names)]
+def _kernel_test(*names: str) -> Callable[[Run], list[str]]:
+    def command(run: Run) -> list[str]:
+        fast = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+        some = ["-k", "twice or runs_are_equal or unknown_backend"] if run.dry else fast
+        return [*PYTEST, *some, *(f"tests/kernels/test_{name}.py" for name in names)]
+
+    return command
 
 
 def _gpu_tests(run: Run) -> list[str]:
@@ -101,27 +104,31 @@ def _gpu_tests(run: Run) -> list[str]:
 def _kernels(run: Run) -> list[str]:
     if run.dry:
         return ["benchmarks.kernel_bench", "--dry_run", "true", "--compile", "false", "--seconds", "0.01"]
-    tested = "kernels-test" in run.finished  # at this commit, on this GPU
-    return ["benchmarks.kernel_bench", "--compile", "first", "--seconds", "0.2", "--rounds", ROUNDS,
-            "--gate", "false" if tested else "true"]  # fmt: skip
+    tested = [op for part, op in TESTED.items() if part in run.finished]  # at this commit, on this GPU
+    return ["benchmarks.kernel_bench", "--compile", "first", "--seconds", "0.15", "--rounds", ROUNDS,
+            "--tested", f"[{','.join(tested)}]"]  # fmt: skip
 
 
-def _gdpo_step(*variants: str, alone: bool = False) -> Callable[[Run], list[str]]:
+def _gdpo_step(*variants: str, seconds: int, alone: bool = False) -> Callable[[Run], list[str]]:
     def command(run: Run) -> list[str]:
         size = ["--crop", "64", "--group", "2", "--steps", "1", "--rounds", "1", "--dry"]
         if not run.dry:
-            size = ["--crop", "512", "--group", "6", "--steps", "5", "--rounds", ROUNDS]
+            size = ["--crop", "512", "--group", "6", "--steps", "5", "--rounds", ROUNDS, "--seconds", str(seconds)]
         return ["benchmarks.gdpo_step", "--folder", str(run.model), "--precision", "bf16", *size, "--together",
                 *(["--alone"] if alone else []), "--variants", *variants]  # fmt: skip
 
     return command
 
 
-def _inference(run: Run) -> list[str]:
-    command = ["benchmarks.torch_backend", "--folder", str(run.model)]
-    if run.dry:
-        return [*command, "--pictures", "64", "--batches", "1", "2", "--dry"]
-    return [*command, "--pictures", "512", "1024", "--batches", "1", "2", "4", "8", "16", "--seconds", "160"]
+def _inference(side: int, *batches: int, seconds: int) -> Callable[[Run], list[str]]:
+    def command(run: Run) -> list[str]:
+        command = ["benchmarks.torch_backend", "--folder", str(run.model)]
+        if run.dry:
+            return [*command, "--pictures", "64", "--batches", "1", "2", "--dry"]
+        numbers = map(str, batches)
+        return [*command, "--pictures", str(side), "--batches", *numbers, "--seconds", str(seconds)]
+
+    return command
 
 
 def _inference_compiled(run: Run) -> list[str]:
@@ -135,21 +142,30 @@ def _own(name: str) -> Callable[[Run], list[str]]:
                         *(["--dry"] if run.dry else [])]  # fmt: skip
 
 
+TESTED = {"test-loss": "gdpo_loss", "test-statistics": "attribute_statistics", "test-complexity": "attribute_ratios",
+          "test-reward": "attribute_reward", "test-norm": "group_norm"}  # fmt: skip
+FIRST = ("environment",)  # refuses a torch without CUDA
+MODEL = (*FIRST, "model")
+STEP_TESTED = ("test-loss", "test-statistics", "test-complexity", "test-reward")
 PARTS: dict[str, Part] = {
     "environment": Part(
-        "the machine: versions, copy bandwidth, bf16 product", 60, ("torch", "jsonargparse"), _own("environment")
+        "the machine: versions, copy bandwidth, bf16 product", 60, ("torch", "jsonargparse"), _own("environment"), ()
     ),
-    "kernels-test": Part(
-        "the kernels against fp64, on this device", 150, ("torch", "numpy", "pytest", "hypothesis"), _kernels_test
-    ),
-    "model": Part("a folder of Stable Diffusion 2.1-base's shape, random weights", 120, TRAINING, _own("model")),
-    "inference": Part(
-        "the generator on a GPU: pictures of 512 and 1024, batches of 1 to 16", 240,
-        (*TRAINING, "benchmarks.torch_backend"), _inference, ("model",),
-    ),
+    **{
+        part: Part(
+            f"{op} against fp64, on this device", 90, ("torch", "numpy", "pytest", "hypothesis"),
+            _kernel_test(part.removeprefix("test-")),
+        )
+        for part, op in TESTED.items()
+    },
+    "model": Part("a folder of Stable Diffusion 2.1-base's shape, random weights", 300, TRAINING, _own("model")),
     "gdpo-step": Part(
-        "the GDPO step against the released procedure, with peak memory", 300,
-        STEP, _gdpo_step("plain", "checkpointing", "reuse-latents"), ("model",), ("kernels-test",),
+        "the GDPO step against the released procedure, with peak memory", 280,
+        STEP, _gdpo_step("plain", "checkpointing", "reuse-latents", seconds=130), MODEL, STEP_TESTED,
+    ),
+    "inference": Part(
+        "the generator on a GPU: pictures of 512, batches of 1 to 16", 120,
+        (*TRAINING, "benchmarks.torch_backend"), _inference(512, 1, 8, 2, 4, 16, seconds=80), MODEL,
     ),
     "kernels": Part(
         "the kernels against eager torch, torch.compile and a copy", 150,
@@ -159,18 +175,25 @@ PARTS: dict[str, Part] = {
         "does a plan built without a GPU load and run on this one", 150,
         (*TRAINING, "onnx", "onnxscript", "onnxruntime", "tensorrt_rtx | tensorrt_rtx_bindings"), _own("tensorrt-rtx"),
     ),
+    # The largest pictures, the other tests and at last what compiles: long ones must not cost the other figures.
+    "inference-large": Part(
+        "the generator on a GPU: pictures of 1024, batches of 1 to 16", 150,
+        (*TRAINING, "benchmarks.torch_backend"), _inference(1024, 1, 2, 4, 8, 16, seconds=100), MODEL,
+    ),
     "gpu-tests": Part(
         "the other tests that need a GPU: recorded graphs, plans, the degradation", 120,
         (*TRAINING, "pytest", "scipy", "skimage", "PIL", "onnx", "onnxscript", "onnxruntime"), _gpu_tests,
     ),
-    # Last: a compiler that takes its time must not cost the other figures.
+    "test-input": Part(
+        "what the kernels say to bad input on this device", 60, ("torch", "pytest"), _kernel_test("bad_input")
+    ),
     "inference-compiled": Part(
         "the generator with torch.compile, beside itself without", 300,
-        (*TRAINING, "benchmarks.torch_backend"), _inference_compiled, ("model",),
+        (*TRAINING, "benchmarks.torch_backend"), _inference_compiled, MODEL,
     ),
     "gdpo-compiled": Part(
         "the step with the sampler and the autoencoder compiled, beside itself without", 300,
-        STEP, _gdpo_step("plain", "compile-frozen", alone=True), ("model",), ("kernels-test",),
+        STEP, _gdpo_step("plain", "compile-frozen", seconds=280, alone=True), MODEL, STEP_TESTED,
     ),
     "plots": Part("pictures of the rows", 40, ("jsonargparse", "matplotlib"), _own("plots")),
 }  # fmt: skip

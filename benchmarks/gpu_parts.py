@@ -29,6 +29,10 @@ def measure_environment(options: Any, show: Show) -> None:
     """The ceilings that the other figures stand under."""
     import torch
 
+    if not options.dry and not torch.cuda.is_available():
+        raise RuntimeError(
+            f"torch {torch.__version__} of {sys.executable} sees no GPU: GPU_PYTHON names a python whose does"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     n = 256 if options.dry else 8192
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -185,7 +189,9 @@ def _draw_step(rows: list[dict[str, Any]], path: Path) -> None:
     for row in rows:
         for name in ("released", "ours"):
             if f"{name}_p50_s" in row:
-                case = f"{row['model']} {row['crop']} {row['precision']} {row.get('variant', 'plain')}"
+                # gdpo-compiled measures ours alone, plain among them: two bars, not one in place of the other.
+                alone = "" if "released_p50_s" in row or "released_error" in row else " (beside compiled)"
+                case = f"{row['model']} {row['crop']} {row['precision']} {row.get('variant', 'plain')}{alone}"
                 bars[f"{case}, {name}"] = row[f"{name}_p50_s"]
     _bars(path, "One GDPO step", "seconds (medians)", bars)
 

@@ -15,10 +15,12 @@ Compiling takes minutes, so `--compiled` is a run of its own: the recorded gener
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -115,6 +117,17 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Convolutions in fp32 proper: on a GPU torch's default for them is TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def seconds_of(run: TorchSession, inputs: tuple[torch.Tensor, ...], budget: float) -> list[float]:
     """Seconds of calls that end with the device idle: three or more, `budget` seconds of them, 50 at most."""
     taken: list[float] = []
@@ -139,7 +152,8 @@ def compare(bench: Bench, runs: dict[str, TorchSession], side: int, batch: int, 
     # What a library of the GPU refuses costs this contender on this shape only.
     inputs = bench.inputs(side, batch)
     try:
-        expected = torch.cat([bench.reference.run(i[None], n[None]) for i, n in zip(*inputs)])
+        with _without_tf32():
+            expected = torch.cat([bench.reference.run(i[None], n[None]) for i, n in zip(*inputs)])
     except RuntimeError as error:
         bench.refuse("the definition in fp32", side, batch, error)
         return []

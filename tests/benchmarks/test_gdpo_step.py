@@ -1,12 +1,14 @@
 """The GDPO step's benchmark compares like with like: the same result at the start, and only the known waste apart."""
 
+import json
 import math
+import subprocess
 from collections import Counter
 
 import pytest
 import torch
 
-from benchmarks import gdpo_step
+from benchmarks import gdpo_step, rows
 
 
 @pytest.fixture
@@ -85,7 +87,7 @@ def test_what_fails_costs_its_own_variant(monkeypatch):
 
     monkeypatch.setattr(gdpo_step, "_steps", steps)
     monkeypatch.setattr("accelerate.Accelerator", lambda **_: None)
-    found = gdpo_step.worker("ours", ["plain", "checkpointing", "reuse-latents"], "", 64, 2, "fp32", 1)
+    found = dict(gdpo_step.worker("ours", ["plain", "checkpointing", "reuse-latents"], "", 64, 2, "fp32", 1))
     assert found["plain"] == {"error": "out of memory: CUDA out of memory"}
     assert found["checkpointing"] == {"error": "the first loss is 0.9, not log 2"}
     assert found["reuse-latents"]["seconds"] == [1.0]
@@ -97,32 +99,110 @@ def test_a_wrong_first_loss_is_refused(monkeypatch, mini_sd, accelerator):
         gdpo_step._steps("ours", "plain", str(mini_sd), accelerator, 64, 2, 1)
 
 
-def test_a_process_that_dies_is_an_error_of_its_variants(capsys):
-    found = gdpo_step._spawn("ours", ["plain", "reuse-latents"], "/nonexistent", 64, 2, "fp32", 1)
-    assert list(found) == ["plain", "reuse-latents"]
-    assert all(run["error"].startswith("the process failed (2): ") for run in found.values())
-    assert "/nonexistent" in capsys.readouterr().err
+def test_a_process_that_dies_costs_the_variant_that_it_was_at(monkeypatch, capsys):
+    def process(command, **_):
+        started.append(json.loads(command[-1])[1])
+        if started[-1][0] == "checkpointing":
+            return subprocess.CompletedProcess(command, -9, "", "Killed")
+        code = -9 if started[-1][0] == "plain" else 0
+        out = f'a warning\n{gdpo_step.MARK}["{started[-1][0]}", {{"seconds": [1.0]}}]\n'
+        return subprocess.CompletedProcess(command, code, out, "Killed")
+
+    started: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", process)
+    variants = ["plain", "checkpointing", "reuse-latents"]
+    found = gdpo_step._spawn("ours", variants, "F")
+    assert found == {
+        "plain": {"seconds": [1.0]},
+        "checkpointing": {"error": "the process failed (-9): Killed"},
+        "reuse-latents": {"seconds": [1.0]},
+    }
+
+
+def test_a_process_of_its_own_says_what_it_lacks(capsys):
+    found = gdpo_step._spawn("ours", ["plain"], "/nonexistent", 64, 2, "fp32", 1)
+    assert "/nonexistent" in found["plain"]["error"] and "Traceback" in capsys.readouterr().err
+
+
+def test_the_check_sees_a_wrong_step(mini_sd, accelerator, monkeypatch):
+    right = gdpo_step.check(str(mini_sd), "bf16", 64)
+    assert all(0 < right[key] < limit / 2 for key, limit in gdpo_step.LIMITS.items())
+    method = gdpo_step._method
+
+    def planted(*args, **more):
+        made = method(*args, **more)
+        if more["backend"] == "auto":  # the LoRA at two thirds of its strength
+            for name, weight in made.trained.items():
+                if ".lora_A." in name:
+                    weight.data.mul_(0.67)
+        return made
+
+    monkeypatch.setattr(gdpo_step, "_method", planted)
+    wrong = gdpo_step.check(str(mini_sd), "fp32", 64)
+    assert any(wrong[key] > limit for key, limit in gdpo_step.LIMITS.items())
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path):
+    """The command with made-up processes: call(*options) -> (exit code, rows so far, processes started)."""
+
+    def spawn(procedure, variants, *rest):
+        if procedure == "check":
+            return {"check": check}
+        started.append((procedure, *variants))
+        good = {"seconds": [2.0 if procedure == "released" else 1.0], "cpu_seconds": [1.0], "peak_mib": 4.0}
+        runs = {v: good | {"first_loss": 0.693} for v in variants} | failing.get(procedure, {})
+        return {v: runs[v] for v in variants}
+
+    def run(*options):
+        variants = ["plain", "checkpointing", "reuse-latents"]
+        command = ["--folder", "F", "--precision", "bf16", "--together", "--variants", *variants, *options]
+        monkeypatch.setattr("sys.argv", ["gdpo_step", *command])
+        started.clear()
+        return gdpo_step.main(), rows.read_rows("gdpo_step"), list(started)
+
+    started: list[tuple[str, ...]] = []
+    check = dict.fromkeys(gdpo_step.LIMITS, 0.01)
+    failing: dict[str, dict] = {}
+    run.failing, run.check = failing, check
+    monkeypatch.setattr(gdpo_step, "_spawn", spawn)
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    monkeypatch.setattr(rows, "require_clean", lambda: None)
+    monkeypatch.setattr(rows, "commit", lambda: ("abc", False))
+    return run
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_rows_are_of_what_ran(monkeypatch, capsys, alone):
-    def spawn(procedure, variants, *rest):
-        good = {"seconds": [2.0 if procedure == "released" else 1.0], "cpu_seconds": [1.0], "peak_mib": 4.0}
-        runs = {v: good | {"first_loss": 0.693} for v in variants}
-        if procedure == "released":
-            runs["checkpointing"] = {"error": "out of memory: CUDA out of memory"}
-        return runs | ({"reuse-latents": {"error": "wrong"}} if procedure == "ours" else {})
-
-    rows = []
-    monkeypatch.setattr(gdpo_step, "_spawn", spawn)
-    monkeypatch.setattr("benchmarks.rows.require_clean", lambda: None)
-    monkeypatch.setattr("benchmarks.rows.append_row", lambda name, **figures: rows.append(figures))
-    variants = ["plain", "checkpointing", "reuse-latents"]
-    options = ["--folder", "F", "--precision", "bf16", "--together", "--variants", *variants]
-    monkeypatch.setattr("sys.argv", ["gdpo_step", *options, *(["--alone"] if alone else [])])
-    assert gdpo_step.main() == 1  # a wrong figure; memory that does not suffice is an answer
+def test_rows_are_of_what_ran(call, capsys, alone):
+    call.failing["released"] = {"checkpointing": {"error": "out of memory: CUDA out of memory"}}
+    call.failing["ours"] = {"reuse-latents": {"error": "wrong"}}
+    code, found, _ = call(*(["--alone"] if alone else []))
+    assert code == 1  # a wrong figure; memory that does not suffice is an answer
     assert capsys.readouterr().err == "no figure: ours reuse-latents, bf16: wrong\n"
-    assert [row["variant"] for row in rows] == (variants[:2] if alone else variants)
-    assert rows[0].get("speedup") == (None if alone else 2) and rows[0]["ours_first_loss"] == 0.693
-    assert rows[1].get("released_error") == (None if alone else "out of memory: CUDA out of memory")
-    assert "speedup" not in rows[1] and rows[1]["ours_p50_s"] == 1
+    last = {row["variant"]: row for row in found}
+    assert list(last) == ["plain", "checkpointing", "reuse-latents"][: 2 if alone else 3]
+    assert last["plain"]["rounds"] == 2 and last["plain"]["check"] == call.check
+    assert last["plain"].get("speedup") == (None if alone else 2) and last["plain"]["ours_first_loss"] == 0.693
+    assert last["checkpointing"].get("released_error") == (None if alone else "out of memory: CUDA out of memory")
+    assert "speedup" not in last["checkpointing"] and last["checkpointing"]["ours_p50_s"] == 1
+
+
+def test_rows_come_behind_each_round_and_are_not_measured_again(call, capsys):
+    code, found, started = call("--seconds", "1e-9")
+    assert code == 1 and "bf16: round 2 was not begun" in capsys.readouterr().err
+    assert [row["rounds"] for row in found] == [1, 1, 1] and len(started) == 2
+    code, found, started = call()
+    assert code == 0 and [row["rounds"] for row in found[3:]] == [2, 2, 2] and len(started) == 2
+    assert found[3]["released_rounds_p50_s"] == [2, 2]
+    assert call() == (0, found, [])
+    assert call("--crop", "128")[2]  # another setting
+    call.failing["ours"] = {"checkpointing": {"error": "the process failed (-9): Killed"}}
+    assert call("--group", "4")[0] == 1
+    call.failing.clear()
+    assert call("--group", "4")[2] == [("ours", "checkpointing")] * 2  # its siblings have theirs
+
+
+def test_a_step_that_fails_its_check_has_no_figure(call, capsys):
+    call.check["gradient"] = 0.9
+    assert call() == (1, [], [])
+    assert "no figure: bf16: our step is not that in fp32 (gradient)" in capsys.readouterr().err

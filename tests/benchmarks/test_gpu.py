@@ -7,10 +7,11 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import gpu, rows
+from benchmarks import gpu, gpu_parts, rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -149,6 +150,21 @@ def test_plots_are_drawn_when_the_time_is_used_up(run, monkeypatch, tmp_path):
 
 def test_what_compiles_costs_no_other_figure():
     assert list(gpu.PARTS)[-3:] == ["inference-compiled", "gdpo-compiled", "plots"]
+
+
+def test_a_kernel_that_fails_its_tests_costs_what_is_made_of_it():
+    assert all(part in gpu.PARTS for part in gpu.TESTED)
+    for part in ("gdpo-step", "gdpo-compiled"):
+        assert set(gpu.PARTS[part].checked) == gpu.TESTED.keys() - {"test-norm"}
+    run = gpu.Run(False, Path("o"), Path("c"), Path("r"), "abc", "GPU", {"environment", "test-loss", "test-norm"})
+    assert gpu.PARTS["kernels"].command(run)[-2:] == ["--tested", "[gdpo_loss,group_norm]"]
+
+
+def test_a_torch_without_cuda_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(RuntimeError, match=r"sees no GPU: GPU_PYTHON names"):
+        gpu_parts.measure_environment(SimpleNamespace(dry=False), print)
+    assert all("environment" in part.after for name, part in gpu.PARTS.items() if name != "environment")
 
 
 def test_a_foreign_state_is_refused(run):
