@@ -120,11 +120,11 @@ def _gdpo_step(*variants: str, seconds: int, alone: bool = False) -> Callable[[R
     return command
 
 
-def _inference(side: int, *batches: int, seconds: int) -> Callable[[Run], list[str]]:
+def _inference(side: int, *batches: int, seconds: int, ends: bool = False) -> Callable[[Run], list[str]]:
     def command(run: Run) -> list[str]:
-        command = ["benchmarks.torch_backend", "--folder", str(run.model)]
+        command = ["benchmarks.torch_backend", "--folder", str(run.model), *(["--ends"] if ends else [])]
         if run.dry:
-            return [*command, "--pictures", "64", "--batches", "1", "2", "--dry"]
+            return [*command, "--pictures", "64", "--batches", *(("1",) if ends else ("1", "2")), "--dry"]
         numbers = map(str, batches)
         return [*command, "--pictures", str(side), "--batches", *numbers, "--seconds", str(seconds)]
 
@@ -165,7 +165,7 @@ PARTS: dict[str, Part] = {
     ),
     "inference": Part(
         "the generator on a GPU: pictures of 512, batches of 1 to 16", 120,
-        (*TRAINING, "benchmarks.torch_backend"), _inference(512, 1, 8, 2, 4, 16, seconds=80), MODEL,
+        (*TRAINING, "benchmarks.torch_backend"), _inference(512, 1, 2, 4, 8, 16, seconds=80), MODEL,
     ),
     "kernels": Part(
         "the kernels against eager torch, torch.compile and a copy", 150,
@@ -178,7 +178,8 @@ PARTS: dict[str, Part] = {
     # The largest pictures, the other tests and at last what compiles: long ones must not cost the other figures.
     "inference-large": Part(
         "the generator on a GPU: pictures of 1024, batches of 1 to 16", 150,
-        (*TRAINING, "benchmarks.torch_backend"), _inference(1024, 1, 2, 4, 8, 16, seconds=100), MODEL,
+        (*TRAINING, "benchmarks.torch_backend"), _inference(1024, 1, 2, 4, 8, 16, seconds=100, ends=True),
+        MODEL,
     ),
     "gpu-tests": Part(
         "the other tests that need a GPU: recorded graphs, plans, the degradation", 120,
@@ -340,7 +341,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="name the parts and what they need, and end")
     options = parser.parse_args()
     if options.list:
-        print("\n".join(f"{n:14}{p.seconds:4} s  {p.about}; needs {', '.join(p.needs)}" for n, p in PARTS.items()))
+        print("\n".join(f"{n:19}{p.seconds:4} s  {p.about}; needs {', '.join(p.needs)}" for n, p in PARTS.items()))
         return 0
     if not options.minutes > 0:
         parser.error(f"--minutes must be above 0; got {options.minutes:g}")

@@ -225,6 +225,7 @@ def measure(
     dry: bool = False,
     seconds: float = 180,
     compiled: bool = False,
+    ends: bool = False,
 ) -> Bench:
     """Measure the ladder on a folder, print a table and write rows (unless dry).
 
@@ -235,6 +236,7 @@ def measure(
         dry: few calls, no rows.
         seconds: past them no further shape is begun.
         compiled: the last step alone, beside the one before it.
+        ends: nowhere the whole ladder, so that the shapes come in order.
 
     Returns:
         The run; `refused` names what has no figure.
@@ -260,9 +262,10 @@ def measure(
     print(f"{bench.model} on {device.type}: bf16 product {bench.flop_per_s / 1e12:.3g} TFLOP/s; ", end="")
     print(", ".join(f"{side}x{side}: {work[side] / 1e12:.3g} TFLOP" for side in sizes) + f"\n{HEADER}")
     names = list(LADDER)[-2:] if compiled else list(LADDER)[:-1]
+    names = [names[0], names[-1]] if ends else names
     steps = {name: replace(LADDER[name], graphs=LADDER[name].graphs and device.type == "cuda") for name in names}
     runs = {name: bench.session(one) for name, one in steps.items()}
-    whole = {(sizes[0], batch) for batch in (batches[0], 8) if batch in batches}
+    whole = set() if ends else {(sizes[0], batch) for batch in (batches[0], 8) if batch in batches}
     rest = set() if compiled else {(side, batch) for side in sizes for batch in batches} - whole
     done = set() if dry else measured(bench.model, names[-1] if compiled else names[0])
     shapes = [shape for shape in (*sorted(whole), *sorted(rest)) if shape not in done]
@@ -285,9 +288,10 @@ def main() -> int:
     parser.add_argument("--batches", type=PositiveInt, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--seconds", type=PositiveFloat, default=180.0, help="past them no further shape is begun")
     parser.add_argument("--compiled", action="store_true", help="torch.compile instead of the ladder: minutes")
+    parser.add_argument("--ends", action="store_true", help="the first and the last step of the ladder alone")
     parser.add_argument("--dry", action="store_true", help="few calls, no rows, without a GPU too")
     args = parser.parse_args()
-    bench = measure(args.folder, args.pictures, args.batches, args.dry, args.seconds, args.compiled)
+    bench = measure(args.folder, args.pictures, args.batches, args.dry, args.seconds, args.compiled, args.ends)
     for line in bench.refused:
         print(f"no figure: {line}", file=sys.stderr)
     return 1 if any(not line.endswith(FULL) for line in bench.refused) else 0

@@ -27,7 +27,7 @@ def test_the_dry_run_does_every_part_writes_no_rows_and_is_not_repeated(tmp_path
     monkeypatch.setattr(gpu, "commit", lambda: ("abc", False))  # whoever commits while this runs
 
     def call(*options: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["gpu", "--dry", "--out", str(out), *options])
+        monkeypatch.setattr(sys, "argv", ["gpu", "--dry", "--minutes", "30", "--out", str(out), *options])
         code, said = gpu.main(), capsys.readouterr().err
         assert code == 0, said
         return said

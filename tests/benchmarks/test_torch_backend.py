@@ -50,6 +50,11 @@ def test_the_compiled_step_is_a_run_of_its_own(mini_sd, capsys, monkeypatch):
     assert steps_shown(capsys.readouterr().out) == ["CUDA graph", "compiled"] and len(compiled) == 1
 
 
+def test_the_ends_alone(mini_sd, capsys):
+    assert not torch_backend.measure(mini_sd, [64], [1, 2], dry=True, ends=True).refused
+    assert steps_shown(capsys.readouterr().out) == ["eager fp16", "CUDA graph"] * 2
+
+
 def test_no_time_means_no_figures_and_a_word_about_it(mini_sd, capsys):
     bench = torch_backend.measure(mini_sd, [64, 128], [1, 2], dry=True, seconds=1e-9)
     assert not steps_shown(capsys.readouterr().out)
