@@ -84,6 +84,7 @@ class Upscaler:
         threads: int = 0,
         trust_plan: bool = False,
         bf16: bool = False,
+        compiled: bool = False,
         core: bool | None = None,
     ) -> Upscaler:
         """Load an engine folder.
@@ -96,13 +97,17 @@ class Upscaler:
             threads: of a CPU backend; 0 lets it choose.
             trust_plan: load a TensorRT plan that this user did not build. A plan is executable code.
             bf16: let OpenVINO and torch compute in bfloat16.
+            compiled: torch.compile, of torch only: all tiles have one size, and the first waits for the compiler.
             core: True takes the C++ path, False Python's; None the C++ path where it can run the folder.
 
         Raises:
             FolderError: the folder is missing, stale, damaged, foreign or not trusted.
             RuntimeError: the backend, or the C++ path asked for, is not installed or cannot run here.
+            ValueError: an unknown backend or device, or an option that the backend does not have.
         """
-        options = Options(device, threads, trust_plan, bf16)
+        options = Options(device, threads, trust_plan, bf16, compiled)
+        if compiled and backend != "torch":
+            raise ValueError(f"compiled is for backend torch; got {backend}")
         if backend == "torch":
             from engine.backends.torch import open_generator
 
@@ -131,8 +136,8 @@ class Upscaler:
         def sessions() -> dict[str, Session]:
             return {name: open_session(backend, manifest, folder, name, options) for name in manifest.graphs}
 
-        compiled = None if core is False else open_core(manifest, folder, backend, options, required=bool(core))
-        return cls(manifest, sessions() if compiled is None else sessions, backend, compiled)
+        in_cpp = None if core is False else open_core(manifest, folder, backend, options, required=bool(core))
+        return cls(manifest, sessions() if in_cpp is None else sessions, backend, in_cpp)
 
     def upscale(
         self,

@@ -29,7 +29,8 @@ class Options:
         device: "cpu", "cuda" or "cuda:N"; None lets the backend choose.
         threads: of a CPU backend; 0 lets it choose.
         trust_plan: load a TensorRT plan (executable code) that this user did not build.
-        bf16: let OpenVINO compute in bfloat16 where the CPU has it.
+        bf16: let OpenVINO (where the CPU has it) and torch compute in bfloat16.
+        compiled: torch.compile on the torch backend, for one size of tile.
         whole_batches: hand a batch to ONNX Runtime in one piece on a CPU too, to check the graph.
     """
 
@@ -37,6 +38,7 @@ class Options:
     threads: int = 0
     trust_plan: bool = False
     bf16: bool = False
+    compiled: bool = False
     whole_batches: bool = False
 
 

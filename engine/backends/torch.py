@@ -7,7 +7,10 @@ pinned host memory at both ends.
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +40,19 @@ def from_generator(
 
     Args:
         generator: used as it is, or prepared in place.
-        steps: None takes the definition, and with bf16 all that is fast on the device.
+        steps: None takes the definition, and with bf16 all that is fast on the device; compiled if the options say so.
 
     Raises:
-        RuntimeError: a GPU that is not there.
+        RuntimeError: a GPU, or a compiler, that is not there.
         ValueError: an unknown device; CUDA graphs without CUDA, or of what is not folded; what `prepare` refuses.
     """
     options = options or Options()
     device = _device(options.device)
     if steps is None:
         steps = fastest(device) if options.bf16 else DEFINITION
+        if options.compiled:
+            _require_compiler()
+            steps = replace(steps, folded=True, compiled=True)
     if steps.graphs and device.type != "cuda":
         raise ValueError(f"steps.graphs needs an NVIDIA GPU (CUDA graphs); the device is {device}")
     if steps.graphs and not steps.folded:
@@ -54,6 +60,8 @@ def from_generator(
     geometry = geometry_of(generator)
     batch = 8 if device.type == "cuda" else 1  # a CPU gains nothing from a batch
     profile = profile_of(geometry, batch=batch, max_batch=64, tile=512, max_tile=4096, static=False)
+    if options.compiled:  # one shape for pictures of any size: it is compiled once
+        profile = replace(profile, batch=(1, 1, profile.batch[2]), tile=(profile.tile[1],) * 3)
     (_, entry), *_ = descriptors(generator, "fp32", split=False).values()
     manifest = Manifest("torch", torch.__version__, steps.precision, geometry, profile, {"generator": entry})
     if options.threads:
@@ -69,6 +77,12 @@ def _device(name: str | None) -> torch.device:
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise RuntimeError(f"device {name}: torch sees {torch.cuda.device_count()} NVIDIA GPU(s); use --device cpu")
     return torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device(kind)
+
+
+def _require_compiler() -> None:
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
+    if not any(map(shutil.which, names)):
+        raise RuntimeError(f"torch.compile needs a C++ compiler, and none of {', '.join(names)} is here; install g++")
 
 
 class TorchSession:

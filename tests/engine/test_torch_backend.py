@@ -260,6 +260,30 @@ def test_compiled_for_this_machine(tiny_model):
     assert relative_error(made.run(*given), session(tiny_model, DEFINITION).run(*given).double()) < 2e-5
 
 
+def test_compiled_once_for_pictures_of_any_size(mini_model, photo, monkeypatch):
+    shapes = []
+
+    def compiled(module, dynamic):
+        module.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape))
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled)
+    up = Upscaler.load(mini_model, "torch", "cpu", compiled=True)
+    for height, width in ((20, 30), (150, 129)):
+        assert up.upscale(np.ascontiguousarray(photo[:height, :width])).shape == (4 * height, 4 * width, 3)
+    assert set(shapes) == {(1, 3, 512, 512)} and len(shapes) == 1 + 4
+    rgb = np.ascontiguousarray(photo[:128, :128])  # one tile of 512 either way
+    plain = Upscaler.load(mini_model, "torch", "cpu").upscale(rgb, seed=5)
+    assert np.abs(up.upscale(rgb, seed=5).astype(int) - plain).max() <= 1
+
+
+def test_compiling_is_refused_where_it_cannot_be_done(mini_model, mini_engine, monkeypatch):
+    with pytest.raises(ValueError, match="compiled is for backend torch; got auto"):
+        Upscaler.load(mini_engine, compiled=True)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(RuntimeError, match=r"needs a C\+\+ compiler, and none of no-such-compiler is here"):
+        Upscaler.load(mini_model, "torch", compiled=True)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["mini_model", "tiny_model"])
 def test_on_a_gpu(name, request):
