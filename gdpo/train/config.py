@@ -221,7 +221,8 @@ class GDPOConfig(TrainConfig):
         shared_noise: one fresh noise for the whole group in the loss instead of one each (not in the paper): what
             depends on the noise alone then cancels between samples, because advantages sum to zero.
         reuse_latents: take the sampled latents as they are instead of decoding and encoding them (not in the paper).
-        sample_batch_size: pictures generated or encoded at once; 0 is all B*G.
+        sample_batch_size: pictures generated or encoded at once; 0 is all B*G, halved (and said) where they do not fit
+            the GPU's memory.
         compile_frozen: torch.compile of what is frozen and compared with nothing: the sampler and the autoencoder.
     """
 

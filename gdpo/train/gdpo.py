@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from tqdm import tqdm
 
 from gdpo.kernels import attribute_ratios, attribute_reward, attribute_statistics, gdpo_loss
 
@@ -40,6 +42,7 @@ class GDPO:
         self.degrade = Degradation(config.degradation)
         self.prompts = Prompts(self.generator, config.data.captions, accelerator.device)
         self.rewards = build_rewards(config.reward_funcs, device=accelerator.device)
+        self.fitting = config.sample_batch_size  # samples at once; 0: all
         self._make_frozen_calls()
 
     def _make_frozen_calls(self) -> None:
@@ -158,13 +161,19 @@ class GDPO:
         return x.repeat_interleave(self.config.num_generations, dim=0)
 
     def _chunked(self, run: Callable[..., torch.Tensor], *inputs: torch.Tensor | None) -> torch.Tensor:
-        """Run over the first dimension in pieces of sample_batch_size."""
-        size = self.config.sample_batch_size
+        """Run over the first dimension in pieces of sample_batch_size; without one, in the largest that fit."""
         n = next(len(x) for x in inputs if x is not None)
-        if not size or size >= n:
-            return run(*inputs)
-        starts = range(0, n, size)
-        return torch.cat([run(*(None if x is None else x[i : i + size] for x in inputs)) for i in starts])
+        while True:
+            size = self.fitting or n
+            try:
+                pieces = [run(*(None if x is None else x[i : i + size] for x in inputs)) for i in range(0, n, size)]
+                return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            except torch.cuda.OutOfMemoryError:
+                if self.config.sample_batch_size or size == 1:
+                    raise
+            # Behind the except: until its end, the error's traceback holds what was allocated.
+            self.fitting = -(-min(size, n) // 2)
+            tqdm.write(f"{n} samples at once do not fit the GPU's memory: from now on {self.fitting}", file=sys.stderr)
 
     def _loss_weight(self, mask: torch.Tensor, latents: torch.Tensor) -> torch.Tensor | None:
         """The texture mask at the latent's resolution, or None (the paper)."""

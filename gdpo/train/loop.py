@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import shutil
 import signal
 import sys
@@ -35,6 +33,7 @@ from ..generator import OneStepGenerator
 from . import checkpoint as checkpoints
 from . import pictures
 from .config import TrainConfig
+from .setup import environment
 
 Metrics = dict[str, torch.Tensor]
 
@@ -123,6 +122,9 @@ class Loop:
                 metrics = self.method.step(self._to_device(batch), step, self._backward)
             except ValueError as error:  # a score that is not finite, say
                 raise ValueError(f"at step {step + 1}, samples {', '.join(batch.names)}: {error}") from error
+            except torch.cuda.OutOfMemoryError as error:
+                remedy = "--model.gradient_checkpointing true or a smaller --train_batch_size needs less"
+                raise RuntimeError(f"at step {step + 1}, {remedy}: {error}") from error
             for key, value in metrics.items():
                 total[key] = total.get(key, 0.0) + value.detach().float().mean() / config.gradient_accumulation_steps
         total["stop_signal"] = torch.tensor(float(self.stop_signal), device=self.accelerator.device)
@@ -416,27 +418,6 @@ class Loop:
     def _say(self, line: str) -> None:
         if self.main:
             tqdm.write(line, file=sys.stderr)
-
-
-def environment(accelerator: Accelerator) -> dict[str, Any]:
-    """What a run was made with."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions: dict[str, str | None] = {}
-    for name in ("gdpo-sr", "torch", "triton", "diffusers", "peft", "accelerate", "numpy"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else platform.processor() or "cpu",
-        "processes": accelerator.num_processes,
-        "threads": torch.get_num_threads(),
-        "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
-        "versions": versions,
-    }
 
 
 def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,10 +1,15 @@
-"""What both methods need before their first step: the generator on its device, the text, the noise."""
+"""What both methods need before their first step: the generator on its device, the text, the noise; what a run was made with."""
 
 from __future__ import annotations
 
+import os
+import platform
+import sys
 import tempfile
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -185,3 +190,22 @@ class Prompts:
 def group_noise(shape: torch.Size, seed: int, stream: str, samples: list[int], group: int) -> torch.Tensor:
     """Noise [B*group,C,h,w]: each picture a function of (seed, stream, global sample number, group index)."""
     return torch.stack([normal(shape[1:], seed, stream, s, g) for s in samples for g in range(group)])
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """What a run was made with."""
+    versions: dict[str, str | None] = {}
+    for name in ("gdpo-sr", "torch", "triton", "diffusers", "peft", "accelerate", "numpy"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else platform.processor() or "cpu",
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
+        "versions": versions,
+    }

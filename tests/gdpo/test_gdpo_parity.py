@@ -232,6 +232,40 @@ def test_advantage_loss_and_gradient(options, normalise, taken, batch, mini_sd):
     assert relative(got.gradients, expected.gradients) < 2e-3
 
 
+def short_of_memory(monkeypatch, at_most):
+    """A GPU with room for so many latents, as far as predictions go; the sizes that were tried."""
+    from gdpo.generator import OneStepGenerator
+
+    tried, predict = [], OneStepGenerator.predict
+
+    def bounded(self, latents, *inputs):
+        if torch.is_grad_enabled():
+            return predict(self, latents, *inputs)
+        tried.append(len(latents))
+        if len(latents) > at_most:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return predict(self, latents, *inputs)
+
+    monkeypatch.setattr(OneStepGenerator, "predict", bounded)
+    return tried
+
+
+def test_samples_come_in_batches_that_fit(taken, monkeypatch, capsys):
+    whole = taken()
+    tried = short_of_memory(monkeypatch, at_most=4)
+    halved = taken()
+    assert tried == [12, 6, 3, 3, 3, 3, 3, 3, 3, 3]  # sampling finds out, the reference of the loss knows
+    assert relative(halved.gradients, whole.gradients) < 1e-4
+    assert "12 samples at once do not fit the GPU's memory: from now on 6" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("at_most", "options"), [(0, {}), (4, {"sample_batch_size": 5})], ids=["nothing", "fixed"])
+def test_samples_that_cannot_fit_are_an_error(at_most, options, taken, monkeypatch):
+    short_of_memory(monkeypatch, at_most)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        taken(**options)
+
+
 def swapped_prompts(folder, got, hr):
     """The released code's fault for more than one picture: prompts in another order than the pictures."""
     return Expected(folder, got, hr, captions=[*CAPTIONS[1:], CAPTIONS[0]])

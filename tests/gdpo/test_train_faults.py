@@ -9,12 +9,15 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from training import GDPO, NAOSD, ROOT, command, environment, train
 
 from gdpo.train import checkpoint
+from gdpo.train.loop import Loop
 
 
 def tree_bytes(folder: Path) -> dict[str, bytes]:
@@ -203,6 +206,19 @@ def test_a_reward_of_the_users_own_that_fails_is_named_with_step_and_samples(cro
     done = train(*common, "--reward_funcs=[psnr_y,mine:f]", check=False, PYTHONPATH=str(tmp_path))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert re.search(rf"error: at step 1, samples crop\d\d.png: reward 'mine:f' {reason}", done.stderr)
+
+
+def test_a_gpu_that_is_too_small_is_named_with_the_remedy(monkeypatch):
+    def step(*arguments):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    loop = Loop.__new__(Loop)
+    loop.config = SimpleNamespace(gradient_accumulation_steps=1)
+    loop.optimizer, loop.method = SimpleNamespace(param_groups=[]), SimpleNamespace(groups={}, step=step)
+    monkeypatch.setattr(Loop, "_to_device", lambda self, batch: batch)
+    loop._backward = None
+    with pytest.raises(RuntimeError, match=r"at step 8, --model.gradient_checkpointing true or .*: CUDA out of memory"):
+        loop._optimizer_step(iter([SimpleNamespace(names=["a.png"])]), 7)
 
 
 def test_captions_that_are_not_there_are_missed_at_once(crops, tmp_path):
