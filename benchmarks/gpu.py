@@ -146,7 +146,7 @@ TESTED = {"test-loss": "gdpo_loss", "test-statistics": "attribute_statistics", "
           "test-reward": "attribute_reward", "test-norm": "group_norm"}  # fmt: skip
 FIRST = ("environment",)  # refuses a torch without CUDA
 MODEL = (*FIRST, "model")
-STEP_TESTED = ("test-loss", "test-statistics", "test-complexity", "test-reward")
+STEP_TESTED = tuple(TESTED)
 PARTS: dict[str, Part] = {
     "environment": Part(
         "the machine: versions, copy bandwidth, bf16 product", 60, ("torch", "jsonargparse"), _own("environment"), ()

@@ -16,7 +16,7 @@ from torch import nn
 
 from engine import fold
 from gdpo.generator import OneStepGenerator
-from gdpo.kernels import group_norm
+from gdpo.norms import fuse_norms
 
 
 @dataclass(frozen=True)
@@ -182,45 +182,3 @@ def _joined(layers: tuple[nn.Linear, ...]) -> nn.Linear:
     biases: list[torch.Tensor] = [layer.bias for layer in layers if layer.bias is not None]
     joined.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
     return joined
-
-
-# ---- normalisation
-
-
-class FusedGroupNorm(nn.Module):
-    """nn.GroupNorm, with SiLU or without, on the fused kernel where it can run."""
-
-    def __init__(self, norm: nn.GroupNorm, silu: bool = False):
-        super().__init__()
-        self.groups, self.eps, self.silu = norm.num_groups, norm.eps, silu
-        self.weight, self.bias = norm.weight, norm.bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return group_norm(x, self.groups, self.weight, self.bias, self.eps, silu=self.silu)
-
-
-def fuse_norms(module: nn.Module) -> None:
-    """Replace every affine GroupNorm, together with the SiLU that follows it in diffusers' blocks."""
-    from diffusers.models.resnet import ResnetBlock2D
-
-    blocks: tuple[Any, ...] = (ResnetBlock2D,)
-    parts: list[Any] = list(module.modules())
-    for part in parts:
-        if isinstance(part, blocks) and isinstance(part.nonlinearity, nn.SiLU):
-            if part.time_embedding_norm == "scale_shift" or not all(map(_affine, (part.norm1, part.norm2))):
-                continue  # the SiLU follows something else
-            part.norm1, part.norm2 = FusedGroupNorm(part.norm1, True), FusedGroupNorm(part.norm2, True)
-            if part.time_emb_proj is not None and not part.skip_time_act:
-                part.time_emb_proj = nn.Sequential(part.nonlinearity, part.time_emb_proj)
-            part.nonlinearity = nn.Identity()
-        elif _affine(getattr(part, "conv_norm_out", None)) and isinstance(getattr(part, "conv_act", None), nn.SiLU):
-            part.conv_norm_out, part.conv_act = FusedGroupNorm(part.conv_norm_out, True), nn.Identity()
-    for part in list(module.modules()):
-        children: list[tuple[str, Any]] = list(part.named_children())
-        for name, child in children:
-            if _affine(child):
-                setattr(part, name, FusedGroupNorm(child))
-
-
-def _affine(norm: object) -> bool:
-    return isinstance(norm, nn.GroupNorm) and norm.affine

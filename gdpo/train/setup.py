@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from .. import lora
 from ..data import Batch, CropDataset, loader
 from ..generator import OneStepGenerator
+from ..norms import norms_in_own_precision
 from ..prompts import PromptEncoder
 from ..randomness import normal
 from ..tiny import TinyUNet, TinyUNetConfig
@@ -124,30 +124,6 @@ def save_trained(generator: OneStepGenerator, config: TrainConfig, folder: Path)
                         "LoRA fits what it was: put that back and resume from the last checkpoint, which has the LoRA"
                     )
     base.save_pretrained(folder)
-
-
-class _GroupNorm(nn.GroupNorm):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.to(self.weight.dtype))
-
-
-class _LayerNorm(nn.LayerNorm):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.to(self.weight.dtype))
-
-
-def norms_in_own_precision(model: nn.Module) -> None:
-    """Keep CUDA's autocast from widening every normalisation to fp32, in place.
-
-    The statistics are fp32 inside the kernels anyway; what autocast adds are fp32 outputs, which the activation after
-    them computes on and the backward pass keeps: twice the bytes for values that the next convolution rounds.
-    """
-    own: dict[type, type] = {nn.GroupNorm: _GroupNorm, nn.LayerNorm: _LayerNorm}
-    for module in model.modules():
-        if type(module) in own:
-            module.__class__ = own[type(module)]
 
 
 def validation_batch(config: TrainConfig) -> Batch | None:

@@ -8,9 +8,10 @@ import torch
 from benchmarks import rows, torch_backend
 from benchmarks.random_folder import architecture
 from engine.backends import torch as backend
-from engine.fuse import FusedGroupNorm, Steps
+from engine.fuse import Steps
 from gdpo.codecs import KLCodec
 from gdpo.generator import OneStepGenerator
+from gdpo.norms import FusedGroupNorm
 
 
 def steps_shown(text):

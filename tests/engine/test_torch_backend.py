@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_flatten
 from engine import Upscaler
 from engine.backends import Options
 from engine.backends import torch as backend
-from engine.fuse import DEFINITION, FusedGroupNorm, Steps, fastest, fuse_norms
+from engine.fuse import DEFINITION, Steps, fastest
 from gdpo.generator import OneStepGenerator
+from gdpo.norms import FusedGroupNorm, fuse_norms
 from tests.support.fused import relative_error
 
 CPU = torch.device("cpu")

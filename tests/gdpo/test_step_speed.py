@@ -8,7 +8,9 @@ from torch import nn
 
 from benchmarks import gdpo_step
 from gdpo import lora
-from gdpo.train.setup import norms_in_own_precision
+from gdpo.norms import norms_in_own_precision
+from gdpo.train.gdpo import GDPO
+from gdpo.train.setup import save_trained
 
 
 @pytest.fixture
@@ -98,6 +100,26 @@ def test_only_what_is_compared_with_nothing_is_compiled(mini_sd, accelerator, mo
     step = gdpo_step._ours(str(mini_sd), accelerator("no"), 64, 2, "compile-frozen")
     assert len(compiled) == 3
     assert step(gdpo_step._batch(64, 0, "cpu"), 0) == pytest.approx(math.log(2), abs=2e-3)
+
+
+def test_fused_normalisations_of_the_frozen_autoencoder_give_the_same_training(
+    mini_sd, accelerator, monkeypatch, tmp_path
+):
+    def taken(fused):
+        monkeypatch.setattr(GDPO, "_frozen_norms_are_fused", lambda self: fused)
+        results = losses(accelerator("no"), mini_sd)
+        return results, made[-1].generator
+
+    made, build = [], GDPO._make_frozen_calls
+    monkeypatch.setattr(GDPO, "_make_frozen_calls", lambda self: made.append(self) or build(self))
+    (plain, before), (fused, after) = taken(False), taken(True)
+    assert fused == pytest.approx(plain, rel=1e-3) and plain[1] != plain[0]
+    assert not any(isinstance(m, nn.GroupNorm) for m in after.codec.modules())
+    assert [type(m) for m in after.unet.modules()] == [type(m) for m in before.unet.modules()]
+    for generator, name in ((before, "plain"), (after, "fused")):
+        save_trained(generator, made[-1].config, tmp_path / name)
+    files = [{p.name: p.read_bytes() for p in (tmp_path / name / "vae").iterdir()} for name in ("plain", "fused")]
+    assert files[0] == files[1]
 
 
 @pytest.mark.slow
