@@ -102,15 +102,15 @@ def test_features_stay_channels_last(mini_model):
 
 def test_the_fused_kernel_in_the_model(mini_model, reference, monkeypatch):
     """The interpreter takes a millisecond a program, so on the UNet's lowest blocks only."""
-    import engine.fuse
+    import gdpo.norms
 
     def on_triton(x, *args, **options):
         calls.append(x.shape)
         return fused(x, *args, backend="triton" if x[0, 0].numel() <= 8 and not calls[9:] else "torch", **options)
 
     given, expected = reference
-    made, calls, fused = session(mini_model, EVERY), [], engine.fuse.group_norm
-    monkeypatch.setattr(engine.fuse, "group_norm", on_triton)
+    made, calls, fused = session(mini_model, EVERY), [], gdpo.norms.group_norm
+    monkeypatch.setattr(gdpo.norms, "group_norm", on_triton)
     assert relative_error(made.run(*given), expected) < 2e-5
     assert calls
 
