@@ -76,7 +76,7 @@ class TrainConfig:
         adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon: AdamW.
         max_grad_norm: gradients are clipped to this norm; 0 switches clipping off.
         ema_decay: exponential moving average of the trained weights; 0 is off. The model saved is then the average.
-        mixed_precision: autocast precision of the forward passes; "auto" is bf16 on CUDA, no on a CPU.
+        mixed_precision: autocast precision of the forward passes; "auto" is bf16 where the hardware has it, else no.
         checkpointing_steps: steps between checkpoints.
         checkpoints_total_limit: how many are kept (at least 2).
         resume_from_checkpoint: "latest", "auto" (latest if there is one), or a checkpoint folder.
