@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +35,10 @@ def interpreted() -> bool:
     return triton is not None and bool(triton.knobs.runtime.interpret)
 
 
+def _older(version: str, than: tuple[int, int]) -> bool:
+    return tuple(int(part) for part in version.split(".")[:2]) < than
+
+
 @torch._dynamo.assume_constant_result
 def _obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """Why the Triton kernels cannot run there on these types, with the remedy; None where they can."""
@@ -42,6 +47,11 @@ def _obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | No
     if device.type != "cuda" and not interpreted():
         there = "move the tensors with .cuda()" if torch.cuda.is_available() else "this machine has none"
         return f"it needs an NVIDIA GPU and the tensors are on {device} ({there}); or pass backend='torch'"
+    if device.type != "cuda" and _older(triton.__version__, (3, 7)) and not _older(np.__version__, (2, 4)):
+        return (
+            f"the interpreter of Triton {triton.__version__} fails with NumPy {np.__version__}: "
+            "pip install 'numpy<2.4' or 'triton>=3.7', or pass backend='torch'"
+        )
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs compute capability 8.0 (A100) or newer: pass backend='torch'"
     for dtype in dtypes:
