@@ -271,7 +271,9 @@ class OneStepGenerator(nn.Module):
             x0 = condition + self.unet(torch.cat([noisy, condition], dim=1), self.t_diffusion).sample
             return Prediction((noisy - math.sqrt(self.a_d) * x0) / math.sqrt(self.b_d), x0)
         text = self.text_embeds(len(latents)) if prompt_embeds is None else prompt_embeds.expand(len(latents), -1, -1)
-        noise_pred = self.unet(noisy, self.t_diffusion, encoder_hidden_states=text.to(noisy.dtype)).sample
+        # Diffusers would copy a number to the device, and the host would wait for all that is queued there.
+        t = torch.full((1,), self.t_diffusion, device=noisy.device)
+        noise_pred = self.unet(noisy, t, encoder_hidden_states=text.to(noisy.dtype)).sample
         return Prediction(noise_pred, (noisy - math.sqrt(self.b_d) * noise_pred) / math.sqrt(self.a_d))
 
     def decode(self, x0: torch.Tensor) -> torch.Tensor:

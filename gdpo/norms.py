@@ -1,10 +1,11 @@
-"""Normalisations of diffusers' networks, made cheaper: without copies in fp32, or on the fused kernel."""
+"""Normalisations and upsampling of diffusers' networks, made cheaper: without fp32 copies, or on the fused kernel."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from gdpo.kernels import group_norm
@@ -23,15 +24,31 @@ class _LayerNorm(nn.LayerNorm):
 
 
 def norms_in_own_precision(model: nn.Module) -> None:
-    """Keep CUDA's autocast from widening every normalisation to fp32, in place.
+    """Keep CUDA's autocast from widening every normalisation and every upsampling to fp32, in place.
 
     The statistics are fp32 inside the kernels anyway; what autocast adds are fp32 outputs, which the activation after
-    them computes on and the backward pass keeps: twice the bytes for values that the next convolution rounds.
+    them computes on and the backward pass keeps: twice the bytes for values that the next convolution rounds. Upsampled
+    features, repetitions of what was there, would be the largest of a decoder.
     """
     own: dict[type, type] = {nn.GroupNorm: _GroupNorm, nn.LayerNorm: _LayerNorm}
-    for module in model.modules():
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         if type(module) in own:
             module.__class__ = own[type(module)]
+        elif type(module).__name__ == "Upsample2D" and module.interpolate and module.norm is None:
+            module.interpolate = False  # from here on before it
+            module.register_forward_pre_hook(_upsampled)
+
+
+def _upsampled(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What Upsample2D does ahead of its convolution, in the precision of its input."""
+    x, *size = inputs
+    if 4 * x.numel() > 1 << 32:  # as Upsample2D: of channels-last ones CUDA fills so many only (pytorch#141831)
+        x = x.contiguous()
+    with torch.autocast(x.device.type, enabled=False):
+        if size and size[0] is not None:
+            return F.interpolate(x, size=size[0], mode="nearest"), *size
+        return F.interpolate(x, scale_factor=2.0, mode="nearest"), *size
 
 
 class FusedGroupNorm(nn.Module):

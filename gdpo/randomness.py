@@ -29,6 +29,13 @@ def normal(shape: Sequence[int], *key: int | str) -> torch.Tensor:
     return torch.randn(tuple(shape), generator=generator_for(*key))
 
 
+def moved(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """x on the device and in the type of `like`. The host does not wait until a GPU has come to this copy."""
+    if like.device.type == "cuda":
+        x = x.pin_memory()  # torch keeps this memory until it is copied, and for the next time
+    return x.to(like.device, non_blocking=True).to(like.dtype)
+
+
 def uniform(*key: int | str) -> float:
     """One number in [0, 1)."""
     return seed_of(*key) / 2.0**63

@@ -10,6 +10,7 @@ import torch
 from gdpo.kernels import attribute_ratios, attribute_statistics
 
 from ..generator import OneStepGenerator
+from ..randomness import moved
 from ..rewards import Reward
 from .setup import group_noise
 
@@ -26,7 +27,8 @@ class Comparison(NamedTuple):
 
 def luma(images: torch.Tensor) -> torch.Tensor:
     """[B,3,H,W] in [-1,1] -> gray [B,H,W] in [0,1]."""
-    return ((images + 1) / 2 * images.new_tensor(LUMA)[:, None, None]).sum(1)
+    red, green, blue = ((images + 1) / 2).unbind(1)
+    return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
 
 
 def group_reward(
@@ -70,7 +72,7 @@ def compare(
     befores, afters = [], []
     for i, sample in enumerate(samples):
         latents = generator.encode(lr_up[i : i + 1]).repeat_interleave(noises, dim=0)
-        noise = group_noise(latents.shape, seed, "compare", [sample], noises).to(latents)
+        noise = moved(group_noise(latents.shape, seed, "compare", [sample], noises), latents)
         prompt = None if text is None else text[i : i + 1]
         with generator.reference():
             before = generator.decode(generator.predict(latents, noise, prompt).x0)

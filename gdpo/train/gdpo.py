@@ -17,6 +17,7 @@ from .. import lora
 from ..data import Batch
 from ..degradation import Degradation
 from ..norms import fuse_norms
+from ..randomness import moved
 from ..rewards import build_rewards
 from .config import GDPOConfig
 from .gain import compare, group_reward, luma
@@ -78,7 +79,7 @@ class GDPO:
             text = self.prompts(batch)
             text = None if text is None else self._grouped(text)
             condition = self._grouped(self.encode(lr_up * 2 - 1))  # [B*G,C,h,w], image after image
-            noise = group_noise(condition.shape, config.seed, "sample", batch.samples, g).to(condition)
+            noise = moved(group_noise(condition.shape, config.seed, "sample", batch.samples, g), condition)
             with generator.reference():
                 x0 = self._chunked(self.sample, condition, noise, text)
             images = self._chunked(self.decode, x0).unflatten(0, (-1, g))  # [B,G,3,H,W]
@@ -101,7 +102,8 @@ class GDPO:
                 latents = x0.flatten(0, 1)
             else:
                 latents = self._chunked(self.encode, images.flatten(0, 1))
-            fresh = group_noise(latents.shape, config.seed, "loss", batch.samples, g).to(latents).unflatten(0, (-1, g))
+            fresh = moved(group_noise(latents.shape, config.seed, "loss", batch.samples, g), latents)
+            fresh = fresh.unflatten(0, (-1, g))
             fresh = fresh[:, :1].expand_as(fresh) if config.shared_noise else fresh
             fresh = _pick(fresh, keep).flatten(0, 1)
             with generator.reference():

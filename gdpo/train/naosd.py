@@ -18,7 +18,7 @@ from .. import lora
 from ..data import Batch
 from ..degradation import Degradation
 from ..features import load_perceptual
-from ..randomness import uniform
+from ..randomness import moved, uniform
 from .config import NAOSDConfig
 from .energy import EnergyScore
 from .grid import grid_penalty, lattice_penalty
@@ -73,7 +73,7 @@ class NAOSD:
         text = self.prompts(batch)
         with self.accelerator.autocast():
             latents = generator.encode(lr_up * 2 - 1).repeat_interleave(config.num_noises, dim=0)
-            noise = group_noise(latents.shape, config.seed, "naosd", batch.samples, config.num_noises).to(latents)
+            noise = moved(group_noise(latents.shape, config.seed, "naosd", batch.samples, config.num_noises), latents)
             many_text = None if text is None else text.repeat_interleave(config.num_noises, dim=0)
             x0 = generator.predict(latents, noise, many_text).x0
             restored = generator.decode(x0)
@@ -135,7 +135,7 @@ class NAOSD:
         bicubic = self.degrade.upsample(lr) * 2 - 1
         with self.accelerator.autocast():
             latents = generator.encode(bicubic)
-            noise = group_noise(latents.shape, self.config.seed, "preview", batch.samples, 1).to(latents)
+            noise = moved(group_noise(latents.shape, self.config.seed, "preview", batch.samples, 1), latents)
             restored = generator.decode(generator.predict(latents, noise, self.prompts(batch)).x0)
         return [("bicubic", bicubic), ("restored", restored), ("HR", batch.hr * 2 - 1)], {}
 

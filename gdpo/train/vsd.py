@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from .. import lora
 from ..generator import OneStepGenerator
 from ..prompts import NEGATIVE_PROMPT
-from ..randomness import normal, uniform
+from ..randomness import moved, normal, uniform
 from .config import NAOSDConfig
 
 
@@ -66,7 +66,7 @@ class VSD:
         keys = [(s, c) for s in samples for c in range(copies)]
         at = [int((low + (high - low) * uniform(self.config.seed, stream, "t", *k)) * total) for k in keys]
         noise = torch.stack([normal(latents.shape[1:], self.config.seed, stream, *k) for k in keys])
-        return torch.tensor(at, device=latents.device).clamp_(0, total - 1), noise.to(latents)
+        return torch.tensor(at, device=latents.device).clamp_(0, total - 1), moved(noise, latents)
 
     def _noised(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor):
         a = self.generator.alphas_cumprod.to(latents.device)[t].to(latents.dtype)[:, None, None, None]

@@ -88,6 +88,28 @@ def test_normalisations_keep_their_type_under_autocast_and_fp32_statistics(make)
     assert float((expected.double() - exact).norm() / exact.norm()) < 2**-8
 
 
+@pytest.mark.parametrize("size", [None, (12, 20)])
+def test_upsampling_stays_in_its_own_precision_under_autocast(size, monkeypatch):
+    """CUDA's autocast, and not the CPU's, would widen it to fp32."""
+    from diffusers.models.upsampling import Upsample2D
+
+    model = nn.Sequential(Upsample2D(8, use_conv=True)).bfloat16()
+    x = torch.randn(2, 8, 6, 10, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    expected = model[0](x, size)
+    norms_in_own_precision(model)
+    seen = []
+    interpolate = nn.functional.interpolate
+
+    def watched(*inputs, **named):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return interpolate(*inputs, **named)
+
+    monkeypatch.setattr(nn.functional, "interpolate", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model[0](x, size), expected)
+    assert seen == [False] and model[0].conv.weight.shape == (8, 8, 3, 3)
+
+
 def test_only_what_is_compared_with_nothing_is_compiled(mini_sd, accelerator, monkeypatch):
     """A stand-in for the compiler that is wrong by a little: the samples feel it, the loss of step one does not."""
     compiled = []
