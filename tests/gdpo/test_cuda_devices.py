@@ -1,0 +1,46 @@
+"""What only runs on CUDA, run on tensors without data: devices and types must fit, and the host must not wait."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = ["attribute_reward_fwd", "attribute_statistics_fwd", "attribute_statistics_reduce", "complexity_fwd",
+           "gdpo_loss_bwd", "gdpo_loss_fwd", "gdpo_loss_reduce", "group_norm_small", "ratios_fwd"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def report(mini_sd, tmp_path_factory) -> dict:
+    if torch.version.cuda or sys.platform != "linux" or not shutil.which("g++"):
+        pytest.skip("for a Linux machine whose torch has no CUDA, with g++")
+    library, at = tmp_path_factory.mktemp("fake-cuda") / "fake_cuda.so", Path(torch.__file__).parent
+    source = ROOT / "tests" / "support" / "fake_cuda.cpp"
+    command = ["g++", "-std=c++20", "-shared", "-fPIC", source, f"-I{at}/include", f"-L{at}/lib", "-ltorch_cpu",
+               "-lc10", f"-Wl,-rpath,{at}/lib", "-o", library]  # fmt: skip
+    subprocess.run(command, check=True)
+    environment = os.environ | {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "tests.support.fake_cuda", str(mini_sd)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_gdpo_step_mixes_no_devices_and_no_types(report):
+    assert report["kernels"] == [f"_{name}_kernel" for name in KERNELS]
+    assert report["places"] == ["cuda:0"] and not report["mixed"]
+
+
+def test_within_a_gdpo_step_the_host_waits_for_the_checks_of_the_rewards_alone(report):
+    waits = {place: n for place, n in report["waits"].items() if not place.startswith("gdpo/degradation/")}
+    # Two rewards; the prompt is copied in the first step alone, and the benchmark reads the loss.
+    assert waits == {"gdpo/rewards.py:checked": 2, "gdpo/prompts.py:__call__": 1, "benchmarks/gdpo_step.py:step": 1}
+
+
+def test_inference_is_recorded_as_a_graph_without_copies_and_waits(report):
+    assert report["graphs"] == 1 and not report["captured"]

@@ -1,0 +1,159 @@
+"""Run the CUDA paths on tensors without data, where there is no GPU, and report what a GPU would stumble over.
+
+    LD_PRELOAD=LIBRARY python -m tests.support.fake_cuda FOLDER      the library made of fake_cuda.cpp, a model's folder
+
+Tensors have shapes, types, strides and devices: what mixes devices fails here as there. Kernels are recorded in place
+of their launch. As JSON beside: products and convolutions of mixed types, and where the host waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import sys
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses import fake_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = Path(__file__).resolve().parents[2]
+aten = torch.ops.aten
+TYPED = ("mm", "addmm", "bmm", "convolution", "conv2d", "linear", "matmul", "native_group_norm", "native_layer_norm")
+
+
+class Watch(TorchDispatchMode):
+    """Goes beside every operation; `capturing` is what a CUDA graph would be recorded of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: dict[str, int] = collections.Counter()
+        self.mixed: set[str] = set()
+        self.captured: set[str] = set()
+        self.capturing = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.prim.device.default:
+            return function(*args)
+        kwargs, name = kwargs or {}, function.name().removeprefix("aten::").partition(".")[0]
+        tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        on_gpu = [t for t in tensors if t.device.type == "cuda"]
+        kinds = {t.dtype for t in on_gpu if t.is_floating_point()}
+        if name in TYPED and len(kinds) > 1:
+            self.mixed.add(f"{name}: {sorted(map(str, kinds))} at {_place()}")
+        if name == "_local_scalar_dense":
+            if on_gpu:
+                self._wait()
+            return True if tensors[0].dtype == torch.bool else 0.5 if tensors[0].is_floating_point() else 1
+        if name in ("_to_copy", "copy_"):
+            ends = {t.device.type for t in tensors} | {torch.device(kwargs.get("device") or tensors[0].device).type}
+            if ends == {"cpu", "cuda"} and not kwargs.get("non_blocking"):
+                self._wait()
+            for t in tensors:
+                t.constant = None  # or it would be computed with, on a GPU
+        return function(*args, **kwargs)
+
+    def _wait(self) -> None:
+        self.waits[_place()] += 1
+        if self.capturing:
+            self.captured.add(_place())
+
+
+def _place() -> str:
+    """The line of this project's that led here; an environment may lie in its folder."""
+    for frame in reversed(traceback.extract_stack()):
+        path = Path(frame.filename)
+        if path.is_relative_to(ROOT) and not path.is_relative_to(sys.prefix) and path != Path(__file__):
+            return f"{path.relative_to(ROOT)}:{frame.name}"
+    return "?"
+
+
+def pretend(watch: Watch) -> None:
+    """Torch's questions to a GPU, answered for an H100; what conversions of modules cannot do with such tensors."""
+
+    @contextlib.contextmanager
+    def graph(*args, **kwargs):
+        watch.capturing = True
+        yield
+        watch.capturing = False
+
+    def nothing() -> Any:  # a new one each time: torch.compile's rules do not take one under two names
+        return lambda *args, **kwargs: contextlib.nullcontext()
+
+    answers: dict[str, Any] = {
+        "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0, "_lazy_init": nothing(),
+        "is_bf16_supported": lambda *args: True, "get_device_capability": lambda *args: (9, 0),
+        "device": nothing(), "device_of": nothing(), "stream": nothing(), "Stream": nothing(), "set_device": nothing(),
+        "synchronize": nothing(), "empty_cache": nothing(), "graph": graph, "graph_pool_handle": nothing(),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+    }  # fmt: skip
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+    fake_tensor.init_gpu_context = lambda device: None
+    torch._C._set_only_lift_cpu_tensors(True)
+    torch.Tensor.pin_memory = lambda self, device=None: self.clone()  # type: ignore[method-assign, assignment]
+
+    def convert(self, function, recurse=True):
+        for child in self.children():
+            child._apply(function)
+        for name, p in self._parameters.items():
+            if p is not None:
+                with torch.no_grad():
+                    self._parameters[name] = nn.Parameter(function(p), p.requires_grad)
+        self._buffers |= {name: b if b is None else function(b) for name, b in self._buffers.items()}
+        return self
+
+    nn.Module._apply = convert  # type: ignore[method-assign]
+
+
+def load(kind: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """The model that a folder describes, without its weights."""
+    if hasattr(kind, "load_config"):
+        return kind.from_config(kind.load_config(str(folder))).eval()
+    return kind(kind.config_class.from_pretrained(str(folder))).eval()
+
+
+def main() -> None:
+    from accelerate import Accelerator
+    from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
+    from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
+
+    from benchmarks import gdpo_step
+    from engine.backends import Options
+    from engine.backends.torch import from_generator
+    from gdpo import codecs, generator, prompts
+    from gdpo.data import Batch
+    from gdpo.train import gdpo as _
+
+    from .aot import record
+
+    watch = Watch()
+    pretend(watch)  # behind all imports: libraries look at what torch.cuda has
+    for module in (codecs, generator, prompts):
+        module.load_pretrained = load  # type: ignore[attr-defined]
+    folder, accelerator = sys.argv[1], Accelerator(mixed_precision="bf16")
+    report: dict[str, Any] = {}
+    with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True), watch:
+        step = gdpo_step._ours(folder, accelerator, 64, 2, "checkpointing")
+        batch = Batch(["one"], None, [0], torch.rand(1, 3, 64, 64).to("cuda"))
+        watch.waits.clear()
+        launches = record(lambda: step(batch, 0))
+        values = [value for launch in launches for value in launch["values"].values()]
+        report["waits"] = dict(watch.waits)
+        report["kernels"] = sorted({launch["name"] for launch in launches})
+        report["places"] = sorted({str(value.device) for value in values if isinstance(value, torch.Tensor)})
+        _, session = from_generator(generator.OneStepGenerator.from_pretrained(folder), Options("cuda:0", bf16=True))
+        inputs = torch.zeros(2, 3, 64, 64, device="cuda"), torch.zeros(2, 4, 8, 8, device="cuda")
+        record(lambda: [session.run(*inputs) for _ in range(3)])
+        report["graphs"] = sum(recorded is not None for recorded in session._shapes.values())
+    print(json.dumps(report | {"mixed": sorted(watch.mixed), "captured": sorted(watch.captured)}))
+
+
+if __name__ == "__main__":
+    main()
