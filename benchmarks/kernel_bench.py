@@ -217,6 +217,7 @@ def copy_bandwidth(clock: Clock, device: str) -> float:
 def implementations(case: Case, device: str, compiled: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "eager", lambda: case.call(backend="torch")
     if compiled:
+        torch.compiler.reset()  # all cases are one line of code to it: behind eight it would stay eager
         graph = torch.compile(lambda: case.call(backend="torch"), dynamic=False)
         yield "compile", graph
     if device == "cuda":
