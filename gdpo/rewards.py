@@ -1,7 +1,8 @@
 """The rewards of GDPO: a registry of scores by name, each "fidelity" (full-reference) or "perceptual" (no-reference).
 
     rewards = build_rewards(["psnr_y", "naturalness", "my_module:my_score"], device="cuda")
-    scores = rewards[0].score(samples, target, statistics)      # [B,G] fp32, higher is better
+    scores = {r.name: r.score(samples, target, statistics) for r in rewards}      # [B,G] fp32, higher is better
+    require_finite(scores)
 
 The kind decides the weight in the attribute-aware reward: fidelity counts by the smooth share of the picture,
 perceptual by the textured share (paper, section 3.3).
@@ -10,7 +11,7 @@ perceptual by the textured share (paper, section 3.3).
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, cast
 
@@ -36,8 +37,7 @@ class Reward:
         name: as in `reward_funcs`; also the tag in the log (`rewards/NAME/mean`).
         kind: "fidelity" or "perceptual".
         score: (samples [B,G,3,H,W] in [-1,1], target [B,3,H,W] in [-1,1], statistics) -> [B,G] fp32, without gradient.
-            Raises ValueError where a score has another shape (naming the reward) or is not finite (naming also the
-            image and the sample), and where a function of the user's own raises.
+            Raises ValueError, naming the reward, where a score has another shape or a user's function raises.
     """
 
     name: str
@@ -178,7 +178,7 @@ def _users_own(name: str) -> tuple[Kind, Score]:
 
 
 def _checked(name: str, score: Score) -> Score:
-    """No gradient, fp32, [B,G], finite; the check of the values is the one host synchronisation of a score."""
+    """No gradient, fp32, [B,G]. The values are left to `require_finite`: looking at them makes the host wait."""
 
     @torch.no_grad()
     def checked(samples: Tensor, target: Tensor, statistics: AttributeStatistics) -> Tensor:
@@ -194,12 +194,24 @@ def _checked(name: str, score: Score) -> Score:
         except Exception as error:  # a function of the user's own can raise anything
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"reward {name!r} failed ({reason}); GDPO_TRACEBACK=1 shows where") from error
-        values = values.float()
-        if not (finite := values.isfinite()).all():
-            image, sample = (~finite).nonzero()[0].tolist()
+        return values.float()
+
+    return checked
+
+
+def require_finite(scores: Mapping[str, Tensor]) -> None:
+    """Refuse scores that are not finite. It is one host synchronisation, so call it when all kernels are queued.
+
+    Args:
+        scores: [B,G] of each reward, by its name.
+
+    Raises:
+        ValueError: a score is not finite; it names reward, image and sample.
+    """
+    if torch.stack([values.isfinite().all() for values in scores.values()]).all():
+        return
+    for name, values in scores.items():
+        for image, sample in (~values.isfinite()).nonzero().tolist():
             raise ValueError(
                 f"reward {name!r} is {float(values[image, sample])} for image {image}, sample {sample} of the batch"
             )
-        return values
-
-    return checked

@@ -11,7 +11,7 @@ from gdpo.kernels import attribute_ratios, attribute_statistics
 
 from ..generator import OneStepGenerator
 from ..randomness import moved
-from ..rewards import Reward
+from ..rewards import Reward, require_finite
 from .setup import group_noise
 
 LUMA = (0.299, 0.587, 0.114)
@@ -80,9 +80,10 @@ def compare(
         target, group = hr[i : i + 1], torch.cat([before, after])[None].float()  # [1,2N,3,H,W]
         smooth, texture, mask = attribute_ratios(luma(target))
         statistics = attribute_statistics(group, target, mask)
-        scores = {r.name: (r.kind, r.score(group, target, statistics)) for r in rewards}
-        columns = {"reward": group_reward(list(scores.values()), smooth, texture), "psnr_y": statistics.psnr_y}
-        columns |= {name: s for name, (_, s) in scores.items()}
+        scores = {r.name: r.score(group, target, statistics) for r in rewards}
+        require_finite(scores)
+        reward = group_reward([(r.kind, scores[r.name]) for r in rewards], smooth, texture)
+        columns = {"reward": reward, "psnr_y": statistics.psnr_y} | scores
         for name, values in columns.items():
             rows.setdefault(name, []).append(values[0].unflatten(0, (2, -1)).mean(1))
         befores.append(before[:1])

@@ -18,7 +18,7 @@ from ..data import Batch
 from ..degradation import Degradation
 from ..norms import fuse_norms
 from ..randomness import moved
-from ..rewards import build_rewards
+from ..rewards import build_rewards, require_finite
 from .config import GDPOConfig
 from .gain import compare, group_reward, luma
 from .setup import Prompts, base_generator, group_noise, lora_targets, save_trained
@@ -83,7 +83,7 @@ class GDPO:
             with generator.reference():
                 x0 = self._chunked(self.sample, condition, noise, text)
             images = self._chunked(self.decode, x0).unflatten(0, (-1, g))  # [B,G,3,H,W]
-        advantage, mask, metrics = self._advantage(images.float(), hr)
+        advantage, mask, scores, metrics = self._advantage(images.float(), hr)
 
         if config.algorithm == "dpo":  # best against worst: a group of two
             best, worst = advantage.argmax(1), advantage.argmin(1)
@@ -123,6 +123,7 @@ class GDPO:
             backend=config.backend,
         )
         backward(loss)
+        require_finite(scores)  # on a GPU only now: until here the host has queued kernels without waiting for one
         metrics |= {
             "loss": loss,
             "rewards/margins": margin.mean(),
@@ -132,7 +133,7 @@ class GDPO:
 
     @torch.no_grad()
     def _advantage(self, images: torch.Tensor, hr: torch.Tensor):
-        """Scores of samples [B,G,3,H,W] -> advantage [B,G], texture mask [B,H,W], metrics for the log."""
+        """Samples [B,G,3,H,W] -> advantage [B,G], texture mask [B,H,W], each reward's scores, metrics for the log."""
         config = self.config
         smooth, texture, mask = attribute_ratios(luma(hr), threshold=config.texture_threshold, backend=config.backend)
         if config.rho == "auto":
@@ -142,6 +143,8 @@ class GDPO:
             texture = 1 - smooth
         statistics = attribute_statistics(images, hr, mask, backend=config.backend)
         scores = {r.name: r.score(images, hr, statistics) for r in self.rewards}  # [B,G] each, higher is better
+        if images.device.type == "cpu":  # no kernel queues there, and those below refuse NaN without a reward's name
+            require_finite(scores)
         kinds = {k: [scores[r.name] for r in self.rewards if r.kind == k] for k in ("fidelity", "perceptual")}
         fidelity, perceptual = (
             torch.stack(kinds[k], dim=-1) if kinds[k] else images.new_empty(*images.shape[:2], 0)
@@ -159,7 +162,7 @@ class GDPO:
         metrics |= {"advantages/max": advantage.amax(1).mean(), "advantages/min": advantage.amin(1).mean()}
         metrics["frac_reward_zero_std"] = (advantage == 0).all(dim=1).float().mean()
         metrics["texture_share"] = texture.mean()
-        return advantage, mask, metrics
+        return advantage, mask, scores, metrics
 
     def _weights(self, kind: str, like: torch.Tensor) -> torch.Tensor | None:
         """`reward_weights` of one kind, in the order of its functions."""

@@ -36,10 +36,11 @@ def test_a_gdpo_step_mixes_no_devices_and_no_types(report):
     assert report["places"] == ["cuda:0"] and not report["mixed"]
 
 
-def test_within_a_gdpo_step_the_host_waits_for_the_checks_of_the_rewards_alone(report):
+def test_within_a_gdpo_step_the_host_waits_for_the_check_of_the_rewards_alone(report):
     waits = {place: n for place, n in report["waits"].items() if not place.startswith("gdpo/degradation/")}
-    # Two rewards; the prompt is copied in the first step alone, and the benchmark reads the loss.
-    assert waits == {"gdpo/rewards.py:checked": 2, "gdpo/prompts.py:__call__": 1, "benchmarks/gdpo_step.py:step": 1}
+    # The prompt is copied in the first step alone, and the benchmark reads the loss.
+    elsewhere = {"gdpo/prompts.py:__call__": 1, "benchmarks/gdpo_step.py:step": 1}
+    assert waits == {"gdpo/rewards.py:require_finite": 1} | elsewhere
 
 
 def test_inference_is_recorded_as_a_graph_without_copies_and_waits(report):

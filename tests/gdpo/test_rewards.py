@@ -10,7 +10,7 @@ import torch
 from gdpo.features import PerceptualDistance
 from gdpo.kernels import attribute_statistics
 from gdpo.metrics import naturalness, niqe, piqe, ssim_y
-from gdpo.rewards import REGISTRY, build_rewards
+from gdpo.rewards import REGISTRY, build_rewards, require_finite
 
 OFFLINE = ["psnr_y", "region_fidelity", "region_detail", "ssim_y", "naturalness", "niqe", "piqe"]
 
@@ -132,7 +132,7 @@ def test_a_function_of_the_users_own(own, group):
 )
 def test_bad_scores_are_named(own, group, name, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        build_rewards([f"own_rewards:{name}"])[0].score(*group)
+        require_finite({r.name: r.score(*group) for r in build_rewards(["psnr_y", f"own_rewards:{name}"])})
 
 
 @pytest.mark.parametrize(
