@@ -50,7 +50,7 @@ def parser() -> cli.Parser:
     p.add_argument("--backend", default="auto", help="auto, onnxruntime, openvino, tensorrt, tensorrt-rtx or torch")
     p.add_argument("--device", help="cpu, cuda or cuda:N")
     p.add_argument("--precision", default="auto", choices=("auto", "fp32", "fp16", "bf16"))
-    p.add_argument("--compile", action="store_true", help="of torch: the first tile waits for the compiler (minutes)")
+    p.add_argument("--compile", action="store_true", help="of --backend torch: the first tile waits for the compiler")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all")
     p.add_argument(
         "--trust-plan", action="store_true", help="load a TensorRT plan built elsewhere (it is executable code)"

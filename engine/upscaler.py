@@ -107,7 +107,9 @@ class Upscaler:
         """
         options = Options(device, threads, trust_plan, bf16, compiled)
         if compiled and backend != "torch":
-            raise ValueError(f"compiled is for backend torch; got {backend}")
+            raise ValueError(
+                f"compiled (--compile) needs backend torch and a generator's folder as model; got backend {backend}"
+            )
         if backend == "torch":
             from engine.backends.torch import open_generator
 

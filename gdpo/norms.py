@@ -36,19 +36,20 @@ def norms_in_own_precision(model: nn.Module) -> None:
         if type(module) in own:
             module.__class__ = own[type(module)]
         elif type(module).__name__ == "Upsample2D" and module.interpolate and module.norm is None:
+            if module.use_conv_transpose:
+                continue  # it upsamples by itself
             module.interpolate = False  # from here on before it
-            module.register_forward_pre_hook(_upsampled)
+            module.register_forward_pre_hook(_upsampled, with_kwargs=True)
 
 
-def _upsampled(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _upsampled(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
     """What Upsample2D does ahead of its convolution, in the precision of its input."""
-    x, *size = inputs
-    if 4 * x.numel() > 1 << 32:  # as Upsample2D: of channels-last ones CUDA fills so many only (pytorch#141831)
+    x, size = inputs[0], (*inputs[1:], named.get("output_size"))[0]
+    if 4 * x.numel() > 1 << 32:  # as Upsample2D: channels-last, CUDA leaves what is past 2^32 empty (pytorch#141831)
         x = x.contiguous()
     with torch.autocast(x.device.type, enabled=False):
-        if size and size[0] is not None:
-            return F.interpolate(x, size=size[0], mode="nearest"), *size
-        return F.interpolate(x, scale_factor=2.0, mode="nearest"), *size
+        x = F.interpolate(x, size=size, scale_factor=None if size else 2.0, mode="nearest")
+    return (x, *inputs[1:]), named
 
 
 class FusedGroupNorm(nn.Module):
@@ -67,10 +68,10 @@ def fuse_norms(module: nn.Module) -> None:
     """Replace every affine GroupNorm, together with the SiLU that follows it in diffusers' blocks."""
     from diffusers.models.resnet import ResnetBlock2D
 
-    blocks: tuple[Any, ...] = (ResnetBlock2D,)
+    block: Any = ResnetBlock2D
     parts: list[Any] = list(module.modules())
     for part in parts:
-        if isinstance(part, blocks) and isinstance(part.nonlinearity, nn.SiLU):
+        if isinstance(part, block) and isinstance(part.nonlinearity, nn.SiLU):
             if part.time_embedding_norm == "scale_shift" or not all(map(_affine, (part.norm1, part.norm2))):
                 continue  # the SiLU follows something else
             part.norm1, part.norm2 = FusedGroupNorm(part.norm1, True), FusedGroupNorm(part.norm2, True)

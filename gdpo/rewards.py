@@ -191,6 +191,8 @@ def _checked(name: str, score: Score) -> Score:
             values = score(samples, target, statistics)
         except ValueError as error:
             raise ValueError(f"reward {name!r}: {error}") from error
+        except torch.cuda.OutOfMemoryError:
+            raise
         except Exception as error:  # a function of the user's own can raise anything
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"reward {name!r} failed ({reason}); GDPO_TRACEBACK=1 shows where") from error

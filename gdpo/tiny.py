@@ -135,7 +135,9 @@ class TinyUNet(nn.Module):
 
     def _time(self, timestep: torch.Tensor | int, sample: torch.Tensor) -> torch.Tensor:
         """Sinusoidal embedding of the timestep (as in DDPM) and a two-layer perceptron -> [1 or B, time_channels]."""
-        t = torch.as_tensor(timestep, device=sample.device, dtype=torch.float32).reshape(-1, 1)
+        if not isinstance(timestep, torch.Tensor):  # filled there: to copy it the host would wait for the device
+            timestep = torch.full((1,), timestep, device=sample.device)
+        t = timestep.to(sample.device, torch.float32).reshape(-1, 1)
         half = self.config.time_channels // 2
         frequency = torch.exp(-math.log(10000.0) * torch.arange(half, device=sample.device) / half)
         wave = torch.cat([torch.cos(t * frequency), torch.sin(t * frequency)], dim=1).to(self.time_in.weight.dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -51,17 +52,17 @@ def from_generator(
     if steps is None:
         steps = fastest(device) if options.bf16 else DEFINITION
         if options.compiled:
-            _require_compiler()
+            _require_compiler(device)
             steps = replace(steps, folded=True, compiled=True)
     if steps.graphs and device.type != "cuda":
         raise ValueError(f"steps.graphs needs an NVIDIA GPU (CUDA graphs); the device is {device}")
     if steps.graphs and not steps.folded:
-        raise ValueError("steps.graphs needs steps.folded: a timestep copied to the device cannot be recorded")
+        raise ValueError("steps.graphs needs steps.folded: a prompt encoded in between cannot be recorded")
     geometry = geometry_of(generator)
     batch = 8 if device.type == "cuda" else 1  # a CPU gains nothing from a batch
     profile = profile_of(geometry, batch=batch, max_batch=64, tile=512, max_tile=4096, static=False)
-    if options.compiled:  # one shape for pictures of any size: it is compiled once
-        profile = replace(profile, batch=(1, 1, profile.batch[2]), tile=(profile.tile[1],) * 3)
+    if steps.compiled:  # one shape for pictures of any size: it is compiled once
+        profile = replace(profile, batch=(1, 1, 1), tile=(profile.tile[1],) * 3)
     (_, entry), *_ = descriptors(generator, "fp32", split=False).values()
     manifest = Manifest("torch", torch.__version__, steps.precision, geometry, profile, {"generator": entry})
     if options.threads:
@@ -79,10 +80,12 @@ def _device(name: str | None) -> torch.device:
     return torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device(kind)
 
 
-def _require_compiler() -> None:
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
-    if not any(map(shutil.which, names)):
-        raise RuntimeError(f"torch.compile needs a C++ compiler, and none of {', '.join(names)} is here; install g++")
+def _require_compiler(device: torch.device) -> None:
+    """Refuse early what torch.compile would refuse at the first tile: on a CPU it runs $CXX or the platform's own."""
+    own = {"linux": "g++", "darwin": "clang++"}.get(sys.platform)
+    name = os.environ.get("CXX") or own
+    if device.type == "cpu" and own and not shutil.which(str(name)):
+        raise RuntimeError(f"torch.compile needs a C++ compiler, and {name} is not here; install {own}")
 
 
 class TorchSession:

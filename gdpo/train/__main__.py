@@ -67,9 +67,10 @@ def train(method: str, config: TrainConfig) -> None:
     from .setup import precision, tracker, validation_batch
 
     torch.manual_seed(config.seed)
+    config.mixed_precision = precision(config)  # the run's record says what "auto" was
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # else accelerate ignores a launcher on a machine without GPU
-        mixed_precision=precision(config),
+        mixed_precision=config.mixed_precision,
         log_with=tracker(config),
         project_dir=config.output_dir,
     )

@@ -76,7 +76,7 @@ class TrainConfig:
         adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon: AdamW.
         max_grad_norm: gradients are clipped to this norm; 0 switches clipping off.
         ema_decay: exponential moving average of the trained weights; 0 is off. The model saved is then the average.
-        mixed_precision: autocast precision of the forward passes; "auto" is bf16 where the hardware has it, else no.
+        mixed_precision: autocast precision of the forward passes; "auto" is bf16 on GPUs and x86 CPUs with it, else no.
         checkpointing_steps: steps between checkpoints.
         checkpoints_total_limit: how many are kept (at least 2).
         resume_from_checkpoint: "latest", "auto" (latest if there is one), or a checkpoint folder.
@@ -134,7 +134,7 @@ class TrainConfig:
         free = {
             "output_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
             "validation_steps", "validation_images", "logging_steps", "report_to", "train_batch_size",
-            "gradient_accumulation_steps", "backend",
+            "gradient_accumulation_steps", "sample_batch_size", "backend",
         }  # fmt: skip
         if self.lr_scheduler != "constant":
             free.discard("max_train_steps")

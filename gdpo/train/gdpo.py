@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from gdpo.kernels import attribute_ratios, attribute_reward, attribute_statistics, gdpo_loss
+from gdpo.kernels.dispatch import available
 
 from .. import lora
 from ..data import Batch
@@ -21,7 +22,7 @@ from ..randomness import moved
 from ..rewards import build_rewards, require_finite
 from .config import GDPOConfig
 from .gain import compare, group_reward, luma
-from .setup import Prompts, base_generator, group_noise, lora_targets, save_trained
+from .setup import HALVES, Prompts, base_generator, group_noise, lora_targets, save_trained
 
 
 class GDPO:
@@ -46,15 +47,17 @@ class GDPO:
         self.degrade = Degradation(config.degradation)
         self.prompts = Prompts(self.generator, config.data.captions, accelerator.device)
         self.rewards = build_rewards(config.reward_funcs, device=accelerator.device)
-        self.fitting = config.sample_batch_size  # samples at once; 0: all
+        self.samples_at_once = config.sample_batch_size  # 0: all
         self._make_frozen_calls()
 
     def _frozen_norms_are_fused(self) -> bool:
-        """Whether the autoencoder, which needs no gradient, is fastest with the fused kernel: with what the GPU's
-        normalisation would first copy into the other order. The UNet keeps its own: policy and reference alike.
+        """Whether the autoencoder, which needs no gradient, takes the fused kernel: torch's on a GPU first copies
+        channels-last features into the other order. The UNet keeps torch's: policy and reference alike.
         """
-        half = self.accelerator.device.type == "cuda" and self.accelerator.mixed_precision != "no"
-        return half and self.config.model.channels_last and not self.config.compile_frozen
+        device, dtype = self.accelerator.device, HALVES.get(self.accelerator.mixed_precision)
+        if device.type != "cuda" or dtype is None or not available(device, dtype):
+            return False
+        return self.config.model.channels_last and not self.config.compile_frozen
 
     def _make_frozen_calls(self) -> None:
         """The sampler and the autoencoder, compiled if asked for.
@@ -89,7 +92,7 @@ class GDPO:
             best, worst = advantage.argmax(1), advantage.argmin(1)
             keep = torch.stack([best, worst], dim=1)  # [B,2]
             told_apart = (advantage.gather(1, keep).diff(dim=1) != 0).float()  # a tie teaches nothing
-            advantage = torch.tensor([[1.0, -1.0]], device=keep.device) * told_apart
+            advantage = torch.cat([told_apart, -told_apart], dim=1)
         else:
             keep = torch.arange(g, device=images.device).expand(len(images), -1)
         advantage, images = advantage.float(), _pick(images, keep)
@@ -106,10 +109,8 @@ class GDPO:
             fresh = fresh.unflatten(0, (-1, g))
             fresh = fresh[:, :1].expand_as(fresh) if config.shared_noise else fresh
             fresh = _pick(fresh, keep).flatten(0, 1)
-            with generator.reference():
-                ref_pred = self._chunked(
-                    lambda z, n, c, d: generator.predict(z, n, c, d).noise_pred, latents, fresh, text, flat
-                )
+            with generator.reference():  # whole, as the policy: other sizes of batch round otherwise
+                ref_pred = generator.predict(latents, fresh, text, flat).noise_pred
         with self.accelerator.autocast():
             pred = generator.predict(latents, fresh, text, flat).noise_pred
         k = keep.shape[1]
@@ -143,18 +144,20 @@ class GDPO:
             texture = 1 - smooth
         statistics = attribute_statistics(images, hr, mask, backend=config.backend)
         scores = {r.name: r.score(images, hr, statistics) for r in self.rewards}  # [B,G] each, higher is better
-        if images.device.type == "cpu":  # no kernel queues there, and those below refuse NaN without a reward's name
-            require_finite(scores)
         kinds = {k: [scores[r.name] for r in self.rewards if r.kind == k] for k in ("fidelity", "perceptual")}
         fidelity, perceptual = (
             torch.stack(kinds[k], dim=-1) if kinds[k] else images.new_empty(*images.shape[:2], 0)
             for k in ("fidelity", "perceptual")
         )
-        advantage = attribute_reward(
-            fidelity, perceptual, smooth, texture,
-            fidelity_weights=self._weights("fidelity", hr), perceptual_weights=self._weights("perceptual", hr),
-            backend=config.backend,
-        )  # fmt: skip
+        try:
+            advantage = attribute_reward(
+                fidelity, perceptual, smooth, texture,
+                fidelity_weights=self._weights("fidelity", hr), perceptual_weights=self._weights("perceptual", hr),
+                backend=config.backend,
+            )  # fmt: skip
+        except ValueError:  # it looks at values where that costs nothing, but cannot name the reward
+            require_finite(scores)
+            raise
         reward = group_reward([(r.kind, scores[r.name]) for r in self.rewards], smooth, texture)
         metrics = {"reward": reward.mean(), "reward_std": reward.std(dim=1).mean()}
         metrics |= {f"rewards/{name}/mean": s.mean() for name, s in scores.items()}
@@ -169,7 +172,7 @@ class GDPO:
         if self.config.reward_weights is None:
             return None
         weights = [w for r, w in zip(self.rewards, self.config.reward_weights) if r.kind == kind]
-        return like.new_tensor(weights) if weights else None
+        return moved(torch.tensor(weights), like) if weights else None
 
     def _grouped(self, x: torch.Tensor) -> torch.Tensor:
         """[B,...] -> [B*G,...], the G copies of an image side by side (so that prompts and images stay together)."""
@@ -179,7 +182,7 @@ class GDPO:
         """Run over the first dimension in pieces of sample_batch_size; without one, in the largest that fit."""
         n = next(len(x) for x in inputs if x is not None)
         while True:
-            size = self.fitting or n
+            size = self.samples_at_once or n
             try:
                 pieces = [run(*(None if x is None else x[i : i + size] for x in inputs)) for i in range(0, n, size)]
                 return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
@@ -187,8 +190,8 @@ class GDPO:
                 if self.config.sample_batch_size or size == 1:
                     raise
             # Behind the except: until its end, the error's traceback holds what was allocated.
-            self.fitting = -(-min(size, n) // 2)
-            tqdm.write(f"{n} samples at once do not fit the GPU's memory: from now on {self.fitting}", file=sys.stderr)
+            self.samples_at_once = fewer = -(-min(size, n) // 2)
+            tqdm.write(f"{n} samples at once do not fit the GPU's memory: from now on {fewer}", file=sys.stderr)
 
     def _loss_weight(self, mask: torch.Tensor, latents: torch.Tensor) -> torch.Tensor | None:
         """The texture mask at the latent's resolution, or None (the paper)."""

@@ -123,8 +123,7 @@ class Loop:
             except ValueError as error:  # a score that is not finite, say
                 raise ValueError(f"at step {step + 1}, samples {', '.join(batch.names)}: {error}") from error
             except torch.cuda.OutOfMemoryError as error:
-                remedy = "--model.gradient_checkpointing true or a smaller --train_batch_size needs less"
-                raise RuntimeError(f"at step {step + 1}, {remedy}: {error}") from error
+                raise RuntimeError(f"at step {step + 1}, {self._smaller()}: {error}") from error
             for key, value in metrics.items():
                 total[key] = total.get(key, 0.0) + value.detach().float().mean() / config.gradient_accumulation_steps
         total["stop_signal"] = torch.tensor(float(self.stop_signal), device=self.accelerator.device)
@@ -196,6 +195,18 @@ class Loop:
         flat = self.accelerator.reduce(flat, "mean")
         for g, part in zip(grads, flat.split([g.numel() for g in grads])):
             g.copy_(part.view_as(g))
+
+    def _smaller(self) -> str:
+        """What of this configuration would need less memory."""
+        config = self.config
+        remedies = [] if config.model.gradient_checkpointing else ["--model.gradient_checkpointing true"]
+        if config.train_batch_size > 1:
+            remedies.append("a smaller --train_batch_size")
+        if getattr(config, "sample_batch_size", 0) > 1:
+            remedies.append("a smaller --sample_batch_size")
+        if config.data.crop_size > 64:
+            remedies.append("a smaller --data.crop_size")
+        return f"{' or '.join(remedies) or 'a smaller model'} needs less memory"
 
     def _average(self, metrics: Metrics) -> Metrics:
         if self.accelerator.num_processes == 1:

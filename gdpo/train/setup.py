@@ -9,7 +9,7 @@ import tempfile
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -23,8 +23,10 @@ from ..randomness import normal
 from ..tiny import TinyUNet, TinyUNetConfig
 from .config import TrainConfig
 
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-def precision(config: TrainConfig) -> str:
+
+def precision(config: TrainConfig) -> Literal["no", "bf16", "fp16"]:
     """The autocast precision: "auto" is bf16 where the hardware computes in it, else none.
 
     A CPU without AVX512-BF16 emulates it, several times slower than fp32.
@@ -37,7 +39,7 @@ def precision(config: TrainConfig) -> str:
     if config.mixed_precision != "auto":
         return config.mixed_precision
     if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "no"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "no"
 
 
@@ -91,7 +93,7 @@ def base_generator(config: TrainConfig, accelerator: Accelerator) -> OneStepGene
             f"data.crop_size must be a multiple of {generator.multiple} for this model; got {config.data.crop_size}"
         )
     if not model.full:
-        generator.to({"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32))
+        generator.to(HALVES.get(accelerator.mixed_precision, torch.float32))
     if model.gradient_checkpointing:
         generator.unet.enable_gradient_checkpointing()
     if model.channels_last:

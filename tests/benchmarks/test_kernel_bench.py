@@ -52,6 +52,21 @@ def test_red_tests_give_no_figure(monkeypatch, tmp_path):
         kernel_bench.gate("gdpo_loss", "cpu")
 
 
+def test_every_case_is_compiled(monkeypatch):
+    """They share one line of code, of which torch.compile keeps eight results and leaves the rest eager."""
+    compiled, graphs = torch.compile, []
+
+    def counted(call, dynamic):
+        return compiled(call, dynamic=dynamic, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    for n in range(2, 12):
+        case = kernel_bench.reward_case((2, n, 1, 2), torch.float32, "cpu")
+        calls, before = dict(kernel_bench.implementations(case, "cpu", compiled=True)), len(graphs)
+        torch.testing.assert_close(calls["compile"](), calls["eager"]())
+        assert len(graphs) > before
+
+
 def test_a_wrong_result_gives_no_figure():
     case = kernel_bench.reward_case((2, 3, 1, 2), torch.float32, "cpu")
     right = case.call

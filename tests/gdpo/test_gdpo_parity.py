@@ -242,7 +242,7 @@ def short_of_memory(monkeypatch, at_most):
         if torch.is_grad_enabled():
             return predict(self, latents, *inputs)
         tried.append(len(latents))
-        if len(latents) > at_most:
+        if len(latents) > at_most and len(inputs) == 2:  # sampling, not the reference of the loss
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return predict(self, latents, *inputs)
 
@@ -254,7 +254,7 @@ def test_samples_come_in_batches_that_fit(taken, monkeypatch, capsys):
     whole = taken()
     tried = short_of_memory(monkeypatch, at_most=4)
     halved = taken()
-    assert tried == [12, 6, 3, 3, 3, 3, 3, 3, 3, 3]  # sampling finds out, the reference of the loss knows
+    assert tried == [12, 6, 3, 3, 3, 3, 12]  # the reference of the loss goes whole, as the policy
     assert relative(halved.gradients, whole.gradients) < 1e-4
     assert "12 samples at once do not fit the GPU's memory: from now on 6" in capsys.readouterr().err
 
@@ -264,6 +264,14 @@ def test_samples_that_cannot_fit_are_an_error(at_most, options, taken, monkeypat
     short_of_memory(monkeypatch, at_most)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         taken(**options)
+
+
+def test_a_score_that_is_not_finite_is_named_behind_the_backward_pass(taken, monkeypatch):
+    """As on a GPU, where nothing looks at values on the way."""
+    monkeypatch.setattr("gdpo.kernels.checks._look", lambda value: False)
+    sys.modules["parity_reward"].broken = lambda samples, target: samples.mean((1, 2, 3)) * float("inf")
+    with pytest.raises(ValueError, match=r"reward 'parity_reward:broken' is -?inf for image 0, sample 0 of the batch"):
+        taken(reward_funcs=["psnr_y", "parity_reward:broken"])
 
 
 def swapped_prompts(folder, got, hr):

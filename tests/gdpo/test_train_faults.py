@@ -17,6 +17,7 @@ import torch
 from training import GDPO, NAOSD, ROOT, command, environment, train
 
 from gdpo.train import checkpoint
+from gdpo.train.config import GDPOConfig
 from gdpo.train.loop import Loop
 
 
@@ -213,12 +214,15 @@ def test_a_gpu_that_is_too_small_is_named_with_the_remedy(monkeypatch):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     loop = Loop.__new__(Loop)
-    loop.config = SimpleNamespace(gradient_accumulation_steps=1)
+    loop.config = GDPOConfig(sample_batch_size=3)
     loop.optimizer, loop.method = SimpleNamespace(param_groups=[]), SimpleNamespace(groups={}, step=step)
     monkeypatch.setattr(Loop, "_to_device", lambda self, batch: batch)
     loop._backward = None
-    with pytest.raises(RuntimeError, match=r"at step 8, --model.gradient_checkpointing true or .*: CUDA out of memory"):
-        loop._optimizer_step(iter([SimpleNamespace(names=["a.png"])]), 7)
+    for checkpointing, remedy in ((False, "--model.gradient_checkpointing true or "), (True, "")):
+        loop.config.model.gradient_checkpointing = checkpointing
+        remedy += "a smaller --sample_batch_size or a smaller --data.crop_size"
+        with pytest.raises(RuntimeError, match=f"at step 8, {remedy} needs less memory: CUDA out of memory"):
+            loop._optimizer_step(iter([SimpleNamespace(names=["a.png"])]), 7)
 
 
 def test_captions_that_are_not_there_are_missed_at_once(crops, tmp_path):

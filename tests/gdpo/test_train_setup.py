@@ -33,6 +33,11 @@ def test_fp16_needs_a_gpu(config, monkeypatch):
         assert [precision(config(mixed_precision=m)) for m in ("auto", "bf16", "no")] == [auto, "bf16", "no"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert precision(config(mixed_precision="fp16")) == "fp16"
+    for has, auto in ((True, "bf16"), (False, "no")):  # by default torch also counts GPUs that emulate it
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True, has=has: including_emulation or has
+        )
+        assert precision(config()) == auto
 
 
 @pytest.mark.parametrize(("method", "figure"), [("naosd", "l2"), ("gdpo", "rewards/psnr_y/mean")])
