@@ -1,18 +1,27 @@
 """Run the CUDA paths on tensors without data, where there is no GPU, and report what a GPU would stumble over.
 
-    LD_PRELOAD=LIBRARY python -m tests.support.fake_cuda FOLDER      the library made of fake_cuda.cpp, a model's folder
+    g++ -std=c++20 -shared -fPIC tests/support/fake_cuda.cpp -I$TORCH/include -L$TORCH/lib -ltorch_cpu -lc10 \
+        -Wl,-rpath,$TORCH/lib -o fake_cuda.so                   TORCH: the folder of that package, one without CUDA
+    python -m benchmarks.random_folder FOLDER
+    LD_PRELOAD=./fake_cuda.so python -m tests.support.fake_cuda FOLDER
+    LD_PRELOAD=./fake_cuda.so python -m tests.support.fake_cuda FOLDER ours checkpointing 512 6 sd21
 
 Tensors have shapes, types, strides and devices: what mixes devices fails here as there. Kernels are recorded in place
 of their launch. As JSON beside: products and convolutions of mixed types, and where the host waits for the GPU.
+The second form counts a step's peak, in MiB: `ours` or `released`, a variant of benchmarks/gdpo_step.py, the side of
+the crop, G, and the architecture if it is not that of the folder.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import functools
+import gc
 import json
 import sys
 import traceback
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +45,8 @@ class Watch(TorchDispatchMode):
         self.mixed: set[str] = set()
         self.captured: set[str] = set()
         self.capturing = False
+        self.live = self.peak = 0  # bytes
+        self.storages: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.prim.device.default:
@@ -56,7 +67,23 @@ class Watch(TorchDispatchMode):
                 self._wait()
             for t in tensors:
                 t.constant = None  # or it would be computed with, on a GPU
-        return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        for t in torch.utils._pytree.tree_leaves(result):
+            if isinstance(t, torch.Tensor) and t.device.type == "cuda":
+                self._count(t.untyped_storage())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, -(-storage.nbytes() // 512) * 512  # as torch's allocator rounds
+
+        def gone(_: object) -> None:
+            if self.storages.pop(key, None) is not None:
+                self.live -= size
+
+        if key not in self.storages:
+            self.storages[key] = weakref.ref(storage, gone)
+            self.live += size
 
     def _wait(self) -> None:
         self.waits[_place()] += 1
@@ -112,6 +139,64 @@ def pretend(watch: Watch) -> None:
     nn.Module._apply = convert  # type: ignore[method-assign]
 
 
+def attention(own: Any, query: Any, key: Any, value: Any, attn_mask: Any = None, *rest: Any, **named: Any) -> Any:
+    """The kernels that a GPU would take, which keep no scores of all pairs."""
+    if query.device.type != "cuda" or attn_mask is not None:
+        return own(query, key, value, attn_mask, *rest, **named)
+    if torch.is_autocast_enabled("cuda"):
+        query, key, value = (t.to(torch.get_autocast_dtype("cuda")) for t in (query, key, value))
+    scale = named.get("scale")
+    if query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256:
+        return aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[0]
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    return aten._scaled_dot_product_efficient_attention(query, key, value, None, grad, scale=scale)[0]
+
+
+def peak(folder: str, procedure: str, variant: str, crop: str, group: str, architecture: str = "") -> float:
+    """MiB of all tensors that live at once in the second step, where the optimiser has its state."""
+    from accelerate import Accelerator
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
+
+    from benchmarks import gdpo_step, random_folder, released_procedure  # noqa: F401
+    from gdpo import codecs, generator, prompts
+    from gdpo.data import Batch
+    from gdpo.kernels import complexity, loss, norm, reward, statistics
+    from gdpo.train import gdpo as _  # noqa: F401
+
+    def build(kind: Any, where: Any, dtype: torch.dtype | None = None, **more: Any) -> Any:
+        made = {
+            "UNet2DConditionModel": lambda: random_folder._unet(shape["unet"]),
+            "AutoencoderKL": lambda: random_folder._vae(shape["vae"]),
+            "CLIPTextModel": lambda: random_folder._text_encoder(shape["text_encoder"], 49408),
+        }[kind.__name__]().eval()
+        return made if dtype is None else nn.Module.to(made, dtype)
+
+    watch = Watch()
+    pretend(watch)
+    accelerator = Accelerator(mixed_precision="bf16")
+    own = nn.functional.scaled_dot_product_attention
+    nn.functional.scaled_dot_product_attention = functools.partial(attention, own)  # type: ignore[assignment]
+    if architecture:
+        shape = random_folder.architecture(architecture)
+    for module in (codecs, generator, prompts):
+        module.load_pretrained = build if architecture else load  # type: ignore[attr-defined]
+    for kind in (UNet2DConditionModel, AutoencoderKL, CLIPTextModel):
+        kind.from_pretrained = classmethod(build if architecture else load)  # type: ignore[method-assign, assignment]
+    for module in (complexity, loss, norm, reward, statistics):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:  # launched on any grid, to no effect
+            setattr(module, name, collections.defaultdict(lambda: lambda *args, **named: None))
+    make = gdpo_step._released if procedure == "released" else gdpo_step._ours
+    with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True), watch:
+        step = make(folder, accelerator, int(crop), int(group), variant)
+        for number in range(2):
+            gc.collect()
+            watch.peak = watch.live
+            batch = Batch(["one"], None, [number], torch.rand(1, 3, int(crop), int(crop)).to("cuda"))
+            step(batch, number)
+    return watch.peak / (1 << 20)
+
+
 def load(kind: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:
     """The model that a folder describes, without its weights."""
     if hasattr(kind, "load_config"):
@@ -119,7 +204,8 @@ def load(kind: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:
     return kind(kind.config_class.from_pretrained(str(folder))).eval()
 
 
-def main() -> None:
+def report(folder: str) -> dict[str, Any]:
+    """What a GDPO step and inference in miniature do, for tests/gdpo/test_cuda_devices.py."""
     from accelerate import Accelerator
     from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
@@ -129,7 +215,9 @@ def main() -> None:
     from engine.backends.torch import from_generator
     from gdpo import codecs, generator, prompts
     from gdpo.data import Batch
+    from gdpo.tiny import TinyUNetConfig
     from gdpo.train import gdpo as _
+    from gdpo.train import setup
 
     from .aot import record
 
@@ -137,23 +225,32 @@ def main() -> None:
     pretend(watch)  # behind all imports: libraries look at what torch.cuda has
     for module in (codecs, generator, prompts):
         module.load_pretrained = load  # type: ignore[attr-defined]
-    folder, accelerator = sys.argv[1], Accelerator(mixed_precision="bf16")
-    report: dict[str, Any] = {}
+    accelerator = Accelerator(mixed_precision="bf16")
+    found: dict[str, Any] = {}
     with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True), watch:
-        step = gdpo_step._ours(folder, accelerator, 64, 2, "checkpointing")
-        batch = Batch(["one"], None, [0], torch.rand(1, 3, 64, 64).to("cuda"))
+        step = gdpo_step._ours(folder, accelerator, 256, 2, "checkpointing")
+        batch = Batch(["one"], None, [0], torch.rand(1, 3, 256, 256).to("cuda"))
         watch.waits.clear()
         launches = record(lambda: step(batch, 0))
         values = [value for launch in launches for value in launch["values"].values()]
-        report["waits"] = dict(watch.waits)
-        report["kernels"] = sorted({launch["name"] for launch in launches})
-        report["places"] = sorted({str(value.device) for value in values if isinstance(value, torch.Tensor)})
+        found["waits"] = dict(watch.waits)
+        found["kernels"] = sorted({launch["name"] for launch in launches})
+        found["places"] = sorted({str(value.device) for value in values if isinstance(value, torch.Tensor)})
+        options: dict[str, Any] = {"algorithm": "dpo", "reward_weights": [1.0, 2.0]}
+        for preset in ("dpo", "tiny"):
+            if preset == "tiny":
+                setup.read_base = lambda config: generator.OneStepGenerator.tiny(TinyUNetConfig())
+            method = gdpo_step._method(folder, accelerator, 64, 3, **options)
+            small = batch._replace(hr=torch.rand(1, 3, 64, 64).to("cuda"))
+            watch.waits.clear()
+            record(lambda method=method, small=small: method.step(small, 0, accelerator.backward))
+            found[f"waits, {preset}"] = dict(watch.waits)
         _, session = from_generator(generator.OneStepGenerator.from_pretrained(folder), Options("cuda:0", bf16=True))
         inputs = torch.zeros(2, 3, 64, 64, device="cuda"), torch.zeros(2, 4, 8, 8, device="cuda")
         record(lambda: [session.run(*inputs) for _ in range(3)])
-        report["graphs"] = sum(recorded is not None for recorded in session._shapes.values())
-    print(json.dumps(report | {"mixed": sorted(watch.mixed), "captured": sorted(watch.captured)}))
+        found["graphs"] = sum(recorded is not None for recorded in session._shapes.values())
+    return found | {"mixed": sorted(watch.mixed), "captured": sorted(watch.captured)}
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(report(*sys.argv[1:]) if len(sys.argv) == 2 else peak(*sys.argv[1:])))
