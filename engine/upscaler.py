@@ -111,8 +111,12 @@ class Upscaler:
                 f"compiled (--compile) needs backend torch and a generator's folder as model; got backend {backend}"
             )
         if backend == "torch":
-            from engine.backends.torch import open_generator
-
+            try:
+                from engine.backends.torch import open_generator
+            except ImportError as error:
+                raise RuntimeError(
+                    f"backend torch is not installed here ({error}); pip install 'gdpo-sr[export]'"
+                ) from error
             if model is None:
                 raise ValueError("backend torch needs a generator's folder; name it")
             if core:

@@ -34,7 +34,8 @@ def test_upscaling_works_where_torch_and_the_rest_are_not_installed(tiny_engine,
     assert done.returncode == 0, done.stderr
     assert read_image(tmp_path / "out.png").pixels.shape == (80, 80, 3)
     missing = python(UPSCALE, tmp_path / "in.tif", tmp_path / "b.png", "--model", tiny_engine, "--backend", "torch")
-    assert missing.returncode == 2 and "is not installed" in missing.stderr  # the blocker does block
+    assert missing.returncode == 2 and "is not installed in this" in missing.stderr  # the blocker does block
+    assert "backend torch is not installed here" in missing.stderr and "pip install 'gdpo-sr[export]'" in missing.stderr
 
 
 def test_the_run_time_imports_in_under_0_3_seconds():
