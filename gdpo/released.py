@@ -91,7 +91,7 @@ def _judge_archive(path: Path, raw: bytes) -> None:
             if len(pickles) != 1 or not pickles[0].endswith("/data.pkl"):
                 raise ValueError(f"{path}: refused: expected one data.pkl in it; got {', '.join(pickles) or 'none'}")
             program = archive.read(pickles[0])
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError):
+    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError):
         raise ValueError(
             f"{path}: refused: not an archive that torch.save writes (a whole file, by PyTorch 1.6 or newer)"
         ) from None

@@ -60,11 +60,6 @@ def _obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | No
     return None
 
 
-def available(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the Triton kernels run on tensors of this type there."""
-    return _obstacle(device, (dtype,)) is None
-
-
 def use_triton(backend: str, *tensors: Tensor | None) -> bool:
     """Choose. "auto" takes Triton on a GPU where it can run; "triton" says why it cannot.
 

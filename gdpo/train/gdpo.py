@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from gdpo.kernels import attribute_ratios, attribute_reward, attribute_statistics, gdpo_loss
-from gdpo.kernels.dispatch import available
+from gdpo.kernels.dispatch import use_triton
 
 from .. import lora
 from ..data import Batch
@@ -22,7 +22,7 @@ from ..randomness import moved
 from ..rewards import build_rewards, require_finite
 from .config import GDPOConfig
 from .gain import compare, group_reward, luma
-from .setup import HALVES, Prompts, base_generator, group_noise, lora_targets, save_trained
+from .setup import Prompts, base_generator, group_noise, lora_targets, save_trained
 
 
 class GDPO:
@@ -54,10 +54,9 @@ class GDPO:
         """Whether the autoencoder, which needs no gradient, takes the fused kernel: torch's on a GPU first copies
         channels-last features into the other order. The UNet keeps torch's: policy and reference alike.
         """
-        device, dtype = self.accelerator.device, HALVES.get(self.accelerator.mixed_precision)
-        if device.type != "cuda" or dtype is None or not available(device, dtype):
+        if self.accelerator.mixed_precision == "no" or self.config.compile_frozen:
             return False
-        return self.config.model.channels_last and not self.config.compile_frozen
+        return self.config.model.channels_last and use_triton("auto", next(self.generator.unet.parameters()))
 
     def _make_frozen_calls(self) -> None:
         """The sampler and the autoencoder, compiled if asked for.
