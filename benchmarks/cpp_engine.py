@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.rows import append_row, require_clean
-from engine import Upscaler, cli
-from engine.core import library
+from engine import Upscaler
+from engine.io import cli
+from engine.runtime.core import library
 
 CASES = [  # height and width of the input, options
     ((128, 128), {}),

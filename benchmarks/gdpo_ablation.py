@@ -22,8 +22,8 @@ from jsonargparse.typing import PositiveInt
 
 from benchmarks import rows
 from benchmarks.gdpo_gain import Options, measure
-from engine.cli import Parser, run
-from engine.files import atomic_write
+from engine.io.cli import Parser, run
+from engine.io.files import atomic_write
 from gdpo import lora
 from gdpo.generator import OneStepGenerator
 from gdpo.train import checkpoint as checkpoints

@@ -18,8 +18,8 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import rows
-from engine.cli import Parser, run
-from engine.files import atomic_write
+from engine.io.cli import Parser, run
+from engine.io.files import atomic_write
 from gdpo.data import CropDataset, loader, read_jsonl
 from gdpo.degradation import Degradation, DegradationConfig
 from gdpo.generator import OneStepGenerator

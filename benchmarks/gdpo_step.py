@@ -33,7 +33,7 @@ from typing import Any, Literal
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from engine import cli
+from engine.io import cli
 
 PROCEDURES = ("released", "ours")
 REWARDS = ["psnr_y", "region_detail"]
@@ -121,7 +121,7 @@ def _batch(crop: int, step: int, device: Any) -> Any:
 
 
 def _released(folder: str, accelerator: Any, crop: int, group: int, variant: str = "plain") -> Any:
-    from .released_procedure import ReleasedProcedure
+    from benchmarks.released_procedure import ReleasedProcedure
 
     procedure = ReleasedProcedure(folder, accelerator, group=group)
     if variant == "checkpointing":
@@ -254,7 +254,7 @@ def _failed(runs: list[dict[str, Any]]) -> bool:
 
 def _earlier(figures: dict[str, Any]) -> Runs:
     """The runs in the newest rows of this commit, machine and setting (the rows' own figures that say what was run)."""
-    from .rows import environment, read_rows
+    from benchmarks.rows import environment, read_rows
 
     def place(row: dict[str, Any]) -> tuple[Any, ...]:
         return row["commit"], *(row["machine"].get(key) for key in ("gpu", "cpu", "cores"))
@@ -295,7 +295,7 @@ def _row(released: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
 
 def _measure(args: Any, folder: str, precision: str, device: str) -> list[str]:
     """Check and measure all variants in a precision, with rows behind each round: what has no figure, and why."""
-    from .rows import append_row
+    from benchmarks.rows import append_row
 
     began = time.monotonic()
     setting = (folder, args.crop, args.group, precision, args.steps)
@@ -368,8 +368,8 @@ def main() -> int:
         return 0
     import torch
 
-    from .random_folder import build_folder
-    from .rows import require_clean
+    from benchmarks.random_folder import build_folder
+    from benchmarks.rows import require_clean
 
     if not args.dry:
         require_clean()

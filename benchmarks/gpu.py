@@ -43,7 +43,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rows import RESULTS, ROOT, commit, environment, require_clean
-from engine.files import atomic_write
+from engine.io.files import atomic_write
 
 SKIPPED = 77  # exit code of a part that cannot run here; its last line says why
 ROUNDS = "2"  # every figure is taken twice

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from benchmarks import gpu
 from benchmarks.rows import RESULTS, ROOT, append_row, commit, environment, read_rows
-from engine import cli
+from engine.io import cli
 
 Show = Callable[..., None]
 
@@ -83,7 +83,7 @@ def try_tensorrt_rtx(options: Any, show: Show) -> None:
     import numpy as np
 
     from benchmarks.random_folder import build_folder
-    from engine.backends.tensorrt import load_module
+    from engine.runtime.backends.tensorrt import load_module
 
     try:
         version = load_module("tensorrt-rtx").__version__
@@ -104,7 +104,7 @@ def try_tensorrt_rtx(options: Any, show: Show) -> None:
         subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=blind, check=True)
 
     from engine.bench import inputs_for
-    from engine.upscaler import Upscaler
+    from engine.runtime.upscaler import Upscaler
 
     figures: dict[str, Any] = {"version": version, "model": f"random {size}", "side": side, "precision": precision}
     try:  # the answer, whatever it is

@@ -28,7 +28,7 @@ from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
 from benchmarks.rows import ROOT, append_row, require_clean
-from engine import cli
+from engine.io import cli
 from gdpo.kernels import attribute_ratios, attribute_reward, attribute_statistics, complexity, gdpo_loss, group_norm
 
 # [B,G,C,H,W] of latents; [B,G,side] and [B,side] of pictures; [B,G,F,P] of scores; [B,C,side] of features

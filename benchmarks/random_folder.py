@@ -25,8 +25,8 @@ import torch
 import yaml
 from torch import nn
 
-from engine import cli
-from gdpo.storage import staged_folder
+from engine.io import cli
+from engine.io.folders import staged_folder
 
 
 def _text(width: int, layers: int, heads: int) -> dict[str, int]:

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import rows
-from engine.cli import Parser, run
-from engine.files import atomic_write
+from engine.io.cli import Parser, run
+from engine.io.files import atomic_write
 
 DOCUMENT = rows.ROOT / "docs" / "results.md"
 Row = dict[str, Any]

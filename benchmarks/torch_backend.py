@@ -32,10 +32,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu_parts import medians
 from benchmarks.rows import append_row, environment, read_rows, require_clean
-from engine import cli
-from engine.backends import Options
-from engine.backends.torch import TorchSession, from_generator
-from engine.fuse import DEFINITION, Plain, Steps
+from engine.export.optimise import DEFINITION, Plain, Steps
+from engine.export.torch_backend import TorchSession, from_generator
+from engine.io import cli
+from engine.runtime.backends import Options
 from gdpo.generator import OneStepGenerator
 
 _EAGER = Steps("fp16")

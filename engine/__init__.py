@@ -7,7 +7,7 @@ sr = Upscaler.load().upscale(rgb_uint8_hwc, seed=0)
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from engine.upscaler import Upscaler
+    from engine.runtime.upscaler import Upscaler
 
 __all__ = ["Upscaler"]
 
@@ -15,6 +15,6 @@ __all__ = ["Upscaler"]
 def __getattr__(name: str):
     if name != "Upscaler":
         raise AttributeError(f"module 'engine' has no attribute {name!r}; it has Upscaler")
-    from engine.upscaler import Upscaler
+    from engine.runtime.upscaler import Upscaler
 
     return Upscaler

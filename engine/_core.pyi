@@ -60,7 +60,7 @@ def resize_window(
 def cover(
     size: int, tile: int, overlap: int, multiple: int, *, fixed: bool = False, resolution: int = 1
 ) -> tuple[list[int], int, np.ndarray]:
-    """(starts, tile, weights) of engine.tiles.cover and Axis.weights."""
+    """(starts, tile, weights) of engine.runtime.tiles.cover and Axis.weights."""
 
 def sha256(data: bytes) -> tuple[str, str]:
     """By the CPU's instructions, and in plain C++."""

@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from engine import cli
-from engine.images import Picture, write_image
-from engine.noise import noise_field
-from engine.resample import resize_window
-from engine.upscaler import Upscaler, align, quantise
+from engine.io import cli
+from engine.io.images import Picture, write_image
+from engine.runtime.noise import noise_field
+from engine.runtime.resample import resize_window
+from engine.runtime.upscaler import Upscaler, align, quantise
 
 CONTENDERS = ("torch", "torch-compile", "torch-bf16", "onnxruntime", "openvino", "openvino-bf16", "folder")
 K = TypeVar("K", str, tuple[int, str])
@@ -41,7 +41,7 @@ def open_contender(name: str, generator: Path, engine: Path, threads: int) -> Ru
     """
     backend, _, variant = name.partition("-")
     if backend == "torch":
-        from engine.backends import torch as backend_torch
+        from engine.export import torch_backend as backend_torch
 
         up = Upscaler.load(generator, "torch", threads=threads, bf16=variant == "bf16")
         session = up.sessions["generator"]
@@ -153,9 +153,9 @@ def folding(generator: Path, scratch: Path, threads: int, rounds: int, side: int
     import onnxruntime
     import torch
 
-    from engine.backends.onnxruntime import session_options
-    from engine.export import save_graph
-    from engine.fold import Step, fold
+    from engine.export.generator import save_graph
+    from engine.export.graphs import Step, fold
+    from engine.runtime.backends.onnxruntime import session_options
     from gdpo.generator import OneStepGenerator
 
     class Plain(torch.nn.Module):
@@ -214,7 +214,7 @@ def main() -> int:
 
 
 def _export(generator: Path, out: Path) -> Path:
-    from engine.export import export_generator
+    from engine.export.generator import export_generator
     from gdpo.generator import OneStepGenerator
 
     export_generator(OneStepGenerator.from_pretrained(generator), out, model={"name": generator.name})

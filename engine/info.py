@@ -6,9 +6,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from engine import cli
-from engine import manifest as manifests
-from engine.manifest import PLANS, FolderError, Manifest
+from engine.io import cli
+from engine.runtime import manifest as manifests
+from engine.runtime.manifest import PLANS, FolderError, Manifest
 
 _BAD = "NOT USABLE"
 

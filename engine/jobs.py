@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.images import SUFFIXES
+from engine.io.images import SUFFIXES
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engine import cli
-from engine.color import METHODS
-from engine.compare import ComparePage, compare_page
-from engine.images import MAX_PIXELS, SUFFIXES, Picture, check_writable, picture_size, read_image, write_image
+from engine.compare_page import ComparePage, compare_page
+from engine.io import cli
+from engine.io.images import MAX_PIXELS, SUFFIXES, Picture, check_writable, picture_size, read_image, write_image
 from engine.jobs import Job, plan
-from engine.resample import resize
-from engine.upscaler import MAX_OUTPUT_PIXELS, Upscaler, output_size
+from engine.runtime.color import METHODS
+from engine.runtime.resample import resize
+from engine.runtime.upscaler import MAX_OUTPUT_PIXELS, Upscaler, output_size
 
 _FAILURES = (ValueError, OSError, RuntimeError, FloatingPointError, MemoryError)  # of one picture; the others go on
 

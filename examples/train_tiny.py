@@ -11,9 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from engine.cli import Parser
-from engine.cli import run as run_command
-from engine.files import atomic_write
+from engine.io.cli import Parser
+from engine.io.cli import run as run_command
+from engine.io.files import atomic_write
 
 CROPS = Path("data/crops")
 STAGES = {

@@ -19,8 +19,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.cli import Parser, run
-from engine.files import atomic_write, fsync, sha256
+from engine.io.cli import Parser, run
+from engine.io.files import atomic_write, fsync, sha256
 
 if TYPE_CHECKING:
     import numpy as np

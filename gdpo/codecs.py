@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .parts import load_pretrained, read_json
+from gdpo.parts import load_pretrained, read_json
 
 
 class Codec(Protocol):

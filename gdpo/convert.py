@@ -18,16 +18,15 @@ from typing import Any
 import torch
 from jsonargparse.typing import PositiveInt
 
-from engine.cli import Parser, run
-
-from . import lora
-from .codecs import load_codec
-from .exported import from_export
-from .generator import OneStepGenerator
-from .parts import load_pretrained, read_json
-from .prompts import PromptEncoder
-from .released import ReleasedLora, read_released
-from .storage import check_target
+from engine.io.cli import Parser, run
+from engine.io.folders import check_target
+from gdpo import lora
+from gdpo.codecs import load_codec
+from gdpo.exported import from_export
+from gdpo.generator import OneStepGenerator
+from gdpo.parts import load_pretrained, read_json
+from gdpo.prompts import PromptEncoder
+from gdpo.released import ReleasedLora, read_released
 
 RELEASED_ALPHA = 8  # peft's default, which the authors' code left: the scale is 8 / rank
 

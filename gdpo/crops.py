@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms
 
-from engine.images import ImageError, Picture
-
-from .kernels import attribute_ratios
+from engine.io.images import ImageError, Picture
+from gdpo.kernels import attribute_ratios
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # BT.601
 _BATCH = 32  # crops whose texture is measured at a time

@@ -22,9 +22,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from engine.images import MAX_PIXELS, SUFFIXES, ImageError, read_image
-
-from .randomness import generator_for
+from engine.io.images import MAX_PIXELS, SUFFIXES, ImageError, read_image
+from gdpo.randomness import generator_for
 
 SPLITS = ("train", "val")
 

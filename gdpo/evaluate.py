@@ -13,14 +13,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine.cli import Parser, run
-from engine.files import atomic_write
-from engine.images import Picture, write_image
-
-from .evaluation import report
-from .evaluation.compare import bootstrap, compare
-from .evaluation.scores import NAMES, Metric, build_metrics, create_pyiqa
-from .evaluation.sources import Source, build_sources, check_pairs, list_pictures, read_pair
+from engine.io.cli import Parser, run
+from engine.io.files import atomic_write
+from engine.io.images import Picture, write_image
+from gdpo.evaluation import report
+from gdpo.evaluation.compare import bootstrap, compare
+from gdpo.evaluation.scores import NAMES, Metric, build_metrics, create_pyiqa
+from gdpo.evaluation.sources import Source, build_sources, check_pairs, list_pictures, read_pair
 
 _MAX_CROP = 1024
 _SEED_METRICS = ("psnr_y", "ssim_y", "naturalness")  # cheap enough for many noises

@@ -1,7 +1,8 @@
 """A tiny generator back from its ONNX export, to train it on: the model that ships is such a folder.
 
-Folding (engine.fold) has put the timestep's scale and shift into the first convolution of each block. These are taken
-as they are, and the projections of the time start at zero, as in a fresh generator: the same pictures come out.
+Folding (engine.export.graphs) has put the timestep's scale and shift into the first convolution of each block. These
+are taken as they are, and the projections of the time start at zero, as in a fresh generator: the same pictures come
+out.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ from pathlib import Path
 
 import torch
 
-from engine import manifest
-
-from .generator import OneStepGenerator
-from .tiny import TinyUNetConfig
+from engine.runtime import manifest
+from gdpo.generator import OneStepGenerator
+from gdpo.tiny import TinyUNetConfig
 
 _PREFIX = "step.unet."
 

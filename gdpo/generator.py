@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from . import lora
-from .codecs import PixelCodec, load_codec, save_codec
-from .parts import first_line, load_pretrained, read_json, read_tensors
-from .prompts import POSITIVE_PROMPT, PromptEncoder
-from .tiny import TinyUNet, TinyUNetConfig
+from gdpo import lora
+from gdpo.codecs import PixelCodec, load_codec, save_codec
+from gdpo.parts import first_line, load_pretrained, read_json, read_tensors
+from gdpo.prompts import POSITIVE_PROMPT, PromptEncoder
+from gdpo.tiny import TinyUNet, TinyUNetConfig
 
 DEFAULT_SCHEDULE = {
     "_class_name": "DDPMScheduler",
@@ -168,7 +168,7 @@ class OneStepGenerator(nn.Module):
         """
         from safetensors.torch import save_file
 
-        from .storage import staged_folder
+        from engine.io.folders import staged_folder
 
         with staged_folder(Path(folder)) as root:
             self._save_unet(root / "unet")

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .parts import first_line, read_json, read_tensors
-from .randomness import seed_of
+from gdpo.parts import first_line, read_json, read_tensors
+from gdpo.randomness import seed_of
 
 # The layers that OSEDiff and the released GDPO code adapt; conv_in of the UNet is trained whole.
 UNET_TARGETS = (

@@ -10,11 +10,10 @@ import os
 
 from jsonargparse.typing import ClosedUnitInterval
 
-from engine.cli import Parser, run
-
-from . import lora
-from .generator import OneStepGenerator
-from .storage import check_target
+from engine.io.cli import Parser, run
+from engine.io.folders import check_target
+from gdpo import lora
+from gdpo.generator import OneStepGenerator
 
 
 def merge(

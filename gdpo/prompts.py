@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .parts import first_line, load_pretrained
+from gdpo.parts import first_line, load_pretrained
 
 # Training (design of the paper): image tags, and for VSD these two; at inference the positive one follows the tags.
 POSITIVE_PROMPT = "clean, high-resolution, 8k"

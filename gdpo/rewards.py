@@ -86,7 +86,7 @@ def _metric(name: str, sign: int = 1, reference: bool = False, **options: str) -
 
 
 def _vgg(device: torch.device) -> Score:
-    from .features import PerceptualDistance
+    from gdpo.features import PerceptualDistance
 
     distance = PerceptualDistance().to(device)
     return _per_image(lambda x, y: -distance(x, y))

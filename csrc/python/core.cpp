@@ -136,7 +136,7 @@ void translate(std::exception_ptr pointer) {
   } catch (const InvalidArgument& error) {
     PyErr_SetString(PyExc_ValueError, error.what());
   } catch (const FolderError& error) {
-    const py::object type = py::module_::import("engine.manifest").attr("FolderError");
+    const py::object type = py::module_::import("engine.runtime.manifest").attr("FolderError");
     PyErr_SetString(type.ptr(), error.what());
   } catch (const NotFinite& error) {
     PyErr_SetString(PyExc_FloatingPointError, error.what());

@@ -1,4 +1,4 @@
-/// Colour alignment in 16-bit samples: see engine/color.py, which has the same bits.
+/// Colour alignment in 16-bit samples: see engine/runtime/color.py, which has the same bits.
 #pragma once
 
 #include <array>

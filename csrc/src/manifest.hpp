@@ -1,4 +1,4 @@
-/// The manifest of an engine folder, and the folder's files: see engine/manifest.py and docs/engine.md.
+/// The manifest of an engine folder, and the folder's files: see engine/runtime/manifest.py and docs/engine.md.
 #pragma once
 
 #include <array>

@@ -1,4 +1,4 @@
-/// Standard normal noise as a pure function of (seed, channel, row, column): see engine/noise.py, which has the same
+/// Standard normal noise as a pure function of (seed, channel, row, column): see engine/runtime/noise.py, which has the same
 /// bits.
 #pragma once
 

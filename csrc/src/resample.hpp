@@ -1,4 +1,4 @@
-/// Separable bicubic, a = -0.5, antialiased when it shrinks: see engine/resample.py, which has the same bits.
+/// Separable bicubic, a = -0.5, antialiased when it shrinks: see engine/runtime/resample.py, which has the same bits.
 #pragma once
 
 #include <functional>

@@ -1,4 +1,4 @@
-/// Overlapping tiles, blended smoothly: see engine/tiles.py, which has the same bits. Lengths are in latent pixels.
+/// Overlapping tiles, blended smoothly: see engine/runtime/tiles.py, which has the same bits. Lengths are in latent pixels.
 #pragma once
 
 #include <functional>

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine.cli import Parser, run
-from engine.images import SUFFIXES, Picture, check_writable, read_image, write_image
+from engine.io.cli import Parser, run
+from engine.io.images import SUFFIXES, Picture, check_writable, read_image, write_image
 from gdpo.degradation.config import DegradationConfig
 from gdpo.degradation.pipeline import Degradation
 

@@ -9,8 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
-from engine.images import SUFFIXES, read_image
-from engine.resample import resize
+from engine.io.images import SUFFIXES, read_image
+from engine.runtime.resample import resize
 
 
 def read_rgb(path: Path) -> np.ndarray:

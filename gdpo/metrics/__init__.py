@@ -5,11 +5,11 @@ work without one).
 Without: niqe, piqe, naturalness. The VGG16 distance is in gdpo.features.
 """
 
-from .artefacts import grid_artefact, lattice_artefact, oversharpening
-from .fidelity import psnr_y, ssim_y
-from .natural_scene import naturalness
-from .niqe_model import load_niqe, niqe
-from .piqe_blocks import piqe
+from gdpo.metrics.artefacts import grid_artefact, lattice_artefact, oversharpening
+from gdpo.metrics.fidelity import psnr_y, ssim_y
+from gdpo.metrics.natural_scene import naturalness
+from gdpo.metrics.niqe_model import load_niqe, niqe
+from gdpo.metrics.piqe_blocks import piqe
 
 __all__ = [
     "grid_artefact",

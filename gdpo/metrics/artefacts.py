@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import check_images, gaussian, in_slices, luma_255, smooth
+from gdpo.metrics.common import check_images, gaussian, in_slices, luma_255, smooth
 
 _PERIOD, _BLOCK = 8, 32  # whatever repeats every 2 or 4 pixels repeats every 8
 _LATTICE, _WINDOW = 4, 32  # what a pixel shuffle by 4 leaves: every 8th frequency of a window's 32

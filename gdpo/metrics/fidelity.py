@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .common import check_images, convolve, gaussian, luma_255, to_8bit
+from gdpo.metrics.common import check_images, convolve, gaussian, luma_255, to_8bit
 
 
 def psnr_y(x: Tensor, y: Tensor) -> Tensor:

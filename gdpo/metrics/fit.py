@@ -17,11 +17,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.cli import Parser, run
-from engine.files import atomic_write
-
-from . import natural_scene, niqe_model
-from .common import gaussian, smooth
+from engine.io.cli import Parser, run
+from engine.io.files import atomic_write
+from gdpo.metrics import natural_scene, niqe_model
+from gdpo.metrics.common import gaussian, smooth
 
 CROP, PER_PHOTO, LEAST_GRADIENT = 128, 40, 3.0
 LEAST_SHARPNESS = 7.0  # 8-bit levels of local deviation

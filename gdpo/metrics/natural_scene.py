@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import check_images, gaussian, halve, in_slices, luma_255, smooth
+from gdpo.metrics.common import check_images, gaussian, halve, in_slices, luma_255, smooth
 
 PARAMETERS = Path(__file__).resolve().parent.parent / "data" / "naturalness.safetensors"
 BLOCK = 64

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .common import check_images, convolve, gaussian, in_slices, luma_255, smooth, to_8bit
+from gdpo.metrics.common import check_images, convolve, gaussian, in_slices, luma_255, smooth, to_8bit
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 _WINDOW = gaussian(7 / 6, 3)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import check_images, gaussian, in_slices, smooth, to_8bit
+from gdpo.metrics.common import check_images, gaussian, in_slices, smooth, to_8bit
 
 _WINDOW = gaussian(7 / 6, 3)
 _BLOCK, _SEGMENT, _ACTIVE, _IMPAIRED = 16, 6, 0.1, 0.1

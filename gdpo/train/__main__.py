@@ -9,9 +9,8 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile, Namespace
 
-from engine.cli import Parser, run
-
-from .config import GDPOConfig, NAOSDConfig, TrainConfig
+from engine.io.cli import Parser, run
+from gdpo.train.config import GDPOConfig, NAOSDConfig, TrainConfig
 
 CONFIGS: dict[str, type[TrainConfig]] = {"naosd": NAOSDConfig, "gdpo": GDPOConfig}
 
@@ -62,9 +61,9 @@ def train(method: str, config: TrainConfig) -> None:
     import torch
     from accelerate import Accelerator
 
-    from ..data import CropDataset
-    from .loop import Loop
-    from .setup import precision, tracker, validation_batch
+    from gdpo.data import CropDataset
+    from gdpo.train.loop import Loop
+    from gdpo.train.setup import precision, tracker, validation_batch
 
     torch.manual_seed(config.seed)
     config.mixed_precision = precision(config)  # the run's record says what "auto" was
@@ -79,11 +78,11 @@ def train(method: str, config: TrainConfig) -> None:
         raise ValueError(f"data.captions is set, but {config.data.folder} has no captions.jsonl")
     loop = Loop(config, accelerator, dataset, validation_batch(config))
     if isinstance(config, GDPOConfig):
-        from .gdpo import GDPO
+        from gdpo.train.gdpo import GDPO
 
         loop.run(GDPO(config, accelerator))
     elif isinstance(config, NAOSDConfig):
-        from .naosd import NAOSD
+        from gdpo.train.naosd import NAOSD
 
         loop.run(NAOSD(config, accelerator))
 

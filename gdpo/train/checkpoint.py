@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.files import fsync, sha256
-
-from ..storage import fsync_tree
+from engine.io.files import fsync, sha256
+from engine.io.folders import fsync_tree
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 NEWEST = ("latest", "auto")  # words of resume_from_checkpoint

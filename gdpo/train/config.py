@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from operator import attrgetter
 from typing import Any, Literal
 
-from ..degradation import DegradationConfig
+from gdpo.degradation import DegradationConfig
 
 
 @dataclass

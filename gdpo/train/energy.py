@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..features import VGG16Features
+from gdpo.features import VGG16Features
 
 _EPS = 1e-6
 # The mean length of a feature vector on photos, block by block. Fixed, and the vectors are not made unit length: else

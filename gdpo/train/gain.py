@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import torch
 
+from gdpo.generator import OneStepGenerator
 from gdpo.kernels import attribute_ratios, attribute_statistics
-
-from ..generator import OneStepGenerator
-from ..randomness import moved
-from ..rewards import Reward, require_finite
-from .setup import group_noise
+from gdpo.randomness import moved
+from gdpo.rewards import Reward, require_finite
+from gdpo.train.setup import group_noise
 
 LUMA = (0.299, 0.587, 0.114)
 

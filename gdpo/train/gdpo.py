@@ -11,18 +11,17 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from gdpo import lora
+from gdpo.data import Batch
+from gdpo.degradation import Degradation
 from gdpo.kernels import attribute_ratios, attribute_reward, attribute_statistics, gdpo_loss
 from gdpo.kernels.dispatch import use_triton
-
-from .. import lora
-from ..data import Batch
-from ..degradation import Degradation
-from ..norms import fuse_norms
-from ..randomness import moved
-from ..rewards import build_rewards, require_finite
-from .config import GDPOConfig
-from .gain import compare, group_reward, luma
-from .setup import Prompts, base_generator, group_noise, lora_targets, save_trained
+from gdpo.norms import fuse_norms
+from gdpo.randomness import moved
+from gdpo.rewards import build_rewards, require_finite
+from gdpo.train.config import GDPOConfig
+from gdpo.train.gain import compare, group_reward, luma
+from gdpo.train.setup import Prompts, base_generator, group_noise, lora_targets, save_trained
 
 
 class GDPO:

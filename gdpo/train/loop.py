@@ -25,15 +25,14 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from engine.cli import Terminated
-from engine.files import atomic_write
-
-from ..data import Batch, CropDataset, loader
-from ..generator import OneStepGenerator
-from . import checkpoint as checkpoints
-from . import pictures
-from .config import TrainConfig
-from .setup import environment
+from engine.io.cli import Terminated
+from engine.io.files import atomic_write
+from gdpo.data import Batch, CropDataset, loader
+from gdpo.generator import OneStepGenerator
+from gdpo.train import checkpoint as checkpoints
+from gdpo.train import pictures
+from gdpo.train.config import TrainConfig
+from gdpo.train.setup import environment
 
 Metrics = dict[str, torch.Tensor]
 

@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
-from .. import lora
-from ..data import Batch
-from ..degradation import Degradation
-from ..features import load_perceptual
-from ..randomness import moved, uniform
-from .config import NAOSDConfig
-from .energy import EnergyScore
-from .grid import grid_penalty, lattice_penalty
-from .setup import Prompts, base_generator, group_noise, lora_targets, save_trained
-from .vsd import VSD
+from gdpo import lora
+from gdpo.data import Batch
+from gdpo.degradation import Degradation
+from gdpo.features import load_perceptual
+from gdpo.randomness import moved, uniform
+from gdpo.train.config import NAOSDConfig
+from gdpo.train.energy import EnergyScore
+from gdpo.train.grid import grid_penalty, lattice_penalty
+from gdpo.train.setup import Prompts, base_generator, group_noise, lora_targets, save_trained
+from gdpo.train.vsd import VSD
 
 
 class NAOSD:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from engine.files import atomic_path
+from engine.io.files import atomic_path
 
 _BAR = 18
 

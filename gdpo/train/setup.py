@@ -14,14 +14,14 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 
-from .. import lora
-from ..data import Batch, CropDataset, loader
-from ..generator import OneStepGenerator
-from ..norms import norms_in_own_precision
-from ..prompts import PromptEncoder
-from ..randomness import normal
-from ..tiny import TinyUNet, TinyUNetConfig
-from .config import TrainConfig
+from gdpo import lora
+from gdpo.data import Batch, CropDataset, loader
+from gdpo.generator import OneStepGenerator
+from gdpo.norms import norms_in_own_precision
+from gdpo.prompts import PromptEncoder
+from gdpo.randomness import normal
+from gdpo.tiny import TinyUNet, TinyUNetConfig
+from gdpo.train.config import TrainConfig
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -10,11 +10,11 @@ from contextlib import AbstractContextManager
 import torch
 import torch.nn.functional as F
 
-from .. import lora
-from ..generator import OneStepGenerator
-from ..prompts import NEGATIVE_PROMPT
-from ..randomness import moved, normal, uniform
-from .config import NAOSDConfig
+from gdpo import lora
+from gdpo.generator import OneStepGenerator
+from gdpo.prompts import NEGATIVE_PROMPT
+from gdpo.randomness import moved, normal, uniform
+from gdpo.train.config import NAOSDConfig
 
 
 class VSD:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from benchmarks import random_folder
 from benchmarks.random_folder import build_folder
-from engine.files import sha256
+from engine.io.files import sha256
 
 
 def test_diffusers_and_transformers_load_every_part(mini_sd):

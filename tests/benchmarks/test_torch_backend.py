@@ -7,8 +7,8 @@ import torch
 
 from benchmarks import rows, torch_backend
 from benchmarks.random_folder import architecture
-from engine.backends import torch as backend
-from engine.fuse import Steps
+from engine.export import torch_backend as backend
+from engine.export.optimise import Steps
 from gdpo.codecs import KLCodec
 from gdpo.generator import OneStepGenerator
 from gdpo.norms import FusedGroupNorm

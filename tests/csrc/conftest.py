@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cpp import CMAKE, ROOT, build, run
 
-from engine.core import library
+from engine.runtime.core import library
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from engine import Upscaler, noise, resample, tiles
-from engine.core import library
-from engine.manifest import FolderError
+from engine import Upscaler
+from engine.runtime import noise, resample, tiles
+from engine.runtime.core import library
+from engine.runtime.manifest import FolderError
 
 _core = pytest.importorskip("engine._core", reason="engine._core was not built (GDPO_BUILD_CSRC=1 shows why)")
 

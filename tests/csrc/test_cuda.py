@@ -10,7 +10,7 @@ import pytest
 from cpp import CMAKE, ROOT, build, run
 from csrc_folders import write_ppm
 
-from engine.manifest import Geometry, Graph, Manifest, Profile, Tensor
+from engine.runtime.manifest import Geometry, Graph, Manifest, Profile, Tensor
 
 SOURCE = ROOT / "csrc" / "src" / "kernels.cu"
 KERNELS = re.findall(r"X\(\w+, (gdpo_\w+)\)", (SOURCE.parent / "kernels.hpp").read_text()) + ["gdpo_sums"]

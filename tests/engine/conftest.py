@@ -44,7 +44,7 @@ def tiny_model(tmp_path_factory) -> Path:
 
 
 def export(model: Path, out: Path, **options) -> None:
-    from engine.export import export_generator
+    from engine.export.generator import export_generator
     from gdpo.generator import OneStepGenerator
 
     export_generator(OneStepGenerator.from_pretrained(model), out, **options)

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from benchmarks import rows
-from engine import bench, cli
+from engine import bench
+from engine.io import cli
 
 
 def run(monkeypatch, capsys, *arguments):

@@ -7,12 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from engine import Upscaler, build, cli
-from engine import manifest as manifests
-from engine.backends import tensorrt as trt_backend
-from engine.build import BuildOptions
-from engine.export import export_generator
-from engine.manifest import FolderError, Profile
+from engine import Upscaler
+from engine.build import __main__ as command
+from engine.build import builder as build
+from engine.build import tensorrt as plans
+from engine.build.tensorrt import BuildOptions
+from engine.export.generator import export_generator
+from engine.io import cli
+from engine.runtime import manifest as manifests
+from engine.runtime.backends import tensorrt as trt_backend
+from engine.runtime.manifest import FolderError, Profile
 from gdpo.generator import OneStepGenerator
 
 SMALL = Profile((1, 1, 1), (64, 64, 64))
@@ -102,7 +106,7 @@ def broken_copy(folder, out):
     """The folder with an operator that nobody knows, hashed again."""
     import onnx
 
-    from engine.files import sha256
+    from engine.io.files import sha256
 
     shutil.copytree(folder, out)
     model = onnx.load(out / "generator.onnx")
@@ -134,7 +138,7 @@ def test_an_unknown_architecture_names_the_known_ones(tiny_engine, tmp_path):
 def run(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["build", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
-        cli.run(build.main)
+        cli.run(command.main)
     out, err = capsys.readouterr()
     return end.value.code, out, err
 
@@ -203,11 +207,11 @@ def test_without_a_gpu_the_default_is_onnx_runtime(monkeypatch):
     def no_driver(backend):
         raise RuntimeError("no NVIDIA driver on this machine")
 
-    monkeypatch.setattr(build, "load_module", lambda backend: None)
-    monkeypatch.setattr(build, "_architecture", no_driver)
-    assert build._default_backend() == "onnxruntime"
-    monkeypatch.setattr(build, "_architecture", lambda backend: "sm_90")
-    assert build._default_backend() == "tensorrt"
+    monkeypatch.setattr(command, "load_module", lambda backend: None)
+    monkeypatch.setattr(command, "architecture_of", no_driver)
+    assert command._default_backend() == "onnxruntime"
+    monkeypatch.setattr(command, "architecture_of", lambda backend: "sm_90")
+    assert command._default_backend() == "tensorrt"
 
 
 @rtx
@@ -217,7 +221,7 @@ def test_the_options_reach_the_builder():
     builder = trt.Builder(trt_backend.logger(trt, []))
     for chosen in (BuildOptions(), BuildOptions(512, 1, refit=True, version_compatible=True)):
         config = builder.create_builder_config()
-        build._configure(trt, config, chosen)
+        plans._configure(trt, config, chosen)
         assert config.get_flag(trt.BuilderFlag.REFIT) == chosen.refit
         assert config.get_flag(trt.BuilderFlag.VERSION_COMPATIBLE) == chosen.version_compatible
         assert config.builder_optimization_level == chosen.optimization_level

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from engine import Upscaler, core
+from engine import Upscaler
+from engine.runtime import core
 
 pytest.importorskip("engine._core", reason="engine._core was not built (GDPO_BUILD_CSRC=1 shows why)")
 
@@ -30,8 +31,8 @@ def test_pictures_have_the_same_bytes(engine, options, request, photos):
 
 @pytest.mark.parametrize("split", [False, True])
 def test_a_static_batch_is_filled_up_with_the_same_bytes(tiny_model, photos, tmp_path, split):
-    from engine.export import export_generator
-    from engine.manifest import Profile
+    from engine.export.generator import export_generator
+    from engine.runtime.manifest import Profile
     from gdpo.generator import OneStepGenerator
 
     static, generator = Profile((3, 3, 3), (128, 128, 128)), OneStepGenerator.from_pretrained(tiny_model)

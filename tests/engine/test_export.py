@@ -9,10 +9,14 @@ import onnxruntime
 import pytest
 import torch
 
-from engine import Upscaler, cli, export, fold
-from engine import manifest as manifests
-from engine.export import export_generator, geometry_of, profile_of
-from engine.manifest import FolderError, Profile
+from engine import Upscaler
+from engine.export import graphs
+from engine.export.__main__ import main
+from engine.export.descriptors import geometry_of, profile_of
+from engine.export.generator import export_generator
+from engine.io import cli
+from engine.runtime import manifest as manifests
+from engine.runtime.manifest import FolderError, Profile
 from gdpo import lora
 from gdpo.generator import OneStepGenerator
 
@@ -43,7 +47,7 @@ def test_onnx_runtime_is_torch_on_shapes_that_the_export_did_not_see(tiny_engine
 
 
 def test_a_fault_in_the_export_is_found_and_nothing_is_kept(tiny_model, tmp_path, monkeypatch):
-    correct = fold.fold
+    correct = graphs.fold
 
     def faulty(generator):
         correct(generator)
@@ -51,7 +55,7 @@ def test_a_fault_in_the_export_is_found_and_nothing_is_kept(tiny_model, tmp_path
             generator.unet.conv_in.bias[0] += 0.01
         return generator
 
-    monkeypatch.setattr(fold, "fold", faulty)
+    monkeypatch.setattr(graphs, "fold", faulty)
     with pytest.raises(RuntimeError, match="the export differs from torch by"):
         export_generator(OneStepGenerator.from_pretrained(tiny_model), tmp_path / "out", profile=SMALL)
     assert not list(tmp_path.iterdir())
@@ -90,7 +94,7 @@ def test_folding_changes_no_picture(mini_model):
     noise = torch.randn(2, 4, 8, 16, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         expected = generator.codec.decode(generator.predict(generator.encode(image), noise).x0)
-        folded = fold.Whole(fold.fold(generator), "fp32")(image, noise)
+        folded = graphs.Whole(graphs.fold(generator), "fp32")(image, noise)
     assert (folded - expected).abs().max() < 1e-4
 
 
@@ -109,7 +113,7 @@ def test_lora_is_merged(tiny_model):
             if "lora" in name:
                 parameter.add_(0.05)
         tuned = result()
-        folded = fold.Whole(fold.fold(generator), "fp32")(image, noise)
+        folded = graphs.Whole(graphs.fold(generator), "fp32")(image, noise)
     assert (tuned - base).abs().max() > 1e-3 and (folded - tuned).abs().max() < 1e-4
 
 
@@ -122,12 +126,12 @@ def test_fp16_keeps_its_ends_fp32_and_its_up_blocks_wide(tiny_model, mini_model,
     assert {v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)} == {onnx.TensorProto.FLOAT}
     kinds = {i.data_type for i in graph.initializer if len(i.dims) == 4}
     assert kinds == {onnx.TensorProto.FLOAT16}
-    generator = fold.cast(OneStepGenerator.from_pretrained(mini_model), "fp16")
+    generator = graphs.cast(OneStepGenerator.from_pretrained(mini_model), "fp16")
     decoder = generator.vae.decoder
     assert {p.dtype for p in decoder.up_blocks.parameters()} == {torch.float32}
     assert {p.dtype for p in decoder.mid_block.parameters()} == {torch.float16}
     with torch.no_grad():
-        assert torch.isfinite(fold.Decoder(generator, "fp16")(torch.randn(1, 4, 8, 8))).all()
+        assert torch.isfinite(graphs.Decoder(generator, "fp16")(torch.randn(1, 4, 8, 8))).all()
 
 
 def test_the_self_contained_graph_upscales_odd_pictures(tiny_engine, photo):
@@ -182,7 +186,7 @@ def test_the_command_exports(tiny_model, tmp_path, monkeypatch, capsys):
     arguments = [str(tiny_model), "--out", str(tmp_path / "out"), "--static", "--tile", "64", "--t-noise", "40"]
     monkeypatch.setattr(sys, "argv", ["export", *arguments])
     with pytest.raises(SystemExit) as end:
-        cli.run(export.main)
+        cli.run(main)
     assert end.value.code == 0 and "max_abs" in capsys.readouterr().out
     content = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert content["model"]["t_noise"] == 40 and content["profile"]["tile"] == [64, 64, 64]
@@ -193,5 +197,5 @@ def test_the_command_exports(tiny_model, tmp_path, monkeypatch, capsys):
 def test_the_command_tells_an_engine_folder_from_a_generator(tiny_engine, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["export", str(tiny_engine), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as end:
-        cli.run(export.main)
+        cli.run(main)
     assert end.value.code == 2 and "this is an engine folder, not a generator" in capsys.readouterr().err

@@ -13,8 +13,8 @@ import pytest
 import pyvips
 from PIL import Image, ImageCms
 
-from engine.files import atomic_path
-from engine.images import ImageError, Picture, check_writable, picture_size, read_image, write_image
+from engine.io.files import atomic_path
+from engine.io.images import ImageError, Picture, check_writable, picture_size, read_image, write_image
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 

@@ -27,7 +27,7 @@ def python(code, *arguments):
 
 
 def test_upscaling_works_where_torch_and_the_rest_are_not_installed(tiny_engine, photo, tmp_path):
-    from engine.images import Picture, read_image, write_image
+    from engine.io.images import Picture, read_image, write_image
 
     write_image(tmp_path / "in.tif", Picture(photo[:20, :20].copy()))
     done = python(UPSCALE, tmp_path / "in.tif", tmp_path / "out.png", "--model", tiny_engine)

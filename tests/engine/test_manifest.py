@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine import Upscaler, cli, info
-from engine import manifest as manifests
-from engine.backends import onnxruntime as ort_backend
-from engine.backends import tensorrt as trt_backend
-from engine.manifest import FolderError
+from engine import Upscaler, info
+from engine.io import cli
+from engine.runtime import manifest as manifests
+from engine.runtime.backends import onnxruntime as ort_backend
+from engine.runtime.backends import tensorrt as trt_backend
+from engine.runtime.manifest import FolderError
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ FOLDER = """
 import sys
 from pathlib import Path
 import numpy as np
-from engine.images import Picture, read_image, write_image
-from engine.upscaler import Upscaler
+from engine.io.images import Picture, read_image, write_image
+from engine.runtime.upscaler import Upscaler
 
 def resident():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -68,7 +68,7 @@ def test_memory_is_flat_over_a_long_folder(tiny_engine, tmp_path, early, last, g
 )
 @pytest.mark.parametrize("color", ["adain", "wavelet"])
 def test_a_large_picture_takes_bounded_memory(tiny_engine, tmp_path, width, height, limit, color):
-    from engine.images import Picture, read_image, write_image
+    from engine.io.images import Picture, read_image, write_image
 
     y, x = np.mgrid[0:height, 0:width]
     pixels = np.stack([x % 256, y % 256, (x + y) % 256], axis=2).astype(np.uint8)

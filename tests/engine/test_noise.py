@@ -5,7 +5,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from engine import noise
+from engine.runtime import noise
 
 ALL = 0xFFFFFFFF
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from engine import color
-from engine.resample import resize, resize_window, taps
-from engine.tiles import blend, cover
+from engine.runtime import color
+from engine.runtime.resample import resize, resize_window, taps
+from engine.runtime.tiles import blend, cover
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from engine import Upscaler
-from engine.resample import resize
-from engine.upscaler import SHIPPED
+from engine.runtime.resample import resize
+from engine.runtime.upscaler import SHIPPED
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from engine import Upscaler, build
-from engine import manifest as manifests
-from engine.backends import tensorrt as backend
-from engine.backends.cuda import Buffer, CudaError, Driver
-from engine.manifest import FolderError
+from engine import Upscaler
+from engine.build import builder as build
+from engine.runtime import manifest as manifests
+from engine.runtime.backends import tensorrt as backend
+from engine.runtime.backends.cuda import Buffer, CudaError, Driver
+from engine.runtime.manifest import FolderError
 
 no_gpu = pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="no NVIDIA GPU here")
 
@@ -265,7 +266,7 @@ def test_a_real_plan_gives_the_picture_of_onnx_runtime(tiny_engine, photo, tmp_p
 @no_gpu
 def test_buffers_on_a_real_gpu():
     driver = Driver()
-    from engine.backends.cuda import Stream
+    from engine.runtime.backends.cuda import Stream
 
     stream, a = Stream(driver), Buffer(driver, (4, 5))
     a.host[...] = np.arange(20).reshape(4, 5)

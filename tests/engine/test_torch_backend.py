@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from engine import Upscaler
-from engine.backends import Options
-from engine.backends import torch as backend
-from engine.fuse import DEFINITION, Steps, fastest
+from engine.export import torch_backend as backend
+from engine.export.optimise import DEFINITION, Steps, fastest
+from engine.runtime.backends import Options
 from gdpo.generator import OneStepGenerator
 from gdpo.norms import FusedGroupNorm, fuse_norms
 from tests.support.fused import relative_error

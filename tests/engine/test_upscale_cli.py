@@ -16,9 +16,9 @@ import pytest
 from PIL import Image, ImageCms
 
 from engine import upscale
-from engine.backends import tensorrt as trt_backend
-from engine.images import Picture, read_image, write_image
+from engine.io.images import Picture, read_image, write_image
 from engine.jobs import plan
+from engine.runtime.backends import tensorrt as trt_backend
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -190,7 +190,9 @@ def test_a_folder_that_cannot_be_written_is_found_before_work(run, photo, tmp_pa
 @pytest.mark.parametrize("name", ["a.jpg", "a.webp"])
 def test_a_result_that_the_format_cannot_hold_is_refused_before_work(run, photo, tmp_path, name, monkeypatch):
     source = save(tmp_path / "in.png", np.zeros((1, 20_000, 3), np.uint8))
-    monkeypatch.setattr("engine.upscaler.Upscaler.upscale", lambda *a, **k: pytest.fail("worked before it looked"))
+    monkeypatch.setattr(
+        "engine.runtime.upscaler.Upscaler.upscale", lambda *a, **k: pytest.fail("worked before it looked")
+    )
     code, _, err = run(source, tmp_path / name)
     assert code == 1 and "pixels a side, got 80000x4" in err
 

@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from engine import Upscaler
-from engine import manifest as manifests
-from engine import upscaler as module
-from engine.backends import Options, open_session
-from engine.backends import tensorrt as trt_backend
-from engine.backends import torch as backend_torch
-from engine.export import export_generator
-from engine.manifest import FolderError, Profile
-from engine.upscaler import default_model
+from engine.export import torch_backend as backend_torch
+from engine.export.generator import export_generator
+from engine.runtime import manifest as manifests
+from engine.runtime import upscaler as module
+from engine.runtime.backends import Options, open_session
+from engine.runtime.backends import tensorrt as trt_backend
+from engine.runtime.manifest import FolderError, Profile
+from engine.runtime.upscaler import default_model
 from gdpo.generator import OneStepGenerator
 
 
@@ -35,7 +35,7 @@ def test_torch_and_the_engine_give_the_same_picture(name, shape, request, photo)
 
 def test_the_torch_backend_is_the_generators_own_method(tiny_model, photo):
     """Against the method written out here: resample, encode, noise, one step, decode, round."""
-    from engine.noise import noise_field
+    from engine.runtime.noise import noise_field
 
     rgb = np.ascontiguousarray(photo[:64, :64])
     generator = OneStepGenerator.from_pretrained(tiny_model)
@@ -106,7 +106,7 @@ def test_sixteen_bit_is_eight_bit_with_more_digits(tiny_engine, photo):
 
 @pytest.mark.parametrize("scale", [0.5, 1, 2.5, 3, 6])
 def test_other_factors_resize_the_x4(tiny_engine, photo, scale):
-    from engine.resample import resize
+    from engine.runtime.resample import resize
 
     up, rgb = Upscaler.load(tiny_engine), np.ascontiguousarray(photo[:40, :52])
     result = up.upscale(rgb, seed=1, scale=scale)
@@ -117,7 +117,7 @@ def test_other_factors_resize_the_x4(tiny_engine, photo, scale):
 
 def test_colours_are_aligned(tiny_engine, photo):
     up, rgb = Upscaler.load(tiny_engine), np.ascontiguousarray(photo[:64, :64])
-    from engine.resample import resize
+    from engine.runtime.resample import resize
 
     target = resize(rgb, (256, 256)).astype(float)
     adain = up.upscale(rgb, color="adain").astype(float)

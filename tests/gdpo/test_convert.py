@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from engine import manifest
+from engine.runtime import manifest
 from gdpo.convert import convert
 from gdpo.generator import OneStepGenerator
 from gdpo.merge import main as merge_main
@@ -344,7 +344,7 @@ def test_the_command_lines(stage_one, mini_sd, tmp_path, monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> tuple[OneStepGenerator, Path]:
     """A tiny generator whose timestep matters, and its export (which folds a copy in place)."""
-    from engine.export import export_generator
+    from engine.export.generator import export_generator
     from gdpo.randomness import normal
     from gdpo.tiny import TinyUNetConfig
 

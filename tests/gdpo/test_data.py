@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.images import ImageError
+from engine.io.images import ImageError
 from gdpo.data import CropDataset, loader, natural
 
 NAMES = ["crop1.png", "crop2.png", "crop10.png", "wide.png", "deep/tall.png"]

@@ -10,7 +10,7 @@ from PIL import Image
 
 from benchmarks.degradation import crops
 from benchmarks.degradation_baseline import degrade_one
-from engine.images import ImageError, read_image
+from engine.io.images import ImageError, read_image
 from gdpo.degradation import Degradation, DegradationConfig, blur
 from gdpo.degradation.__main__ import main
 from gdpo.degradation.draw import draw_sample

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.resample import resize
+from engine.runtime.resample import resize
 from gdpo import evaluate
 from gdpo.evaluation.compare import bootstrap, compare
 from gdpo.evaluation.report import best_crop

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, ImageCms
 from skimage import data as samples
 
-from engine.images import Picture
+from engine.io.images import Picture
 from gdpo import prepare as module
 from gdpo.crops import convert, cut, difference_hash, near_duplicates, positions
 from gdpo.prepare import Settings, prepare

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from gdpo.storage import staged_folder
+from engine.io.folders import staged_folder
 
 
 def write(target, text):

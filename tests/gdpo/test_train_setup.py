@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 from training import GDPO, NAOSD, train, train_here
 
-from engine.cli import run
+from engine.io.cli import run
 from gdpo.generator import OneStepGenerator
 from gdpo.train import __main__ as cli
 from gdpo.train.config import GDPOConfig, NAOSDConfig, TrainConfig

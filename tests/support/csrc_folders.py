@@ -16,7 +16,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from engine import Upscaler
-from engine.manifest import Geometry, Graph, Manifest, Profile, Tensor
+from engine.runtime.manifest import Geometry, Graph, Manifest, Profile, Tensor
 
 CASES = {"tiled": {}, "wavelet": {"color": "wavelet"}, "other": {"scale": 2.5}}
 

@@ -211,8 +211,8 @@ def report(folder: str) -> dict[str, Any]:
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
     from benchmarks import gdpo_step
-    from engine.backends import Options
-    from engine.backends.torch import from_generator
+    from engine.export.torch_backend import from_generator
+    from engine.runtime.backends import Options
     from gdpo import codecs, generator, prompts
     from gdpo.data import Batch
     from gdpo.tiny import TinyUNetConfig

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-TABLE_FILE = Path(__file__).parent / "data" / "normal_quantiles.f32"
+TABLE_FILE = Path(__file__).parents[1] / "data" / "normal_quantiles.f32"
 # Of its 2^18 little-endian bytes; manifests name it too.
 TABLE_SHA256 = "1cfbba1e07e34386a57626f82aeb43e6ed54ba70a3ea6b7d964dc66a841074a8"
 GENERATOR = "philox4x32-10"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.backends import Options, check_inputs, output_shape
-from engine.manifest import FolderError, Manifest
+from engine.runtime.backends import Options, check_inputs, output_shape
+from engine.runtime.manifest import FolderError, Manifest
 
 
 def open_session(manifest: Manifest, folder: Path, graph: str, options: Options) -> OnnxRuntimeSession:

@@ -16,21 +16,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine import color as colors
-from engine import manifest as manifests
-from engine.backends import MODULES, Options, Session, open_session
-from engine.core import open_core
-from engine.manifest import FolderError, Manifest
-from engine.noise import noise_field
-from engine.resample import resize, resize_window
-from engine.tiles import Axis, Places, blend, cover
+from engine.runtime import color as colors
+from engine.runtime import manifest as manifests
+from engine.runtime.backends import MODULES, Options, Session, open_session
+from engine.runtime.core import open_core
+from engine.runtime.manifest import FolderError, Manifest
+from engine.runtime.noise import noise_field
+from engine.runtime.resample import resize, resize_window
+from engine.runtime.tiles import Axis, Places, blend, cover
 
 if TYPE_CHECKING:
     from engine._core import Upscaler as Core
 
 Progress = Callable[[int, int], None]
 Run = Callable[[Sequence[Places]], Iterator[np.ndarray]]
-SHIPPED = Path(__file__).parent / "data" / "tiny"
+SHIPPED = Path(__file__).parents[1] / "data" / "tiny"
 MAX_OUTPUT_PIXELS = 1_000_000_000
 _BAND = 256  # output rows aligned and quantised at a time
 
@@ -112,7 +112,7 @@ class Upscaler:
             )
         if backend == "torch":
             try:
-                from engine.backends.torch import open_generator
+                from engine.export.torch_backend import open_generator
             except ImportError as error:
                 raise RuntimeError(
                     f"backend torch is not installed here ({error}); pip install 'gdpo-sr[export]'"

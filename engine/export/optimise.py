@@ -1,7 +1,7 @@
 """Make a generator fast in torch, by steps that can each be left out: fewer passes over memory, fewer launches.
 
 `prepare` applies them to a generator in place and returns image, noise -> output, float32 at both ends. What changes is
-rounding alone; engine.backends.torch runs the result.
+rounding alone; engine.export.torch_backend runs the result.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine import fold
+from engine.export import graphs
 from gdpo.generator import OneStepGenerator
 from gdpo.norms import fuse_norms
 
@@ -27,7 +27,7 @@ class Steps:
         precision: of weights and features: "fp32", "bf16", or "fp16" throughout (as Stable Diffusion is often run; the
             decoder of a trained model may overflow).
         channels_last: features and filters with the channels innermost, as tensor cores read them.
-        folded: timestep and prompt as constants (engine.fold).
+        folded: timestep and prompt as constants (engine.export.graphs).
         attention: queries, keys and values of self-attention from one product.
         norms: group normalisation and the SiLU behind it as one kernel (gdpo.kernels.group_norm).
         graphs: a shape that comes again is recorded as a CUDA graph, with convolutions chosen by measurement.
@@ -56,38 +56,38 @@ def prepare(generator: OneStepGenerator, steps: Steps) -> nn.Module:
     """Apply the steps in place: image [B,3,H,W] in [-1,1], noise [B,C,h,w] -> output [B,3,H,W], all float32.
 
     Raises:
-        ValueError: an unknown precision, or a UNet that does not fold.
+        ValueError: an unknown precision, or a UNet that does not graphs.
     """
-    if steps.precision not in fold.DTYPES:
-        raise ValueError(f"precision must be one of {', '.join(fold.DTYPES)}; got {steps.precision!r}")
+    if steps.precision not in graphs.DTYPES:
+        raise ValueError(f"precision must be one of {', '.join(graphs.DTYPES)}; got {steps.precision!r}")
     generator.eval().requires_grad_(False)
     if steps.folded:
-        fold.fold(generator)
+        graphs.fold(generator)
         for module in generator.unet.modules():
-            if type(module) is fold._FixedCrossAttention:
+            if type(module) is graphs._FixedCrossAttention:
                 module.__class__ = _DenseCrossAttention
     elif steps != DEFINITION:
         generator.merge_lora()
     for part in (generator.unet, generator.codec):
         if steps.attention:
             fuse_attention(part)
-        nn.Module.to(part, fold.DTYPES[steps.precision])
+        nn.Module.to(part, graphs.DTYPES[steps.precision])
         if steps.channels_last:
             to_channels_last(part)
         if steps.norms:
             fuse_norms(part)
-    module = fold.Whole(generator, steps.precision) if steps.folded else Plain(generator, steps.precision)
+    module = graphs.Whole(generator, steps.precision) if steps.folded else Plain(generator, steps.precision)
     if steps.compiled:
         module.compile(dynamic=False)
     return module
 
 
 class Plain(nn.Module):
-    """Encode, predict, decode, as training does; not clamped (see fold.Decoder)."""
+    """Encode, predict, decode, as training does; not clamped (see graphs.Decoder)."""
 
     def __init__(self, generator: OneStepGenerator, precision: str):
         super().__init__()
-        self.generator, self.dtype = generator, fold.DTYPES[precision]
+        self.generator, self.dtype = generator, graphs.DTYPES[precision]
 
     def forward(self, image: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         latent = self.generator.encode(image.to(self.dtype))
@@ -128,7 +128,7 @@ def _transformer_output(
 # ---- attention
 
 
-class _DenseCrossAttention(fold._FixedCrossAttention):
+class _DenseCrossAttention(graphs._FixedCrossAttention):
     """Each picture's keys and values in memory of their own: attention kernels of GPUs (cuDNN's comes first on an H100)
     are little tried, and have been wrong, on a batch that is one picture's with a stride of 0."""
 

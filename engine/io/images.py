@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
-from engine.files import atomic_path
-from engine.metadata import add_exif_to_tiff, read_metadata, reset_orientation, tiff_exif, upright_xmp
+from engine.io.files import atomic_path
+from engine.io.metadata import add_exif_to_tiff, read_metadata, reset_orientation, tiff_exif, upright_xmp
 
 MAX_PIXELS = 100_000_000  # of an input picture
 MAX_BYTES = 1 << 30  # of an input file

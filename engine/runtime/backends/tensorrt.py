@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from engine import manifest as manifests
-from engine.backends import Options, check_inputs, output_shape
-from engine.backends.cuda import Buffer, CudaError, CudaGraph, Driver, Event, Stream
-from engine.manifest import FolderError, Manifest
+from engine.runtime import manifest as manifests
+from engine.runtime.backends import Options, check_inputs, output_shape
+from engine.runtime.backends.cuda import Buffer, CudaError, CudaGraph, Driver, Event, Stream
+from engine.runtime.manifest import FolderError, Manifest
 
 # The first name that imports is taken. The cu13 wheels bring the bindings without their front package.
 _NAMES = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}

@@ -10,14 +10,14 @@ from typing import Protocol
 
 import numpy as np
 
-from engine.manifest import Geometry, Graph, Manifest
+from engine.runtime.manifest import Geometry, Graph, Manifest
 
 MODULES = {
-    "onnx": "engine.backends.onnxruntime",
-    "onnxruntime": "engine.backends.onnxruntime",
-    "tensorrt": "engine.backends.tensorrt",
-    "tensorrt-rtx": "engine.backends.tensorrt",
-    "openvino": "engine.backends.openvino",
+    "onnx": "engine.runtime.backends.onnxruntime",
+    "onnxruntime": "engine.runtime.backends.onnxruntime",
+    "tensorrt": "engine.runtime.backends.tensorrt",
+    "tensorrt-rtx": "engine.runtime.backends.tensorrt",
+    "openvino": "engine.runtime.backends.openvino",
 }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.files import fsync
+from engine.io.files import fsync
 
 
 def fsync_tree(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """torch on a generator's folder: as it is, the definition that other backends are compared with; or made fast.
 
-With bf16 it is prepared by engine.fuse; on an NVIDIA GPU a shape that comes again is recorded as a CUDA graph, with
-pinned host memory at both ends.
+With bf16 it is prepared by engine.export.optimise; on an NVIDIA GPU a shape that comes again is recorded as a CUDA
+graph, with pinned host memory at both ends.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.backends import Options, check_inputs
-from engine.export import descriptors, geometry_of, profile_of
-from engine.fuse import DEFINITION, Steps, fastest, prepare
-from engine.manifest import Manifest
+from engine.export.descriptors import descriptors, geometry_of, profile_of
+from engine.export.optimise import DEFINITION, Steps, fastest, prepare
+from engine.runtime.backends import Options, check_inputs
+from engine.runtime.manifest import Manifest
 from gdpo.generator import OneStepGenerator
 
 KEPT_SHAPES = 4  # recorded graphs; each has buffers of its own

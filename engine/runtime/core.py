@@ -6,8 +6,8 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.backends import Options
-from engine.manifest import Manifest
+from engine.runtime.backends import Options
+from engine.runtime.manifest import Manifest
 
 if TYPE_CHECKING:
     from engine._core import Upscaler

@@ -243,7 +243,7 @@ def _mirror(index: torch.Tensor, size: int) -> torch.Tensor:
 
 def upsampling_kernel(scale: int) -> torch.Tensor:
     """The project's bicubic for a whole factor as one convolution: [scale^2, 1, 5, 5], a phase of the result each."""
-    from engine.resample import taps
+    from engine.runtime.resample import taps
 
     first, weights = taps(16, 16 * scale)
     line = torch.zeros(scale, 5)

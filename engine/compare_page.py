@@ -13,7 +13,7 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
-from engine.files import atomic_path
+from engine.io.files import atomic_path
 
 _LARGEST_SIDE = 16_384  # of a picture on the page: browsers show no more, a JPEG holds no more than 65,500
 

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine import noise, resample
-from engine.files import atomic_write
+from engine.io.files import atomic_write
+from engine.runtime import noise, resample
 
 FORMAT = 1
 BACKENDS = ("onnx", "onnxruntime", "tensorrt", "tensorrt-rtx")  # "onnx": as exported, run by ONNX Runtime

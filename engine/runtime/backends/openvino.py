@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.backends import Options, check_inputs
-from engine.manifest import FolderError, Manifest
+from engine.runtime.backends import Options, check_inputs
+from engine.runtime.manifest import FolderError, Manifest
 
 
 def open_session(manifest: Manifest, folder: Path, graph: str, options: Options) -> OpenVinoSession:

@@ -1,0 +1,1 @@
+"""From an exported folder to an optimised model or a plan of one backend."""

@@ -1,0 +1,107 @@
+"""Build an exported folder for a backend: `python -m engine.build ONNX_FOLDER --backend tensorrt --out DIR`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from engine.build.builder import TARGETS, BuildOptions, architecture_of, build
+from engine.io import cli
+from engine.runtime import manifest as manifests
+from engine.runtime.backends.tensorrt import load_module
+from engine.runtime.manifest import Manifest, Profile
+
+
+def profile_from(options: Any, exported: Manifest) -> Profile:
+    """A profile from shapes as trtexec takes them (image:1x3x64x64) or from the exported folder."""
+    low, usual, high = (_shape(text, exported) for text in (options.min_shapes, options.opt_shapes, options.max_shapes))
+    old = exported.profile
+    batch = tuple(s[0] if s else b for s, b in zip((low, usual, high), old.batch))
+    tile = tuple(s[1] if s else t for s, t in zip((low, usual, high), old.tile))
+    if list(batch) != sorted(batch) or list(tile) != sorted(tile):
+        raise ValueError(f"min, opt and max shapes must rise; got batches {batch} and sides {tile}")
+    return Profile((batch[0], batch[1], batch[2]), (tile[0], tile[1], tile[2]))
+
+
+def _shape(text: str | None, exported: Manifest) -> tuple[int, int] | None:
+    """(batch, tile side in output pixels) of "image:1x3x512x512", of any one input."""
+    if text is None:
+        return None
+    first = text.split(",")[0]
+    found = re.fullmatch(r"(\w+):(\d+)x(\d+)x(\d+)x(\d+)", first)
+    tensors = {t.name: t for graph in exported.graphs.values() for t in graph.inputs}
+    if not found or found[1] not in tensors or found[4] != found[5]:
+        raise ValueError(f"{text!r} is not a shape such as image:1x3x512x512 (a square; inputs: {', '.join(tensors)})")
+    unit = 1 if tensors[found[1]].shape[2] == "height" else exported.geometry.factor
+    return int(found[2]), int(found[4]) * unit
+
+
+def main() -> int:
+    parser = cli.Parser(prog="python -m engine.build", description="Build an exported folder for a backend.")
+    parser.add_argument("folder", help="written by engine.export")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument(
+        "--backend", choices=TARGETS, help="default: tensorrt where it and an NVIDIA GPU are, else onnxruntime"
+    )
+    for which in ("min", "opt", "max"):
+        parser.add_argument(f"--{which}-shapes", metavar="image:BxCxHxW", help="default: what was exported")
+    parser.add_argument("--timing-cache", help="file that remembers measurements between builds")
+    parser.add_argument("--builder-optimization-level", type=int, default=3, choices=range(6))
+    parser.add_argument("--version-compatible", action="store_true")
+    parser.add_argument("--refit", action="store_true")
+    parser.add_argument("--workspace", type=int, metavar="MIB")
+    parser.add_argument(
+        "--architecture", nargs="+", default=[], help="of tensorrt-rtx: sm_89 ... compiled ahead of time"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="build even when up to date")
+    parser.add_argument("--quiet", action="store_true", help="do not show what the backend says")
+    options = parser.parse_args()
+    source, out = Path(options.folder), Path(options.out)
+    backend = options.backend or _default_backend()
+    chosen = BuildOptions(
+        options.workspace,
+        options.builder_optimization_level,
+        options.refit,
+        options.version_compatible,
+        tuple(options.architecture),
+    )
+    profile = profile_from(options, manifests.load(source))
+    cache = Path(options.timing_cache) if options.timing_cache else None
+
+    def log(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    manifest, built = build(
+        source,
+        out,
+        backend,
+        profile=profile,
+        options=chosen,
+        timing_cache=cache,
+        log=None if options.quiet else log,
+        force=options.overwrite,
+    )
+    from engine.info import describe
+
+    print(describe(out, manifest))
+    print("built" if built else "up to date (--overwrite builds it again)", file=sys.stderr)
+    return 0
+
+
+def _default_backend() -> str:
+    try:
+        load_module("tensorrt")
+        architecture_of("tensorrt")
+    except RuntimeError:
+        return "onnxruntime"
+    return "tensorrt"
+
+
+def console() -> None:
+    cli.run(main)
+
+
+if __name__ == "__main__":
+    console()

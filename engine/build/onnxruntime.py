@@ -1,0 +1,36 @@
+"""ONNX Runtime's optimised model of an exported graph."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from engine.io.files import sha256
+from engine.runtime.manifest import Graph, Manifest
+
+
+def optimise(exported: Manifest, source: Path, name: str, folder: Path) -> Graph:
+    """ONNX Runtime's optimised model. Layouts that depend on the CPU are left to the machine that loads it."""
+    import onnxruntime
+
+    from engine.runtime.backends.onnxruntime import check_precision, refused, session_options
+
+    entry = exported.graphs[name]
+    check_precision(exported, source)
+    model, data = exported.read(source, name)
+    settings = session_options(0)
+    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    settings.optimized_model_filepath = str(folder / entry.file)
+    hashes = {}
+    if data:
+        names = list(data)
+        settings.add_external_initializers_from_files_in_memory(
+            names, list(data.values()), [len(data[n]) for n in names]
+        )
+        side = f"{entry.file}.data"
+        settings.add_session_config_entry("session.optimized_model_external_initializers_file_name", side)
+    with refused(source / entry.file):
+        onnxruntime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+    if data:
+        hashes = {side: sha256(folder / side)}
+    return replace(entry, sha256=sha256(folder / entry.file), data=hashes)

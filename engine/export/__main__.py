@@ -1,0 +1,61 @@
+"""Export a generator's folder to ONNX: `python -m engine.export MODEL --out DIR`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine.export.descriptors import geometry_of, profile_of
+from engine.export.generator import PRECISIONS, export_generator
+from engine.io import cli
+from gdpo.generator import OneStepGenerator
+
+
+def main() -> int:
+    parser = cli.Parser(prog="python -m engine.export", description="Export a generator's folder to ONNX.")
+    parser.add_argument("model", help="a diffusers folder, or hub:ORG/NAME")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--precision", default="fp32", choices=PRECISIONS)
+    parser.add_argument("--opset", type=int, default=23)
+    parser.add_argument("--split", action="store_true", help="three graphs (encoder, unet, decoder) instead of one")
+    parser.add_argument("--static", action="store_true", help="one batch and one tile size: a faster plan")
+    parser.add_argument("--batch", type=int, default=1, help="usual batch")
+    parser.add_argument("--max-batch", type=int, default=8)
+    parser.add_argument("--tile", type=int, default=512, help="usual tile side, in output pixels")
+    parser.add_argument("--max-tile", type=int, default=1024)
+    parser.add_argument("--image-to-image", action="store_true", help="also one graph: picture in, picture out")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise inside --image-to-image")
+    parser.add_argument("--no-check", action="store_true", help="skip the comparison with torch")
+    parser.add_argument("--t-noise", type=int, help="override the folder's noise timestep")
+    parser.add_argument("--t-diffusion", type=int, help="override the folder's diffusion timestep")
+    options = parser.parse_args()
+    if (Path(options.model) / "manifest.json").is_file():
+        raise ValueError(
+            f"{options.model}: this is an engine folder, not a generator; name the generator that it was exported from"
+        )
+    generator = OneStepGenerator.from_pretrained(options.model, options.t_noise, options.t_diffusion)
+    geometry = geometry_of(generator)
+    sizes = {k: options[k] for k in ("batch", "max_batch", "tile", "max_tile", "static")}
+    manifest = export_generator(
+        generator,
+        Path(options.out),
+        precision=options.precision,
+        opset=options.opset,
+        split=options.split,
+        profile=profile_of(geometry, **sizes),
+        image_to_image=options.image_to_image,
+        seed=options.seed,
+        check=not options.no_check,
+        model={"name": Path(options.model).name},
+    )
+    from engine.info import describe
+
+    print(describe(Path(options.out), manifest))
+    return 0
+
+
+def console() -> None:
+    cli.run(main)
+
+
+if __name__ == "__main__":
+    console()

@@ -1,0 +1,1 @@
+"""From a loaded folder and a picture to its upscaled version: numpy and one backend."""
