@@ -86,5 +86,5 @@ setup(
     cmdclass={"build_ext": Build},
     packages=[*find_packages(include=["gdpo", "gdpo.*", "engine", "engine.*"]), "gdpo._kernels"],
     package_dir={"gdpo._kernels": "kernels"},
-    package_data={"gdpo": ["data/*"], "engine": ["data/*", "data/*/*", "*.pyi"]},
+    package_data={"gdpo": ["resources/*"], "engine": ["data/*", "data/*/*", "*.pyi"]},
 )

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.rows import append_row, require_clean
 from engine import Upscaler
 from engine.io import cli
+from engine.io.rows import append_row, require_clean
 from engine.runtime.core import library
 
 CASES = [  # height and width of the input, options

@@ -21,7 +21,7 @@ import torch
 from skimage import data
 
 from benchmarks.degradation_baseline import degrade_one
-from benchmarks.rows import append_row, require_clean
+from engine.io.rows import append_row, require_clean
 from gdpo.degradation import Degradation, DegradationConfig
 from gdpo.degradation.draw import draw_sample
 

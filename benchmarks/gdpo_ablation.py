@@ -3,9 +3,9 @@
     python -m benchmarks.gdpo_ablation --config configs/tiny-gdpo.yaml --steps 300 --every 50 --out runs/ablation
 
 All of them start from the model of the configuration, see the same pictures and noises, and are judged alike, at every
-checkpoint, on held-out crops (benchmarks.gdpo_gain): the attribute-aware reward against the starting model, PSNR-Y, the
-no-reference score, and the two artefact figures. The curves show where a reward begins to be hacked: it still rises
-while fidelity falls or an artefact figure climbs. Interrupted, it goes on where it was.
+checkpoint, on held-out crops (gdpo.evaluation.before_after): the attribute-aware reward against the starting model,
+PSNR-Y, the no-reference score, and the two artefact figures. The curves show where a reward begins to be hacked: it
+still rises while fidelity falls or an artefact figure climbs. Interrupted, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from jsonargparse.typing import PositiveInt
 
-from benchmarks import rows
-from benchmarks.gdpo_gain import Options, measure
+from engine.io import rows
 from engine.io.cli import Parser, run
 from engine.io.files import atomic_write
-from gdpo import lora
+from gdpo.evaluation.before_after import Options, measure
 from gdpo.generator import OneStepGenerator
+from gdpo.model import lora
 from gdpo.train import checkpoint as checkpoints
 
 VARIANTS: dict[str, tuple[str, ...]] = {

@@ -112,7 +112,7 @@ def _batch(crop: int, step: int, device: Any) -> Any:
     import torch
     from skimage import data
 
-    from gdpo.data import Batch
+    from gdpo.photos.dataset import Batch
 
     photo = data.astronaut()
     y, x = (step * 37) % (512 - crop + 1), (step * 61) % (512 - crop + 1)
@@ -131,7 +131,7 @@ def _released(folder: str, accelerator: Any, crop: int, group: int, variant: str
 
 def _method(folder: str, accelerator: Any, crop: int, group: int, variant: str = "plain", **more: Any) -> Any:
     from gdpo.train.config import DataConfig, GDPOConfig, ModelConfig
-    from gdpo.train.gdpo import GDPO
+    from gdpo.train.methods.gdpo import GDPO
 
     config = GDPOConfig(
         model=ModelConfig(pretrained=folder, gradient_checkpointing=variant == "checkpointing"),
@@ -254,7 +254,7 @@ def _failed(runs: list[dict[str, Any]]) -> bool:
 
 def _earlier(figures: dict[str, Any]) -> Runs:
     """The runs in the newest rows of this commit, machine and setting (the rows' own figures that say what was run)."""
-    from benchmarks.rows import environment, read_rows
+    from engine.io.rows import environment, read_rows
 
     def place(row: dict[str, Any]) -> tuple[Any, ...]:
         return row["commit"], *(row["machine"].get(key) for key in ("gpu", "cpu", "cores"))
@@ -295,7 +295,7 @@ def _row(released: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
 
 def _measure(args: Any, folder: str, precision: str, device: str) -> list[str]:
     """Check and measure all variants in a precision, with rows behind each round: what has no figure, and why."""
-    from benchmarks.rows import append_row
+    from engine.io.rows import append_row
 
     began = time.monotonic()
     setting = (folder, args.crop, args.group, precision, args.steps)
@@ -368,8 +368,8 @@ def main() -> int:
         return 0
     import torch
 
-    from benchmarks.random_folder import build_folder
-    from benchmarks.rows import require_clean
+    from engine.io.rows import require_clean
+    from gdpo.model.random_folder import build_folder
 
     if not args.dry:
         require_clean()

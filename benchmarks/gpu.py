@@ -42,8 +42,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import RESULTS, ROOT, commit, environment, require_clean
 from engine.io.files import atomic_write
+from engine.io.rows import RESULTS, ROOT, commit, environment, require_clean
 
 SKIPPED = 77  # exit code of a part that cannot run here; its last line says why
 ROUNDS = "2"  # every figure is taken twice

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks import gpu
-from benchmarks.rows import RESULTS, ROOT, append_row, commit, environment, read_rows
 from engine.io import cli
+from engine.io.rows import RESULTS, ROOT, append_row, commit, environment, read_rows
 
 Show = Callable[..., None]
 
@@ -68,7 +68,7 @@ def medians(call: Callable[[], object], device: str, runs: int = 15) -> float:
 
 def make_model(options: Any, show: Show) -> None:
     """sd21 (dry: mini), where it is not there yet."""
-    from benchmarks.random_folder import build_folder
+    from gdpo.model.random_folder import build_folder
 
     size: Literal["mini", "sd21"] = "mini" if options.dry else "sd21"
     folder = options.cache / size
@@ -82,8 +82,8 @@ def try_tensorrt_rtx(options: Any, show: Show) -> None:
     """Export and build in processes that see no GPU; load, compare with torch and time in this one."""
     import numpy as np
 
-    from benchmarks.random_folder import build_folder
     from engine.runtime.backends.tensorrt import load_module
+    from gdpo.model.random_folder import build_folder
 
     try:
         version = load_module("tensorrt-rtx").__version__

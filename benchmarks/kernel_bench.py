@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
-from benchmarks.rows import ROOT, append_row, require_clean
 from engine.io import cli
+from engine.io.rows import ROOT, append_row, require_clean
 from gdpo.kernels import attribute_ratios, attribute_reward, attribute_statistics, complexity, gdpo_loss, group_norm
 
 # [B,G,C,H,W] of latents; [B,G,side] and [B,side] of pictures; [B,G,F,P] of scores; [B,C,side] of features

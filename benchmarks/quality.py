@@ -24,17 +24,17 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks import rows
 from benchmarks.peers import PEERS, package
 from engine import Upscaler
+from engine.io import rows
 from engine.io.cli import Parser, run
 from engine.io.files import atomic_write
 from engine.io.images import Picture, read_image, write_image
 from engine.runtime.resample import resize
-from gdpo.data import CropDataset
 from gdpo.degradation import Degradation, DegradationConfig
-from gdpo.evaluation.scores import OFFLINE
 from gdpo.evaluation.sources import parse_source
+from gdpo.photos.dataset import CropDataset
+from gdpo.scores.columns import OFFLINE
 
 Network = Callable[[np.ndarray], np.ndarray]
 

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from gdpo.data import Batch
 from gdpo.degradation import Degradation, DegradationConfig
 from gdpo.kernels import attribute_ratios, attribute_reward, attribute_statistics
-from gdpo.prompts import NEGATIVE_PROMPT, POSITIVE_PROMPT
+from gdpo.model.prompts import NEGATIVE_PROMPT, POSITIVE_PROMPT
+from gdpo.photos.dataset import Batch
 
 LUMA = (0.299, 0.587, 0.114)
 T_NOISE, T_DIFFUSION, BETA = 250, 100, 5000.0

@@ -1,7 +1,8 @@
 """The tables of docs/results.md, made from the newest rows: python -m benchmarks.report (--check: are they?).
 
 Each table stands between `<!-- NAME -->` and `<!-- /NAME -->` and is replaced; the words around it are written by hand.
-The rows come from benchmarks.quality (quality), benchmarks.gdpo_gain (gain) and benchmarks.gdpo_ablation (ablation).
+The rows come from benchmarks.quality (quality), gdpo.evaluation.before_after (gain) and benchmarks.gdpo_ablation
+(ablation).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import rows
+from engine.io import rows
 from engine.io.cli import Parser, run
 from engine.io.files import atomic_write
 
@@ -83,7 +84,7 @@ def targets() -> str:
 
 def gain() -> str:
     """What GDPO changed on held-out crops."""
-    from benchmarks.gdpo_gain import table
+    from gdpo.evaluation.before_after import table
 
     return table(newest("gdpo_gain")[-1]).strip()
 

@@ -31,10 +31,10 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu_parts import medians
-from benchmarks.rows import append_row, environment, read_rows, require_clean
 from engine.export.optimise import DEFINITION, Plain, Steps
 from engine.export.torch_backend import TorchSession, from_generator
 from engine.io import cli
+from engine.io.rows import append_row, environment, read_rows, require_clean
 from engine.runtime.backends import Options
 from gdpo.generator import OneStepGenerator
 

@@ -268,9 +268,9 @@ def _show(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _keep(name: str, rows: list[dict[str, Any]]) -> None:
-    try:
-        from benchmarks.rows import append_row
-    except ImportError:
+    from engine.io.rows import ROOT, append_row
+
+    if not (ROOT / "benchmarks").is_dir():
         print("rows are kept in a checkout of the project only (run it from the root)", file=sys.stderr)
         return
     path = None

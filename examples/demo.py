@@ -50,7 +50,7 @@ def main() -> None:
 
     say("5/6 what GDPO changed, on crops of photos that were not trained on")
     run(
-        "benchmarks.gdpo_gain", gdpo / "model", "--data", RUNS / "crops", "--out", RUNS / "gain",
+        "gdpo.evaluation.before_after", gdpo / "model", "--data", RUNS / "crops", "--out", RUNS / "gain",
         "--preset", "light", "--crops", 32,
     )  # fmt: skip
 

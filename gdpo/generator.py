@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from gdpo import lora
-from gdpo.codecs import PixelCodec, load_codec, save_codec
-from gdpo.parts import first_line, load_pretrained, read_json, read_tensors
-from gdpo.prompts import POSITIVE_PROMPT, PromptEncoder
-from gdpo.tiny import TinyUNet, TinyUNetConfig
+from gdpo.model import lora
+from gdpo.model.codecs import PixelCodec, load_codec, save_codec
+from gdpo.model.parts import first_line, load_pretrained, read_json, read_tensors
+from gdpo.model.prompts import POSITIVE_PROMPT, PromptEncoder
+from gdpo.model.tiny import TinyUNet, TinyUNetConfig
 
 DEFAULT_SCHEDULE = {
     "_class_name": "DDPMScheduler",

@@ -12,8 +12,8 @@ from jsonargparse.typing import ClosedUnitInterval
 
 from engine.io.cli import Parser, run
 from engine.io.folders import check_target
-from gdpo import lora
 from gdpo.generator import OneStepGenerator
+from gdpo.model import lora
 
 
 def merge(

@@ -31,8 +31,8 @@ from tqdm import tqdm
 from engine.io.cli import Parser, run
 from engine.io.files import atomic_path, atomic_write, sha256
 from engine.io.images import SUFFIXES, ImageError, read_image
-from gdpo.crops import convert, cut, difference_hash, near_duplicates
-from gdpo.data import SPLITS, natural, read_jsonl
+from gdpo.photos.crops import convert, cut, difference_hash, near_duplicates
+from gdpo.photos.dataset import SPLITS, natural, read_jsonl
 
 # Pictures that read_image refuses by name; without this list they would be passed over in silence.
 _OTHER = {".gif", ".bmp", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".mpo"}

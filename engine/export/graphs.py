@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gdpo.generator import OneStepGenerator
-from gdpo.tiny import ResBlock, TinyUNet
+from gdpo.model.tiny import ResBlock, TinyUNet
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from engine.export import graphs
 from gdpo.generator import OneStepGenerator
-from gdpo.norms import fuse_norms
+from gdpo.model.norms import fuse_norms
 
 
 @dataclass(frozen=True)

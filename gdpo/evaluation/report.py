@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from engine.io.files import atomic_path, atomic_write
-from gdpo.evaluation.scores import PLACE, Metric
+from gdpo.scores.columns import PLACE, Metric
 
 _DIGITS = {"ssim_y": 4, "lpips": 4, "dists": 4, "clipiqa": 4, "maniqa-koniq": 4, "maniqa-pipal": 4, "vgg": 3}
 

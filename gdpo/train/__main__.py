@@ -61,7 +61,7 @@ def train(method: str, config: TrainConfig) -> None:
     import torch
     from accelerate import Accelerator
 
-    from gdpo.data import CropDataset
+    from gdpo.photos.dataset import CropDataset
     from gdpo.train.loop import Loop
     from gdpo.train.setup import precision, tracker, validation_batch
 
@@ -78,11 +78,11 @@ def train(method: str, config: TrainConfig) -> None:
         raise ValueError(f"data.captions is set, but {config.data.folder} has no captions.jsonl")
     loop = Loop(config, accelerator, dataset, validation_batch(config))
     if isinstance(config, GDPOConfig):
-        from gdpo.train.gdpo import GDPO
+        from gdpo.train.methods.gdpo import GDPO
 
         loop.run(GDPO(config, accelerator))
     elif isinstance(config, NAOSDConfig):
-        from gdpo.train.naosd import NAOSD
+        from gdpo.train.methods.naosd import NAOSD
 
         loop.run(NAOSD(config, accelerator))
 

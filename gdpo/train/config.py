@@ -155,9 +155,9 @@ class NAOSDConfig(TrainConfig):
         perceptual_size: side of a random crop on which the perceptual distance is computed; 0 is the whole picture.
         perceptual_blocks: VGG blocks that are compared, 1 to 5; fewer are cheaper.
         num_noises: noises drawn per picture in a step.
-        diversity: above 0 the perceptual distance is the energy score on VGG features (gdpo.train.energy) with this
-            weight of its spread term; needs num_noises of 2 or more. 1 is the proper score, 0 the plain distance.
-        grid_weight: above 0, a penalty on errors that repeat every 8 pixels (gdpo.train.grid; not in the paper).
+        diversity: above 0 the perceptual distance is the energy score on VGG features (gdpo.train.losses.energy), with
+            this weight of its spread term; needs num_noises of 2 or more. 1 is the proper score, 0 the plain distance.
+        grid_weight: above 0, a penalty on errors that repeat every 8 pixels (gdpo.train.losses.grid; not in the paper).
         lattice_weight: above 0, a penalty on peaks of the spectrum at periods of 2 and 4 pixels (the same file).
         vsd_cfg: guidance scale of the VSD teacher.
         vsd_t: range of VSD timesteps as fractions of T.
@@ -211,8 +211,8 @@ class GDPOConfig(TrainConfig):
         algorithm: "gdpo" (the whole group, weighted by advantage) or "dpo" (best against worst).
         num_generations: G, samples per picture.
         beta: of the loss.
-        reward_funcs: names of the registry or module:function of your own; see gdpo.rewards. "region_fidelity" and
-            "region_detail" measure fidelity where the picture is smooth and detail where it is textured.
+        reward_funcs: names of the registry or module:function of your own; see gdpo.scores.registry. "region_fidelity"
+            and "region_detail" measure fidelity where the picture is smooth and detail where it is textured.
         reward_weights: one number per reward function, relative within its kind; None weighs alike.
         rho: "auto" weighs fidelity by the smooth and perception by the textured share of the picture (the paper);
             a number in [0,1] fixes the smooth share.

@@ -10,7 +10,7 @@ import torch
 from gdpo.generator import OneStepGenerator
 from gdpo.kernels import attribute_ratios, attribute_statistics
 from gdpo.randomness import moved
-from gdpo.rewards import Reward, require_finite
+from gdpo.scores.registry import Reward, require_finite
 from gdpo.train.setup import group_noise
 
 LUMA = (0.299, 0.587, 0.114)

@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from engine.io.cli import Terminated
 from engine.io.files import atomic_write
-from gdpo.data import Batch, CropDataset, loader
 from gdpo.generator import OneStepGenerator
+from gdpo.photos.dataset import Batch, CropDataset, loader
 from gdpo.train import checkpoint as checkpoints
 from gdpo.train import pictures
 from gdpo.train.config import TrainConfig

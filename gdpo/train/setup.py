@@ -14,13 +14,13 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 
-from gdpo import lora
-from gdpo.data import Batch, CropDataset, loader
 from gdpo.generator import OneStepGenerator
-from gdpo.norms import norms_in_own_precision
-from gdpo.prompts import PromptEncoder
+from gdpo.model import lora
+from gdpo.model.norms import norms_in_own_precision
+from gdpo.model.prompts import PromptEncoder
+from gdpo.model.tiny import TinyUNet, TinyUNetConfig
+from gdpo.photos.dataset import Batch, CropDataset, loader
 from gdpo.randomness import normal
-from gdpo.tiny import TinyUNet, TinyUNetConfig
 from gdpo.train.config import TrainConfig
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}

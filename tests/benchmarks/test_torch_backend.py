@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from benchmarks import rows, torch_backend
-from benchmarks.random_folder import architecture
 from engine.export import torch_backend as backend
 from engine.export.optimise import Steps
-from gdpo.codecs import KLCodec
 from gdpo.generator import OneStepGenerator
-from gdpo.norms import FusedGroupNorm
+from gdpo.model.codecs import KLCodec
+from gdpo.model.norms import FusedGroupNorm
+from gdpo.model.random_folder import architecture
 
 
 def steps_shown(text):

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from cpp import CMAKE, ROOT, build, run
 
 from engine.runtime.core import library
+from tests.support.cpp import CMAKE, ROOT, build, run
 
 
 @pytest.fixture(scope="session")
@@ -54,11 +54,11 @@ def compiler():
 
 @pytest.fixture(scope="session")
 def folders(shared) -> Path:
-    """Engine folders, good and bad: see csrc_folders.py."""
+    """Engine folders, good and bad: see folders.py."""
 
     def make(out: Path) -> None:
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        run(sys.executable, ROOT / "tests" / "support" / "csrc_folders.py", out, cwd=ROOT, env=environment)
+        run(sys.executable, ROOT / "tests" / "support" / "folders.py", out, cwd=ROOT, env=environment)
 
     return shared("folders", make)
 

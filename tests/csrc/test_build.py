@@ -7,7 +7,8 @@ import sys
 import zipfile
 
 import pytest
-from cpp import ROOT
+
+from tests.support.cpp import ROOT
 
 
 def build(tmp_path, choice: str) -> subprocess.CompletedProcess:

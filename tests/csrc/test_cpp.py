@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cpp import CMAKE, ROOT, build, run
-from csrc_folders import write_ppm
 
 from engine import Upscaler
+from tests.support.cpp import CMAKE, ROOT, build, run
+from tests.support.folders import write_ppm
 
 REGRESSIONS = ROOT / "tests" / "csrc" / "regressions"
 

@@ -7,10 +7,10 @@ import subprocess
 
 import numpy as np
 import pytest
-from cpp import CMAKE, ROOT, build, run
-from csrc_folders import write_ppm
 
 from engine.runtime.manifest import Geometry, Graph, Manifest, Profile, Tensor
+from tests.support.cpp import CMAKE, ROOT, build, run
+from tests.support.folders import write_ppm
 
 SOURCE = ROOT / "csrc" / "src" / "kernels.cu"
 KERNELS = re.findall(r"X\(\w+, (gdpo_\w+)\)", (SOURCE.parent / "kernels.hpp").read_text()) + ["gdpo_sums"]

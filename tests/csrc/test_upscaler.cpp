@@ -1,4 +1,4 @@
-/// The whole library with a model: test_upscaler FOLDERS, which csrc_folders.py wrote.
+/// The whole library with a model: test_upscaler FOLDERS, which folders.py wrote.
 #include <gdpo/pnm.hpp>
 #include <gdpo/upscaler.hpp>
 #include <stdexcept>

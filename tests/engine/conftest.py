@@ -30,7 +30,7 @@ def tiny_model(tmp_path_factory) -> Path:
         import torch
 
         from gdpo.generator import OneStepGenerator
-        from gdpo.tiny import TinyUNetConfig
+        from gdpo.model.tiny import TinyUNetConfig
 
         config = TinyUNetConfig(block_out_channels=(16, 24, 32), head_channels=(16, 8))
         generator = OneStepGenerator.tiny(config, seed=1)
@@ -65,7 +65,7 @@ def tiny_split_engine(tmp_path_factory, tiny_model) -> Path:
 @pytest.fixture(scope="session")
 def mini_model(tmp_path_factory) -> Path:
     """The miniature Stable Diffusion, one for all workers."""
-    from benchmarks.random_folder import build_folder
+    from gdpo.model.random_folder import build_folder
 
     return shared(tmp_path_factory, "mini-model", lambda out: build_folder(out))
 

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import rows
 from engine import bench
-from engine.io import cli
+from engine.io import cli, rows
 
 
 def run(monkeypatch, capsys, *arguments):

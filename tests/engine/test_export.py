@@ -17,8 +17,8 @@ from engine.export.generator import export_generator
 from engine.io import cli
 from engine.runtime import manifest as manifests
 from engine.runtime.manifest import FolderError, Profile
-from gdpo import lora
 from gdpo.generator import OneStepGenerator
+from gdpo.model import lora
 
 SMALL = Profile((1, 1, 1), (64, 64, 64))
 

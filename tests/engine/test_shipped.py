@@ -21,7 +21,7 @@ def up():
 def test_it_is_small_and_its_card_names_every_photo():
     assert sum(f.stat().st_size for f in SHIPPED.iterdir()) < 15 * 2**20
     card = (SHIPPED / "README.md").read_text("utf-8")
-    photos = [p for p in json.loads((ROOT / "gdpo/data/photos.json").read_text("utf-8")) if p["sha256"] in card]
+    photos = [p for p in json.loads((ROOT / "gdpo/resources/photos.json").read_text("utf-8")) if p["sha256"] in card]
     assert len(photos) >= 30
     assert all(p["author"] in card and p["licence"] in card for p in photos)
     assert card.count("| training |") + card.count("| held out |") == len(photos)

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from training import NAOSD, train
 
 from gdpo.generator import OneStepGenerator
 from gdpo.randomness import normal
+from tests.support.training import NAOSD, train
 
 
 @pytest.fixture(scope="session")

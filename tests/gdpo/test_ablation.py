@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import gdpo_ablation, gdpo_gain
-from gdpo import lora
+from benchmarks import gdpo_ablation
+from gdpo.evaluation import before_after as gdpo_gain
 from gdpo.generator import OneStepGenerator
+from gdpo.model import lora
 from gdpo.train import checkpoint as checkpoints
 
 
@@ -57,7 +58,7 @@ def test_another_models_checkpoint_is_refused(tmp_path, trained):
 
 
 def gain(trained, folder, out, crops: int) -> str:
-    """The table that benchmarks.gdpo_gain prints."""
+    """The table that gdpo.evaluation.before_after prints."""
     options = gdpo_gain.Options(
         str(trained), data=str(folder), out=str(out), crops=crops, crop_size=64, noises=1, reward_funcs=("psnr_y",),
         preset="light",

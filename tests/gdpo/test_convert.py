@@ -19,7 +19,7 @@ from gdpo.convert import convert
 from gdpo.generator import OneStepGenerator
 from gdpo.merge import main as merge_main
 from gdpo.merge import merge
-from gdpo.released import read_released
+from gdpo.model.released import read_released
 
 # ---- Files as the authors release them, made the way their code makes them: diffusers and peft, three adapters.
 
@@ -345,8 +345,8 @@ def test_the_command_lines(stage_one, mini_sd, tmp_path, monkeypatch, capsys):
 def exported(tmp_path_factory) -> tuple[OneStepGenerator, Path]:
     """A tiny generator whose timestep matters, and its export (which folds a copy in place)."""
     from engine.export.generator import export_generator
+    from gdpo.model.tiny import TinyUNetConfig
     from gdpo.randomness import normal
-    from gdpo.tiny import TinyUNetConfig
 
     folder = tmp_path_factory.mktemp("exported")
     shape = TinyUNetConfig(block_out_channels=(8, 24), layers_per_block=1, head_channels=(16, 8))

@@ -52,10 +52,10 @@ def test_a_gdpo_step_mixes_no_devices_and_no_types(report):
 
 def test_within_a_gdpo_step_the_host_waits_for_the_check_of_the_rewards_alone(report):
     # The prompt is copied in the first step alone, and the benchmark reads the loss.
-    first, read = {"gdpo/prompts.py:__call__": 1}, {"benchmarks/gdpo_step.py:step": 1}
+    first, read = {"gdpo/model/prompts.py:__call__": 1}, {"benchmarks/gdpo_step.py:step": 1}
     for name, elsewhere in (("waits", first | read), ("waits, dpo", first), ("waits, tiny", {})):
         waits = {place: n for place, n in report[name].items() if not place.startswith("gdpo/degradation/")}
-        assert waits == {"gdpo/rewards.py:require_finite": 1} | elsewhere
+        assert waits == {"gdpo/scores/registry.py:require_finite": 1} | elsewhere
 
 
 def test_inference_is_recorded_as_a_graph_without_copies_and_waits(report):

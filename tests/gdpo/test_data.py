@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from engine.io.images import ImageError
-from gdpo.data import CropDataset, loader, natural
+from gdpo.photos.dataset import CropDataset, loader, natural
 
 NAMES = ["crop1.png", "crop2.png", "crop10.png", "wide.png", "deep/tall.png"]
 

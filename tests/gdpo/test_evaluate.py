@@ -15,10 +15,10 @@ from engine.runtime.resample import resize
 from gdpo import evaluate
 from gdpo.evaluation.compare import bootstrap, compare
 from gdpo.evaluation.report import best_crop
-from gdpo.evaluation.scores import build_metrics
 from gdpo.generator import OneStepGenerator
-from gdpo.metrics import naturalness, psnr_y
-from gdpo.tiny import TinyUNetConfig
+from gdpo.model.tiny import TinyUNetConfig
+from gdpo.scores.columns import build_metrics
+from gdpo.scores.metrics import naturalness, psnr_y
 
 FAST = ["psnr_y", "ssim_y", "naturalness", "grid_artefact", "oversharpening"]
 
@@ -135,7 +135,7 @@ def test_a_fid_that_fails_does_not_lose_the_other_figures(monkeypatch, data, tmp
 
 
 def test_every_metric_of_pyiqa_has_a_place_for_its_weights():
-    from gdpo.evaluation.scores import PYIQA, WEIGHTS
+    from gdpo.scores.columns import PYIQA, WEIGHTS
 
     assert {name for name, *_ in PYIQA.values()} | {"fid"} == set(WEIGHTS)
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from gdpo import features
-from gdpo.features import BLOCKS, PerceptualDistance, VGG16Features, load_perceptual
+from gdpo.scores import features
+from gdpo.scores.features import BLOCKS, PerceptualDistance, VGG16Features, load_perceptual
 
 
 @pytest.fixture(scope="module")

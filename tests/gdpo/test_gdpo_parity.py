@@ -1,7 +1,8 @@
 """One GDPO step against an independent float64 computation of the paper's formulas with plain modules.
 
-The step under test is gdpo.train.gdpo.GDPO.step on three pictures with three prompts; the other side shares only its
-inputs: the crops, the degraded pictures, the noise of each (stream, sample, group index), the weights on the disk.
+The step under test is gdpo.train.methods.gdpo.GDPO.step on three pictures with three prompts; the other side shares
+only its inputs: the crops, the degraded pictures, the noise of each (stream, sample, group index), the weights on the
+disk.
 """
 
 import math
@@ -13,8 +14,8 @@ import pytest
 import torch
 from skimage import data as photos
 
-from gdpo.data import Batch
 from gdpo.degradation import Degradation
+from gdpo.photos.dataset import Batch
 from gdpo.randomness import normal
 from gdpo.train.config import DataConfig, GDPOConfig, ModelConfig
 
@@ -43,7 +44,7 @@ def taken(batch, mini_sd, monkeypatch):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    from gdpo.train import gdpo as module
+    from gdpo.train.methods import gdpo as module
 
     monkeypatch.setitem(sys.modules, "parity_reward", ModuleType("parity_reward"))
     sys.modules["parity_reward"].edges = edges

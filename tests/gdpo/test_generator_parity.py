@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from gdpo import lora, prompts
 from gdpo.generator import OneStepGenerator
+from gdpo.model import lora, prompts
 
 PROMPTS = ["clean photo", "sharp texture, high resolution", "blurry painting"]
 SCALING = 0.18215

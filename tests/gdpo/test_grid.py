@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gdpo.randomness import normal
-from gdpo.train.grid import grid_penalty, lattice_penalty
+from gdpo.train.losses.grid import grid_penalty, lattice_penalty
 
 
 def level(x: torch.Tensor) -> float:

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from gdpo.metrics import grid_artefact, lattice_artefact, load_niqe, niqe, oversharpening, piqe, psnr_y, ssim_y
-from gdpo.metrics.fit import blur, low_octaves, pattern
-from gdpo.metrics.niqe_model import niqe_features
+from gdpo.scores.metrics import grid_artefact, lattice_artefact, load_niqe, niqe, oversharpening, piqe, psnr_y, ssim_y
+from gdpo.scores.metrics.fit import blur, low_octaves, pattern
+from gdpo.scores.metrics.niqe_model import niqe_features
 
 skimage_data = pytest.importorskip("skimage.data")
 skimage_metrics = pytest.importorskip("skimage.metrics")
@@ -120,7 +120,7 @@ def test_niqe_features_are_the_definition(photos):
 
 
 def test_niqe_halves_as_bicubic_with_antialias():
-    from gdpo.metrics.niqe_model import _half
+    from gdpo.scores.metrics.niqe_model import _half
 
     y = torch.rand(1, 48, 64, dtype=torch.float64)
     want = F.interpolate(y[:, None], scale_factor=0.5, mode="bicubic", antialias=True)[:, 0]

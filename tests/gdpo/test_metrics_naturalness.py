@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from gdpo.metrics import naturalness
-from gdpo.metrics.fit import blur, low_octaves, pattern
+from gdpo.scores.metrics import naturalness
+from gdpo.scores.metrics.fit import blur, low_octaves, pattern
 
 
 @pytest.fixture(scope="module")

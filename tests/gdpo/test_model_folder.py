@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gdpo import lora
 from gdpo.generator import OneStepGenerator
-from gdpo.tiny import TinyUNetConfig
+from gdpo.model import lora
+from gdpo.model.tiny import TinyUNetConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -18,7 +18,7 @@ from skimage import data as samples
 
 from engine.io.images import Picture
 from gdpo import prepare as module
-from gdpo.crops import convert, cut, difference_hash, near_duplicates, positions
+from gdpo.photos.crops import convert, cut, difference_hash, near_duplicates, positions
 from gdpo.prepare import Settings, prepare
 
 SMALL = Settings(size=64, stride=64, halve=False, min_texture=0.1, val_fraction=0.3)

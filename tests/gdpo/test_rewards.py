@@ -7,10 +7,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from gdpo.features import PerceptualDistance
 from gdpo.kernels import attribute_statistics
-from gdpo.metrics import naturalness, niqe, piqe, ssim_y
-from gdpo.rewards import REGISTRY, build_rewards, require_finite
+from gdpo.scores.features import PerceptualDistance
+from gdpo.scores.metrics import naturalness, niqe, piqe, ssim_y
+from gdpo.scores.registry import REGISTRY, build_rewards, require_finite
 
 OFFLINE = ["psnr_y", "region_fidelity", "region_detail", "ssim_y", "naturalness", "niqe", "piqe"]
 
@@ -67,7 +67,7 @@ def test_vgg_is_minus_the_distance(group, monkeypatch):
         def forward(self, x, y):
             return (x - y).abs().mean((1, 2, 3))
 
-    monkeypatch.setattr("gdpo.features.PerceptualDistance", Distance)
+    monkeypatch.setattr("gdpo.scores.features.PerceptualDistance", Distance)
     got = build_rewards(["vgg"])[0].score(*group)
     assert (got < 0).all() and (got.diff(dim=1) > 0).all()
     assert PerceptualDistance is not Distance

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from benchmarks import gdpo_step
-from gdpo import lora
-from gdpo.norms import norms_in_own_precision
-from gdpo.train.gdpo import GDPO
+from gdpo.model import lora
+from gdpo.model.norms import norms_in_own_precision
+from gdpo.train.methods.gdpo import GDPO
 from gdpo.train.setup import save_trained
 
 

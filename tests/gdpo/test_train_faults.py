@@ -14,11 +14,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from training import GDPO, NAOSD, ROOT, command, environment, train
 
 from gdpo.train import checkpoint
 from gdpo.train.config import GDPOConfig
 from gdpo.train.loop import Loop
+from tests.support.training import GDPO, NAOSD, ROOT, command, environment, train
 
 
 def tree_bytes(folder: Path) -> dict[str, bytes]:

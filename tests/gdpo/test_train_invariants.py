@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
-from training import GDPO, NAOSD, train, train_here
 
-from gdpo import tiny
 from gdpo.generator import OneStepGenerator
-from gdpo.tiny import TinyUNetConfig
+from gdpo.model import tiny
+from gdpo.model.tiny import TinyUNetConfig
 from gdpo.train import loop
+from tests.support.training import GDPO, NAOSD, train, train_here
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

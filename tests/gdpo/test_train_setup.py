@@ -14,13 +14,13 @@ import torch
 from accelerate.state import AcceleratorState
 from matplotlib.axes import Axes
 from PIL import Image
-from training import GDPO, NAOSD, train, train_here
 
 from engine.io.cli import run
 from gdpo.generator import OneStepGenerator
 from gdpo.train import __main__ as cli
 from gdpo.train.config import GDPOConfig, NAOSDConfig, TrainConfig
 from gdpo.train.setup import precision
+from tests.support.training import GDPO, NAOSD, train, train_here
 
 
 @pytest.mark.parametrize("config", [NAOSDConfig, GDPOConfig])

@@ -11,13 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from training import train
 
-from gdpo import lora, merge
+from gdpo import merge
 from gdpo.generator import OneStepGenerator
+from gdpo.model import lora
 from gdpo.randomness import normal, uniform
 from gdpo.train.config import NAOSDConfig
-from gdpo.train.vsd import VSD
+from gdpo.train.losses.vsd import VSD
+from tests.support.training import train
 
 K, SEED, RANK, CFG = 2, 11, 3, 7.5  # K noises per picture
 CAPTIONS = ["sharp texture", "blurry painting", "clean photo"]

@@ -2,7 +2,7 @@
 
     g++ -std=c++20 -shared -fPIC tests/support/fake_cuda.cpp -I$TORCH/include -L$TORCH/lib -ltorch_cpu -lc10 \
         -Wl,-rpath,$TORCH/lib -o fake_cuda.so                   TORCH: the folder of that package, one without CUDA
-    python -m benchmarks.random_folder FOLDER
+    python -m gdpo.model.random_folder FOLDER
     LD_PRELOAD=./fake_cuda.so python -m tests.support.fake_cuda FOLDER
     LD_PRELOAD=./fake_cuda.so python -m tests.support.fake_cuda FOLDER ours checkpointing 512 6 sd21
 
@@ -158,11 +158,12 @@ def peak(folder: str, procedure: str, variant: str, crop: str, group: str, archi
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
-    from benchmarks import gdpo_step, random_folder, released_procedure  # noqa: F401
-    from gdpo import codecs, generator, prompts
-    from gdpo.data import Batch
+    from benchmarks import gdpo_step, released_procedure  # noqa: F401
+    from gdpo import generator
     from gdpo.kernels import complexity, loss, norm, reward, statistics
-    from gdpo.train import gdpo as _  # noqa: F401
+    from gdpo.model import codecs, prompts, random_folder
+    from gdpo.photos.dataset import Batch
+    from gdpo.train.methods import gdpo as _  # noqa: F401
 
     def build(kind: Any, where: Any, dtype: torch.dtype | None = None, **more: Any) -> Any:
         made = {
@@ -213,11 +214,12 @@ def report(folder: str) -> dict[str, Any]:
     from benchmarks import gdpo_step
     from engine.export.torch_backend import from_generator
     from engine.runtime.backends import Options
-    from gdpo import codecs, generator, prompts
-    from gdpo.data import Batch
-    from gdpo.tiny import TinyUNetConfig
-    from gdpo.train import gdpo as _
+    from gdpo import generator
+    from gdpo.model import codecs, prompts
+    from gdpo.model.tiny import TinyUNetConfig
+    from gdpo.photos.dataset import Batch
     from gdpo.train import setup
+    from gdpo.train.methods import gdpo as _
 
     from .aot import record
 

@@ -1,0 +1,158 @@
+"""What GDPO changed: a tuned model against the one it started from, on held-out crops with fixed noise.
+
+    python -m gdpo.evaluation.before_after runs/tiny-gdpo/model --data data/crops --out runs/gain
+
+Both are the same folder: "before" is the model with its LoRA off. For every crop, N noises are drawn once and given to
+both; the 2N samples form one group, scored as in training (min-max inside the group, weighted by the smooth and the
+textured share). Reported: the mean difference of that reward with its standard error and its 95% bootstrap interval
+over crops, the raw scores, the two artefact figures (lower is better), and a sheet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from engine.io import rows
+from engine.io.cli import Parser, run
+from engine.io.files import atomic_write
+from gdpo.degradation import Degradation, DegradationConfig
+from gdpo.generator import OneStepGenerator
+from gdpo.photos.dataset import CropDataset, loader, read_jsonl
+from gdpo.scores.metrics import grid_artefact, lattice_artefact, oversharpening
+from gdpo.scores.registry import build_rewards
+from gdpo.train.gain import compare
+from gdpo.train.pictures import sheet
+
+
+@dataclass
+class Options:
+    """
+    Args:
+        model: a folder that gdpo.train gdpo made (base and LoRA apart).
+        data: a folder made by gdpo.prepare; its val split is used.
+        out: folder for the sheet.
+        crops: how many held-out crops, at most as many as there are.
+        crop_size: side of the crops.
+        noises: samples of each model per crop.
+        reward_funcs: as in training.
+        preset: of the degradation.
+        seed: of degradation and noise; not a training seed.
+        write_rows: append the result to benchmarks/results/gdpo_gain.jsonl.
+    """
+
+    model: str
+    data: str = "data/crops"
+    out: str = "runs/gain"
+    crops: int = 64
+    crop_size: int = 128
+    noises: int = 4
+    reward_funcs: tuple[str, ...] = ("psnr_y", "naturalness")
+    preset: str = "realesrgan"
+    seed: int = 20_000
+    write_rows: bool = False
+
+
+@torch.no_grad()
+def measure(generator: OneStepGenerator, o: Options) -> dict[str, float]:
+    """Compare the generator with and without its LoRA on held-out crops, and write sheet.png.
+
+    Raises:
+        ValueError: fewer than 2 crops, which have no spread, or more than there are (repeats are no observations).
+
+    Returns: crops, noises, photos (from which the crops are cut, where the folder's manifest tells), and for every
+    score NAME_before, NAME_after, NAME_gain, NAME_standard_error, NAME_low and NAME_high (95%).
+    """
+    if o.crops < 2:
+        raise ValueError(f"crops must be at least 2; got {o.crops}")
+    degrade = Degradation(DegradationConfig(preset=o.preset))  # type: ignore[arg-type]
+    rewards = build_rewards(list(o.reward_funcs))
+    dataset = CropDataset(o.data, "val", o.crop_size)
+    if o.crops > len(dataset):
+        raise ValueError(f"crops must be at most {len(dataset)}, the held-out crops of {o.data}; got {o.crops}")
+    samples = [i * len(dataset) // o.crops for i in range(o.crops)]
+    found: dict[str, list[torch.Tensor]] = {}
+    pictures: list[list[torch.Tensor]] = []
+    shown = {i * o.crops // 6 for i in range(6)}
+    batches = loader(dataset, [[s] for s in samples], seed=0)
+    for i, batch in enumerate(tqdm(batches, total=len(samples), unit="crop")):
+        hr = batch.hr * 2 - 1
+        lr, _ = degrade(batch.hr, seed=o.seed, step=0, samples=batch.samples)
+        bicubic = degrade.upsample(lr) * 2 - 1
+        compared = compare(
+            generator, bicubic, hr, rewards, samples=batch.samples, seed=o.seed, noises=o.noises
+        )  # fmt: skip
+        scores = {name: values[0] for name, values in compared.scores.items()}
+        for artefact in (grid_artefact, lattice_artefact, oversharpening):
+            pair = torch.cat([compared.before, compared.after]).clamp(-1, 1) / 2 + 0.5
+            scores[artefact.__name__] = artefact(pair.float(), batch.hr.expand_as(pair))
+        for name, values in scores.items():
+            found.setdefault(name, []).append(values)
+        if i in shown:
+            pictures.append([bicubic, compared.before, compared.after, hr])
+    result: dict[str, float] = {"crops": float(o.crops), "noises": float(o.noises)}
+    if photos := photos_of(dataset, samples):
+        result["photos"] = float(photos)
+    picks = np.random.default_rng(0).integers(0, o.crops, (10_000, o.crops))
+    for name, per_crop in found.items():
+        before_after = torch.stack(per_crop).double()  # [crops,2]
+        gain = before_after[:, 1] - before_after[:, 0]
+        result[f"{name}_before"], result[f"{name}_after"] = before_after.mean(0).tolist()
+        result[f"{name}_gain"] = float(gain.mean())
+        result[f"{name}_standard_error"] = float(gain.std() / len(gain) ** 0.5)
+        low, high = np.percentile(gain.numpy()[picks].mean(1), (2.5, 97.5))
+        result[f"{name}_low"], result[f"{name}_high"] = float(low), float(high)
+    titles = ("bicubic", "before", "after GDPO", "HR")
+    sheet([(t, torch.cat([p[i] for p in pictures])) for i, t in enumerate(titles)], Path(o.out) / "sheet.png")
+    return result
+
+
+def photos_of(dataset: CropDataset, samples: list[int]) -> int | None:
+    """From how many photos these crops of the val split are cut, or None where no manifest tells."""
+    manifest = dataset.folder / "manifest.jsonl"
+    if not manifest.is_file():
+        return None
+    sources = {row["file"]: row.get("source") for row in read_jsonl(manifest, "file")}
+    found = {sources.get(dataset.names[i]) for i in samples}
+    return None if None in found else len(found)
+
+
+def table(result: dict[str, float]) -> str:
+    """The result as Markdown."""
+    names = [k.removesuffix("_gain") for k in result if k.endswith("_gain")]
+    photos = f" of {result['photos']:.0f} photo(s)" if "photos" in result else ""
+    caveat = " Crops of one photo are alike: the errors are those of these photos, not of photos at large."
+    lines = [
+        f"{result['crops']:.0f} held-out crops{photos}, {result['noises']:.0f} noises each; ± is one standard error, "
+        f"the interval holds 95% of 10,000 bootstrap resamples.{caveat if photos else ''}",
+        "",
+        "| score | before | after GDPO | difference | interval |",
+        "|---|---|---|---|---|",
+    ]
+    for n in names:
+        values = (result[f"{n}_{part}"] for part in ("before", "after", "gain", "standard_error", "low", "high"))
+        lines.append("| {} | {:.4f} | {:.4f} | {:+.4f} ± {:.4f} | [{:.4f}, {:.4f}] |".format(n, *values))
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = Parser(prog="python -m gdpo.evaluation.before_after", description=__doc__)
+    parser.add_class_arguments(Options, None, as_positional=True)
+    options = Options(**vars(parser.parse_args()))
+    if options.write_rows:
+        rows.require_clean()
+    result = measure(OneStepGenerator.from_pretrained(options.model), options)
+    text = table(result)
+    atomic_write(Path(options.out) / "table.md", text)
+    print(text)
+    if options.write_rows:
+        rows.append_row("gdpo_gain", model=Path(options.model).parent.name, preset=options.preset, **result)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

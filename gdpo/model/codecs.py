@@ -1,0 +1,105 @@
+"""Latent codecs behind one small interface: images [B,3,H,W] in [-1,1] <-> scaled latents [B,C,H/f,W/f]."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gdpo.model.parts import load_pretrained, read_json
+
+
+class Codec(Protocol):
+    """`factor` is the spatial factor f, `channels` the latent's C."""
+
+    factor: int
+    channels: int
+
+    def encode(self, images: torch.Tensor, sample_posterior: bool = False) -> torch.Tensor: ...
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor: ...
+
+
+class PixelCodec(nn.Module):
+    """VAE-free: pixel-unshuffle. Exact, free of parameters, and its own inverse."""
+
+    def __init__(self, factor: int = 4):
+        super().__init__()
+        self.factor, self.channels = factor, 3 * factor**2
+
+    def encode(self, images: torch.Tensor, sample_posterior: bool = False) -> torch.Tensor:
+        return F.pixel_unshuffle(images, self.factor)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return F.pixel_shuffle(latents, self.factor)
+
+    def config_dict(self) -> dict:
+        return {"_class_name": "PixelCodec", "factor": self.factor}
+
+
+class KLCodec(nn.Module):
+    """Diffusers' AutoencoderKL (Stable Diffusion): the latent is scaled by `scaling_factor`."""
+
+    def __init__(self, vae: Any):
+        super().__init__()
+        self.vae: Any = vae
+        self.scaling = float(vae.config.scaling_factor)
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.channels = int(vae.config.latent_channels)
+
+    def encode(self, images: torch.Tensor, sample_posterior: bool = False) -> torch.Tensor:
+        posterior = self.vae.encode(images).latent_dist
+        return (posterior.sample() if sample_posterior else posterior.mode()) * self.scaling
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.vae.decode(latents / self.scaling).sample
+
+
+class TinyAutoencoderCodec(nn.Module):
+    """Diffusers' AutoencoderTiny (TAESD family): deterministic, latents already at the UNet's scale."""
+
+    def __init__(self, vae: Any):
+        super().__init__()
+        self.vae: Any = vae
+        self.scaling = float(vae.config.scaling_factor)
+        self.factor = 2 ** (len(vae.config.encoder_block_out_channels) - 1)
+        self.channels = int(vae.config.latent_channels)
+
+    def encode(self, images: torch.Tensor, sample_posterior: bool = False) -> torch.Tensor:
+        return self.vae.encode(images).latents * self.scaling
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.vae.decode(latents / self.scaling).sample
+
+
+def load_codec(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """The codec of a `vae/` folder, chosen by the `_class_name` in its config.json."""
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise FileNotFoundError(f"{config_file}: no such file; a model folder needs vae/config.json")
+    config = read_json(config_file)
+    kind = config.get("_class_name")
+    if kind == "PixelCodec":
+        return PixelCodec(config.get("factor", 4))
+    if kind not in ("AutoencoderKL", "AutoencoderTiny"):
+        raise ValueError(
+            f"{config_file}: _class_name is {kind!r}; known are AutoencoderKL, AutoencoderTiny, PixelCodec"
+        )
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    if kind == "AutoencoderKL":
+        return KLCodec(load_pretrained(AutoencoderKL, folder, dtype))
+    return TinyAutoencoderCodec(load_pretrained(AutoencoderTiny, folder, dtype))
+
+
+def save_codec(codec: Any, folder: Path) -> None:
+    """Write a codec as the `vae/` folder of a diffusers model."""
+    if isinstance(codec, PixelCodec):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(codec.config_dict(), indent=2) + "\n")
+    else:
+        codec.vae.save_pretrained(folder)

@@ -1,0 +1,1 @@
+"""What a picture is worth: rewards of training and metrics of evaluation."""

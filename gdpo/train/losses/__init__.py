@@ -1,0 +1,1 @@
+"""Losses of NAOSD beside the pixel loss."""

@@ -1,0 +1,1 @@
+"""What is trained and one step of it, a module a method."""

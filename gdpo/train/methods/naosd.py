@@ -1,0 +1,144 @@
+"""NAOSD: supervised training of the noise-aware one-step generator (paper, section 3.1).
+
+loss = pixel (L2) + 2 * perceptual + VSD
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import nn
+
+from gdpo.degradation import Degradation
+from gdpo.model import lora
+from gdpo.photos.dataset import Batch
+from gdpo.randomness import moved, uniform
+from gdpo.scores.features import load_perceptual
+from gdpo.train.config import NAOSDConfig
+from gdpo.train.losses.energy import EnergyScore
+from gdpo.train.losses.grid import grid_penalty, lattice_penalty
+from gdpo.train.losses.vsd import VSD
+from gdpo.train.setup import Prompts, base_generator, group_noise, lora_targets, save_trained
+
+
+class NAOSD:
+    """The method: what is trained, and one micro-batch of it."""
+
+    def __init__(self, config: NAOSDConfig, accelerator: Accelerator):
+        self.config, self.accelerator = config, accelerator
+        self.generator = base_generator(config, accelerator)
+        self.degrade = Degradation(config.degradation)
+        self.perceptual: Any = None
+        if config.perceptual_weight:
+            blocks = config.perceptual_blocks
+            score = EnergyScore(blocks) if config.diversity else load_perceptual(config.perceptual, blocks)
+            self.perceptual = score.to(accelerator.device)
+        self._make_trainable()
+        self.prompts = Prompts(self.generator, config.data.captions, accelerator.device)
+        self.groups = {"generator": (config.learning_rate, self.trained)}
+        self.vsd = None
+        if config.vsd_weight:
+            self.vsd = VSD(self.generator, config)
+            self.groups["fake"] = (config.vsd_learning_rate, self.vsd.parameters)
+
+    def _make_trainable(self) -> None:
+        """Every weight of the UNet, or its LoRA with conv_in whole and the LoRA of the VAE's encoder."""
+        config, generator = self.config.model, self.generator
+        if config.full:
+            self.trained: dict[str, nn.Parameter] = {f"unet.{k}": p for k, p in generator.unet.named_parameters()}
+        else:
+            whole = ("conv_in",) if generator.uses_text else ()
+            rank, alpha, seed = config.lora_rank, config.lora_alpha, self.config.seed
+            lora.add(generator.unet, rank, lora_targets(generator), alpha=alpha, train_whole=whole, seed=seed)
+            self.trained = {f"unet.{k}": p for k, p in lora.parameters(generator.unet).items()}
+            if generator.vae is not None and type(generator.vae).__name__ == "AutoencoderKL":
+                lora.add(generator.vae, rank, lora.VAE_ENCODER_TARGETS, alpha=alpha, seed=seed)
+                self.trained |= {f"vae.{k}": p for k, p in lora.parameters(generator.vae).items()}
+            if self.accelerator.mixed_precision != "no":
+                lora.leave_casts_to_autocast(generator)
+        generator.requires_grad_(False)
+        for p in self.trained.values():
+            p.requires_grad_(True)
+
+    def step(self, batch: Batch, step: int, backward: Callable[[torch.Tensor], None]) -> dict[str, torch.Tensor]:
+        """One micro-batch: degrade, restore in one step, compare."""
+        config, generator = self.config, self.generator
+        hr = batch.hr * 2 - 1
+        _, lr_up = self.degrade(batch.hr, seed=config.seed, step=step, samples=batch.samples)
+        text = self.prompts(batch)
+        with self.accelerator.autocast():
+            latents = generator.encode(lr_up * 2 - 1).repeat_interleave(config.num_noises, dim=0)
+            noise = moved(group_noise(latents.shape, config.seed, "naosd", batch.samples, config.num_noises), latents)
+            many_text = None if text is None else text.repeat_interleave(config.num_noises, dim=0)
+            x0 = generator.predict(latents, noise, many_text).x0
+            restored = generator.decode(x0)
+            loss, metrics = self._losses(restored.float(), hr, batch.samples)
+            if self.vsd is not None:
+                vsd = self.vsd.loss(x0.float(), many_text, batch.samples)
+                loss = loss + config.vsd_weight * vsd
+                metrics["vsd"] = vsd
+        backward(loss)
+        if self.vsd is not None:
+            with self.accelerator.autocast():
+                fake = self.vsd.fake_loss(x0.detach().float(), many_text, batch.samples)
+            with self.vsd.training_fake():  # gradient checkpointing recomputes inside backward
+                backward(fake)
+            metrics["vsd_fake"] = fake
+        return {"loss": loss.detach(), **{k: v.detach() for k, v in metrics.items()}}
+
+    def _losses(self, restored: torch.Tensor, hr: torch.Tensor, samples: list[int]):
+        """Pixel and perceptual distance of restored [B*K,3,H,W] to hr [B,3,H,W], with the spread of the K noises."""
+        config, k = self.config, self.config.num_noises
+        target = hr.repeat_interleave(k, dim=0)
+        pixel = (F.mse_loss if config.pixel == "l2" else F.l1_loss)(restored, target)
+        loss, metrics = config.pixel_weight * pixel, {str(config.pixel): pixel}
+        if config.grid_weight:
+            grid = grid_penalty(restored, target)
+            loss, metrics["grid"] = loss + config.grid_weight * grid, grid
+        if config.lattice_weight:
+            lattice = lattice_penalty(restored, target)
+            loss, metrics["lattice"] = loss + config.lattice_weight * lattice, lattice
+        if self.perceptual is not None:
+            restored, target = self._crop(restored, samples, k), self._crop(target, samples, k)
+            if config.diversity:
+                perceptual, spread = self.perceptual(restored.unflatten(0, (-1, k)), target[::k])
+                loss = loss - 0.5 * config.diversity * config.perceptual_weight * spread
+                metrics["spread"] = spread
+            else:
+                perceptual = self.perceptual(restored, target).mean()
+            loss = loss + config.perceptual_weight * perceptual
+            metrics["perceptual"] = perceptual
+        return loss, metrics
+
+    def _crop(self, images: torch.Tensor, samples: list[int], k: int) -> torch.Tensor:
+        """The window of each picture that the perceptual distance looks at (the same for its K noises)."""
+        size = self.config.perceptual_size
+        if not size or size >= min(images.shape[-2:]):
+            return images
+        windows = []
+        for i, sample in enumerate(samples):
+            y = int(uniform(self.config.seed, "window-y", sample) * (images.shape[-2] - size + 1))
+            x = int(uniform(self.config.seed, "window-x", sample) * (images.shape[-1] - size + 1))
+            windows.append(images[i * k : (i + 1) * k, :, y : y + size, x : x + size])
+        return torch.cat(windows)
+
+    @torch.no_grad()
+    def preview(self, batch: Batch) -> tuple[list[tuple[str, torch.Tensor]], dict[str, float]]:
+        """Columns of the before/after sheet for a batch of held-out pictures."""
+        generator = self.generator
+        lr, _ = self.degrade(batch.hr, seed=self.config.seed, step=0, samples=batch.samples)
+        bicubic = self.degrade.upsample(lr) * 2 - 1
+        with self.accelerator.autocast():
+            latents = generator.encode(bicubic)
+            noise = moved(group_noise(latents.shape, self.config.seed, "preview", batch.samples, 1), latents)
+            restored = generator.decode(generator.predict(latents, noise, self.prompts(batch)).x0)
+        return [("bicubic", bicubic), ("restored", restored), ("HR", batch.hr * 2 - 1)], {}
+
+    def save(self, folder: Path) -> None:
+        """Write the trained generator; the VSD fake is not part of it."""
+        save_trained(self.generator, self.config, folder)
