@@ -1,34 +1,42 @@
-# make demo    train a tiny model for a few minutes on real photos and look at what it does
-# make test    everything that must hold, on a machine without a GPU
-# make bench-gpu    every figure that needs a GPU, under 9 minutes; goes on where it stopped (GPU_ARGS=--dry: on the CPU)
+# make demo         upscale a real photo, tune the bundled model on real photos (GDPO), show what changed, deploy it
+# make test         everything that must hold, on a machine without a GPU
+# make test-all     the same with the long form of each check, and the documentation site
+# make docs         the documentation site, in site/
+# make lint         ruff, mypy, import-linter
+# make bench-gpu    every figure that needs a GPU, under 9 minutes; continues where it stopped (GPU_ARGS=--dry: on the CPU)
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
-EXTRAS ?= train,export,tensorrt-rtx,openvino,dev
 
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup demo test test-all bench-gpu lint clean
+.PHONY: help setup demo test test-all bench-gpu lint docs clean
 help:
 	@sed -n 's/^# //p' Makefile
 
-# One constraints file pins every version; left to itself pip would take a CUDA build of torch on any machine.
-$(VENV)/.ready: pyproject.toml setup.py constraints.txt
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make: $(PYTHON) is too old; Python 3.11 or newer is needed (make PYTHON=python3.12 ...)" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt -e '.[$(EXTRAS)]'
+
+# One constraints file pins every version; left to itself pip would take a CUDA build of torch on any machine.
+DEPENDS := pyproject.toml setup.py constraints.txt
+$(VENV)/.demo: $(DEPENDS) | $(BIN)/python
+	$(PIP) install -c constraints.txt -e '.[train,export]'
 	@touch $@
+$(VENV)/.ready: $(DEPENDS) | $(BIN)/python
+	$(PIP) install -c constraints.txt -e '.[train,export,tensorrt-rtx,openvino,dev]'
+	@touch $@ $(VENV)/.demo
 setup: $(VENV)/.ready
 
-demo: setup
+demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
 test: setup lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow"
 
-test-all: setup lint
+test-all: setup lint docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 # No set-up: on a GPU machine the torch that is there has CUDA. benchmarks/gpu.py says what else it needs.
@@ -41,5 +49,11 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+$(VENV)/.docs: $(DEPENDS) | $(BIN)/python
+	$(PIP) install -c constraints.txt -e '.[docs]'
+	@touch $@
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
