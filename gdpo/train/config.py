@@ -5,11 +5,16 @@ Leaf names follow diffusers' training scripts, the RL names follow TRL.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from operator import attrgetter
 from typing import Any, Literal
 
 from gdpo.degradation import DegradationConfig
+
+
+def resumable(default: Any) -> Any:
+    """An option that a resumed run may set anew, because the trained weights do not depend on it."""
+    return field(default=default, metadata={"resumable": True})
 
 
 @dataclass
@@ -37,7 +42,7 @@ class ModelConfig:
     lora_rank: int = 4
     lora_alpha: int | None = None
     prompt: str | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = resumable(False)
     channels_last: bool = True
     block_out_channels: tuple[int, ...] = (64, 96, 128)
     layers_per_block: int = 2
@@ -56,7 +61,7 @@ class DataConfig:
 
     folder: str = "data/crops"
     crop_size: int = 512
-    num_workers: int = 0
+    num_workers: int = resumable(0)
     captions: bool = False
 
 
@@ -87,14 +92,14 @@ class TrainConfig:
         backend: of gdpo.kernels.
     """
 
-    output_dir: str = "runs/train"
+    output_dir: str = resumable("runs/train")
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     degradation: DegradationConfig = field(default_factory=DegradationConfig)
-    train_batch_size: int = 1
-    gradient_accumulation_steps: int = 1
-    max_train_steps: int = 1000
+    train_batch_size: int = resumable(1)
+    gradient_accumulation_steps: int = resumable(1)
+    max_train_steps: int = resumable(1000)
     learning_rate: float = 5e-5
     lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
     lr_warmup_steps: int = 0
@@ -105,14 +110,14 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     ema_decay: float = 0.0
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    checkpointing_steps: int = 500
-    checkpoints_total_limit: int = 3
-    resume_from_checkpoint: str | None = None
-    validation_steps: int = 500
-    validation_images: int = 4
-    logging_steps: int = 1
-    report_to: Literal["none", "tensorboard", "wandb"] = "none"
-    backend: Literal["auto", "torch", "triton"] = "auto"
+    checkpointing_steps: int = resumable(500)
+    checkpoints_total_limit: int = resumable(3)
+    resume_from_checkpoint: str | None = resumable(None)
+    validation_steps: int = resumable(500)
+    validation_images: int = resumable(4)
+    logging_steps: int = resumable(1)
+    report_to: Literal["none", "tensorboard", "wandb"] = resumable("none")
+    backend: Literal["auto", "torch", "triton"] = resumable("auto")
 
     def validate(self) -> None:
         """Raise ValueError naming the option, what it must be, and what it is."""
@@ -131,17 +136,16 @@ class TrainConfig:
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the run that it continues: all that the weights depend on."""
-        free = {
-            "output_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
-            "validation_steps", "validation_images", "logging_steps", "report_to", "train_batch_size",
-            "gradient_accumulation_steps", "sample_batch_size", "backend",
-        }  # fmt: skip
-        if self.lr_scheduler != "constant":
-            free.discard("max_train_steps")
-        own = {k: v for k, v in asdict(self).items() if k not in free}
-        own["data"] = {k: v for k, v in own["data"].items() if k != "num_workers"}
-        own["model"] = {k: v for k, v in own["model"].items() if k != "gradient_checkpointing"}
+        own = _not_resumable(self)
+        if self.lr_scheduler != "constant":  # the schedule ends with the run
+            own["max_train_steps"] = self.max_train_steps
         return own
+
+
+def _not_resumable(options: Any) -> dict[str, Any]:
+    """The options without those marked `resumable`, nested as they are."""
+    values = ((f.name, getattr(options, f.name)) for f in fields(options) if not f.metadata.get("resumable"))
+    return {name: _not_resumable(value) if is_dataclass(value) else value for name, value in values}
 
 
 @dataclass
@@ -236,7 +240,7 @@ class GDPOConfig(TrainConfig):
     texture_weighted_loss: bool = False
     shared_noise: bool = False
     reuse_latents: bool = False
-    sample_batch_size: int = 0
+    sample_batch_size: int = resumable(0)
     compile_frozen: bool = False
 
     def validate(self) -> None:

@@ -5,8 +5,6 @@ loss = pixel (L2) + 2 * perceptual + VSD
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +12,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
-from gdpo.degradation import Degradation
 from gdpo.model import lora
 from gdpo.photos.dataset import Batch
 from gdpo.randomness import moved, uniform
@@ -23,23 +20,23 @@ from gdpo.train.config import NAOSDConfig
 from gdpo.train.losses.energy import EnergyScore
 from gdpo.train.losses.grid import grid_penalty, lattice_penalty
 from gdpo.train.losses.vsd import VSD
-from gdpo.train.setup import Prompts, base_generator, group_noise, lora_targets, save_trained
+from gdpo.train.methods.base import Backward, Columns, Method, Metrics
+from gdpo.train.setup import group_noise, lora_targets
 
 
-class NAOSD:
+class NAOSD(Method):
     """The method: what is trained, and one micro-batch of it."""
 
+    config: NAOSDConfig
+
     def __init__(self, config: NAOSDConfig, accelerator: Accelerator):
-        self.config, self.accelerator = config, accelerator
-        self.generator = base_generator(config, accelerator)
-        self.degrade = Degradation(config.degradation)
+        super().__init__(config, accelerator)
         self.perceptual: Any = None
         if config.perceptual_weight:
             blocks = config.perceptual_blocks
             score = EnergyScore(blocks) if config.diversity else load_perceptual(config.perceptual, blocks)
             self.perceptual = score.to(accelerator.device)
         self._make_trainable()
-        self.prompts = Prompts(self.generator, config.data.captions, accelerator.device)
         self.groups = {"generator": (config.learning_rate, self.trained)}
         self.vsd = None
         if config.vsd_weight:
@@ -61,11 +58,9 @@ class NAOSD:
                 self.trained |= {f"vae.{k}": p for k, p in lora.parameters(generator.vae).items()}
             if self.accelerator.mixed_precision != "no":
                 lora.leave_casts_to_autocast(generator)
-        generator.requires_grad_(False)
-        for p in self.trained.values():
-            p.requires_grad_(True)
+        self.train_only(self.trained)
 
-    def step(self, batch: Batch, step: int, backward: Callable[[torch.Tensor], None]) -> dict[str, torch.Tensor]:
+    def step(self, batch: Batch, step: int, backward: Backward) -> Metrics:
         """One micro-batch: degrade, restore in one step, compare."""
         config, generator = self.config, self.generator
         hr = batch.hr * 2 - 1
@@ -128,7 +123,7 @@ class NAOSD:
         return torch.cat(windows)
 
     @torch.no_grad()
-    def preview(self, batch: Batch) -> tuple[list[tuple[str, torch.Tensor]], dict[str, float]]:
+    def preview(self, batch: Batch) -> tuple[Columns, dict[str, float]]:
         """Columns of the before/after sheet for a batch of held-out pictures."""
         generator = self.generator
         lr, _ = self.degrade(batch.hr, seed=self.config.seed, step=0, samples=batch.samples)
@@ -138,7 +133,3 @@ class NAOSD:
             noise = moved(group_noise(latents.shape, self.config.seed, "preview", batch.samples, 1), latents)
             restored = generator.decode(generator.predict(latents, noise, self.prompts(batch)).x0)
         return [("bicubic", bicubic), ("restored", restored), ("HR", batch.hr * 2 - 1)], {}
-
-    def save(self, folder: Path) -> None:
-        """Write the trained generator; the VSD fake is not part of it."""
-        save_trained(self.generator, self.config, folder)

@@ -1,0 +1,62 @@
+"""What every training method is: a generator, what of it is trained, and one micro-batch. A method is a subclass."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from gdpo.degradation import Degradation
+from gdpo.photos.dataset import Batch
+from gdpo.train.config import TrainConfig
+from gdpo.train.setup import Prompts, base_generator, save_trained
+
+Metrics = dict[str, torch.Tensor]
+Backward = Callable[[torch.Tensor], None]
+Columns = list[tuple[str, torch.Tensor]]  # (title, images [B,3,H,W] in [-1,1]) of a sheet
+
+
+class Method(ABC):
+    """A training method.
+
+    Attributes:
+        config: the run's options; a subclass narrows the type.
+        generator: the one that is trained, on its device.
+        groups: name -> (learning rate, parameters by name), one optimiser group each; a subclass fills it.
+        degrade: HR -> LR.
+        prompts: batch -> prompt embeddings.
+    """
+
+    config: TrainConfig
+    groups: dict[str, tuple[float, dict[str, nn.Parameter]]]
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator):
+        self.config, self.accelerator = config, accelerator
+        self.generator = base_generator(config, accelerator)
+        self.degrade = Degradation(config.degradation)
+        self.prompts = Prompts(self.generator, config.data.captions, accelerator.device)
+
+    def train_only(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Freeze the generator but for these parameters."""
+        self.generator.requires_grad_(False)
+        for p in parameters.values():
+            p.requires_grad_(True)
+
+    @abstractmethod
+    def step(self, batch: Batch, step: int, backward: Backward) -> Metrics:
+        """One micro-batch. Calls `backward(loss)` itself, once or more, as adapters may have to be switched between.
+
+        Returns: scalars for the log, "loss" among them.
+        """
+
+    @abstractmethod
+    def preview(self, batch: Batch) -> tuple[Columns, dict[str, float]]:
+        """Columns of the before/after sheet of held-out pictures, and figures for the log."""
+
+    def save(self, folder: Path) -> None:
+        """Write the trained generator, its LoRA (if any) apart from the base."""
+        save_trained(self.generator, self.config, folder)
