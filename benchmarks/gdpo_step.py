@@ -186,8 +186,8 @@ def check(folder: str, precision: str, crop: int = 128, group: int = 4) -> dict[
         for name, weight in sorted(method.trained.items()):
             if ".lora_B." in name:
                 weight.data.copy_(CHECK_SIZE * torch.randn(weight.shape, generator=random))
-        scored, given = method._advantage, torch.linspace(-1, 3, group, device=accelerator.device)[None]
-        method._advantage = lambda *pictures, scored=scored, given=given: (given, *scored(*pictures)[1:])
+        scored, given = method._score, torch.linspace(-1, 3, group, device=accelerator.device)[None]
+        method._score = lambda *pictures, scored=scored, given=given: scored(*pictures)._replace(advantage=given)
         metrics = method.step(_batch(crop, 0, accelerator.device), 0, accelerator.backward)
         gradient = torch.cat([method.trained[name].grad.flatten().double() for name in sorted(method.trained)])
         taken.append({"loss": metrics["loss"], "margin": metrics["rewards/margins"], "gradient": gradient.cpu()})

@@ -18,8 +18,10 @@ _HOME = {
     "attribute_statistics": "statistics",
     "AttributeStatistics": "statistics",
     "attribute_reward": "reward",
+    "group_scores": "reward",
     "gdpo_loss": "loss",
     "group_norm": "norm",
+    "use_triton": "dispatch",
 }
 __all__ = [*_HOME]
 

@@ -22,7 +22,7 @@ from .dispatch import jit, options, tl, use_triton
 EPSILON = 1e-8
 
 
-def _group_scores(metrics: Tensor, weights: Tensor | None) -> Tensor:
+def _of_kind(metrics: Tensor, weights: Tensor | None) -> Tensor:
     """[B,G,M] -> [B,G]: the (weighted) mean of the min-max normalised metrics; 0 for a tie and for M = 0."""
     low, high = metrics.amin(1, keepdim=True), metrics.amax(1, keepdim=True)
     span = high - low
@@ -30,6 +30,24 @@ def _group_scores(metrics: Tensor, weights: Tensor | None) -> Tensor:
     if weights is None:
         return scaled.sum(2) / max(metrics.shape[2], 1)
     return (scaled * (weights / weights.sum()).to(scaled.dtype)).sum(2)
+
+
+def group_scores(
+    fidelity: Tensor,
+    perceptual: Tensor,
+    smooth: Tensor,
+    texture: Tensor,
+    fidelity_weights: Tensor | None = None,
+    perceptual_weights: Tensor | None = None,
+) -> Tensor:
+    """The reward itself: R_g of the module's docstring, [B,G], of which the advantage is the standardised form.
+
+    In fp64 for fp64 metrics and in fp32 otherwise; not negative, at most smooth + texture. Arguments as in
+    `attribute_reward`, which checks them.
+    """
+    dtype = torch.promote_types(torch.promote_types(fidelity.dtype, perceptual.dtype), torch.float32)
+    reward = smooth.to(dtype)[:, None] * _of_kind(fidelity.to(dtype), fidelity_weights)
+    return reward + texture.to(dtype)[:, None] * _of_kind(perceptual.to(dtype), perceptual_weights)
 
 
 def attribute_reward_reference(
@@ -41,9 +59,7 @@ def attribute_reward_reference(
     perceptual_weights: Tensor | None = None,
 ) -> Tensor:
     """The definition, in fp64 for fp64 metrics and in fp32 otherwise. Arguments as in `attribute_reward`."""
-    dtype = torch.promote_types(torch.promote_types(fidelity.dtype, perceptual.dtype), torch.float32)
-    reward = smooth.to(dtype)[:, None] * _group_scores(fidelity.to(dtype), fidelity_weights)
-    reward = reward + texture.to(dtype)[:, None] * _group_scores(perceptual.to(dtype), perceptual_weights)
+    reward = group_scores(fidelity, perceptual, smooth, texture, fidelity_weights, perceptual_weights)
     centred = reward - reward[:, :1]  # exactly 0 for a tie: rounding of the mean would count as much as 1e-8 does
     return (centred - centred.mean(1, keepdim=True)) / (centred.std(1, keepdim=True) + EPSILON)
 

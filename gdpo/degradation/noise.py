@@ -8,6 +8,7 @@ import torch
 
 from gdpo.degradation.draw import NoiseDraw
 from gdpo.randomness import generator_for
+from gdpo.scores.luma import GRAYSCALE, weighted
 
 _COUNTS = 512  # more than any Poisson count here: the mean is at most 256, so that P(count >= 512) < 1e-40
 _EXPONENTS = 9  # a picture of 8 bits has 1..256 distinct values, rounded up to a power of two: 2^0..2^8
@@ -38,15 +39,10 @@ def add_noise(image: torch.Tensor, draw: NoiseDraw, field: torch.Tensor) -> torc
     if draw.kind == "gaussian":
         noise = field * (draw.strength / 255)
     else:
-        levels = _luma(image) if draw.gray else image
+        levels = weighted(image, GRAYSCALE).unsqueeze(1) if draw.gray else image
         levels = (levels * 255).round().clamp(0, 255)
         noise = _poisson_noise(levels, field) * draw.strength
     return (image + noise).clamp(0, 1)
-
-
-def _luma(image: torch.Tensor) -> torch.Tensor:
-    red, green, blue = image.unbind(1)
-    return (0.2989 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
 
 
 def _poisson_noise(levels: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

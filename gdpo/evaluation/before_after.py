@@ -23,6 +23,7 @@ from engine.io.files import atomic_write
 from gdpo.degradation import Degradation, DegradationConfig
 from gdpo.generator import OneStepGenerator
 from gdpo.photos.dataset import CropDataset, loader, read_jsonl
+from gdpo.scores.group import GroupReward
 from gdpo.scores.metrics import grid_artefact, lattice_artefact, oversharpening
 from gdpo.scores.registry import build_rewards
 from gdpo.train.gain import compare
@@ -70,7 +71,7 @@ def measure(generator: OneStepGenerator, o: Options) -> dict[str, float]:
     if o.crops < 2:
         raise ValueError(f"crops must be at least 2; got {o.crops}")
     degrade = Degradation(DegradationConfig(preset=o.preset))  # type: ignore[arg-type]
-    rewards = build_rewards(list(o.reward_funcs))
+    reward = GroupReward(build_rewards(list(o.reward_funcs)))
     dataset = CropDataset(o.data, "val", o.crop_size)
     if o.crops > len(dataset):
         raise ValueError(f"crops must be at most {len(dataset)}, the held-out crops of {o.data}; got {o.crops}")
@@ -84,7 +85,7 @@ def measure(generator: OneStepGenerator, o: Options) -> dict[str, float]:
         lr, _ = degrade(batch.hr, seed=o.seed, step=0, samples=batch.samples)
         bicubic = degrade.upsample(lr) * 2 - 1
         compared = compare(
-            generator, bicubic, hr, rewards, samples=batch.samples, seed=o.seed, noises=o.noises
+            generator, bicubic, hr, reward, samples=batch.samples, seed=o.seed, noises=o.noises
         )  # fmt: skip
         scores = {name: values[0] for name, values in compared.scores.items()}
         for artefact in (grid_artefact, lattice_artefact, oversharpening):

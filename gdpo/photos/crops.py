@@ -12,8 +12,9 @@ from PIL import Image, ImageCms
 
 from engine.io.images import ImageError, Picture
 from gdpo.kernels import attribute_ratios
+from gdpo.scores.luma import BT601
 
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # BT.601
+_LUMA = np.array(BT601, np.float32)
 _BATCH = 32  # crops whose texture is measured at a time
 
 

@@ -217,7 +217,11 @@ class GDPOConfig(TrainConfig):
         beta: of the loss.
         reward_funcs: names of the registry or module:function of your own; see gdpo.scores.registry. "region_fidelity"
             and "region_detail" measure fidelity where the picture is smooth and detail where it is textured.
-        reward_weights: one number per reward function, relative within its kind; None weighs alike.
+        reward_weights: one number per reward function, relative to each other; None weighs alike.
+        reward_normalization: what the weights mean. "group" (the paper): every reward is stretched to [0,1] inside its
+            group, and the weights count among the rewards of one kind, fidelity or perceptual. "weighted": the same,
+            and they also count between the two kinds. "none": the raw scores are weighed and added, so a reward with
+            large differences counts for more.
         rho: "auto" weighs fidelity by the smooth and perception by the textured share of the picture (the paper);
             a number in [0,1] fixes the smooth share.
         texture_threshold: complexity above which a patch counts as texture.
@@ -235,6 +239,7 @@ class GDPOConfig(TrainConfig):
     beta: float = 5000.0
     reward_funcs: list[str] = field(default_factory=lambda: ["psnr_y", "maniqa", "musiq"])
     reward_weights: list[float] | None = None
+    reward_normalization: Literal["group", "weighted", "none"] = "group"
     rho: float | Literal["auto"] = "auto"
     texture_threshold: float = 50.0
     texture_weighted_loss: bool = False

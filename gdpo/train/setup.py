@@ -18,7 +18,8 @@ from gdpo.generator import OneStepGenerator
 from gdpo.model import lora
 from gdpo.model.norms import norms_in_own_precision
 from gdpo.model.prompts import PromptEncoder
-from gdpo.model.tiny import TinyUNet, TinyUNetConfig
+from gdpo.model.tiny import TinyUNetConfig
+from gdpo.model.unets import works_on_pixels
 from gdpo.photos.dataset import Batch, CropDataset, loader
 from gdpo.randomness import normal
 from gdpo.train.config import TrainConfig
@@ -144,7 +145,7 @@ def validation_batch(config: TrainConfig) -> Batch | None:
 
 def lora_targets(generator: OneStepGenerator) -> str:
     """Which layers of the generator's UNet a LoRA adapts."""
-    return lora.TINY_TARGETS if isinstance(generator.unet, TinyUNet) else lora.UNET_TARGETS
+    return generator.unet.lora_targets if works_on_pixels(generator.unet) else lora.UNET_TARGETS
 
 
 class Prompts:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gdpo.scores.metrics.common import check_images, gaussian, in_slices, luma_255, smooth
+from gdpo.scores.luma import luma_255
+from gdpo.scores.metrics.common import check_images, gaussian, in_slices, smooth
 
 _PERIOD, _BLOCK = 8, 32  # whatever repeats every 2 or 4 pixels repeats every 8
 _LATTICE, _WINDOW = 4, 32  # what a pixel shuffle by 4 leaves: every 8th frequency of a window's 32

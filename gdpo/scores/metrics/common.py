@@ -1,4 +1,4 @@
-"""What the metrics share: the check of their input, luma, 8-bit rounding, and local averages."""
+"""What the metrics share: the check of their input, 8-bit rounding, and local averages."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-# BT.601 studio luma of RGB in [0,1], as MATLAB's rgb2ycbcr: Y = (65.481 R + 128.553 G + 24.966 B + 16) / 255
-LUMA = (65.481, 128.553, 24.966)
 
 
 def check_images(smallest: int = 1, **images: Tensor) -> None:
@@ -34,11 +31,6 @@ def check_images(smallest: int = 1, **images: Tensor) -> None:
 def to_8bit(x: Tensor) -> Tensor:
     """[0,1] -> whole numbers 0..255 of the same dtype, as a PNG would hold them (half to even, like numpy)."""
     return (x.clamp(0, 1) * 255).round()
-
-
-def luma_255(x: Tensor) -> Tensor:
-    """RGB [N,3,H,W] in [0,1] -> Y [N,H,W] in 16..235, not rounded."""
-    return torch.einsum("nchw,c->nhw", x, x.new_tensor(LUMA)) + 16
 
 
 def gaussian(sigma: float, radius: int) -> Tensor:

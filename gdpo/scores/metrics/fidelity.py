@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gdpo.scores.metrics.common import check_images, convolve, gaussian, luma_255, to_8bit
+from gdpo.scores.luma import luma_255
+from gdpo.scores.metrics.common import check_images, convolve, gaussian, to_8bit
 
 
 def psnr_y(x: Tensor, y: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gdpo.scores.metrics.common import check_images, gaussian, halve, in_slices, luma_255, smooth
+from gdpo.scores.luma import luma_255
+from gdpo.scores.metrics.common import check_images, gaussian, halve, in_slices, smooth
 
 PARAMETERS = Path(__file__).resolve().parents[2] / "resources" / "naturalness.safetensors"
 BLOCK = 64

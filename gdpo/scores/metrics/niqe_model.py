@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gdpo.scores.metrics.common import check_images, convolve, gaussian, in_slices, luma_255, smooth, to_8bit
+from gdpo.scores.luma import luma_255
+from gdpo.scores.metrics.common import check_images, convolve, gaussian, in_slices, smooth, to_8bit
 
 DATA = Path(__file__).resolve().parents[2] / "resources"
 _WINDOW = gaussian(7 / 6, 3)

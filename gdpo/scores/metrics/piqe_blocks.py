@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gdpo.scores.luma import RGB2GRAY
 from gdpo.scores.metrics.common import check_images, gaussian, in_slices, smooth, to_8bit
 
 _WINDOW = gaussian(7 / 6, 3)
 _BLOCK, _SEGMENT, _ACTIVE, _IMPAIRED = 16, 6, 0.1, 0.1
-_GRAY = (0.298936021293775, 0.587043074451121, 0.114020904255103)  # MATLAB's rgb2gray
 
 
 def piqe(x: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def piqe(x: Tensor) -> Tensor:
 
 
 def _piqe(x: Tensor) -> Tensor:
-    gray = torch.einsum("nchw,c->nhw", to_8bit(x.double()), x.new_tensor(_GRAY, dtype=torch.float64)).round()
+    gray = torch.einsum("nchw,c->nhw", to_8bit(x.double()), x.new_tensor(RGB2GRAY, dtype=torch.float64)).round()
     h, w = gray.shape[1:]
     gray = F.pad(gray[:, None], (0, -w % _BLOCK, 0, -h % _BLOCK), mode="replicate")[:, 0]
     mean = smooth(gray, _WINDOW)
