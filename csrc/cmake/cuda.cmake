@@ -1,4 +1,4 @@
-# The CUDA kernels: nvcc makes one fat binary of src/kernels.cu, which src/launch.cpp embeds. No CUDA library is linked.
+# The CUDA kernels: nvcc makes one fat binary of devices/cuda/kernels.cu, which launch.cpp embeds. No CUDA library is linked.
 if(NOT GDPO_CUDA MATCHES "^(auto|ON|OFF)$")
   message(FATAL_ERROR "GDPO_CUDA must be auto, ON or OFF; got ${GDPO_CUDA}")
 endif()
@@ -48,13 +48,14 @@ set(source ${CMAKE_CURRENT_SOURCE_DIR}/src)
 # -fmad=false as -ffp-contract=off: see docs/cpp.md. Not compressed: older drivers do not know every compression.
 add_custom_command(OUTPUT ${kernels}
   COMMAND ${GDPO_NVCC} -std=c++17 -O3 -fmad=false $<$<BOOL:${GDPO_WERROR}>:-Werror=all-warnings> -no-compress -fatbin
-    ${generate} ${source}/kernels.cu -o ${kernels}
-  DEPENDS ${source}/kernels.cu ${source}/kernels.hpp ${source}/pixels.hpp COMMENT "CUDA kernels" VERBATIM)
-set_source_files_properties(src/launch.cpp PROPERTIES OBJECT_DEPENDS ${kernels}
+    -I${source} ${generate} ${source}/devices/cuda/kernels.cu -o ${kernels}
+  DEPENDS ${source}/devices/cuda/kernels.cu ${source}/devices/cuda/kernels.hpp ${source}/picture/pixels.hpp
+  COMMENT "CUDA kernels" VERBATIM)
+set_source_files_properties(src/devices/cuda/launch.cpp PROPERTIES OBJECT_DEPENDS ${kernels}
   COMPILE_DEFINITIONS "GDPO_KERNELS_FILE=\"${kernels}\"")
 add_library(gdpo_cuda INTERFACE)
 target_include_directories(gdpo_cuda SYSTEM INTERFACE ${GDPO_CUDA_INCLUDE})
 target_compile_definitions(gdpo_cuda INTERFACE GDPO_CUDA_KERNELS)
-set(GDPO_CUDA_SOURCES cuda launch restore_cuda)
+set(GDPO_CUDA_SOURCES devices/cuda/cuda devices/cuda/launch devices/cuda/restore_cuda)
 string(REPLACE ";" " sm_" shown "sm_${architectures}")
 message(STATUS "CUDA kernels: ${GDPO_NVCC} for ${shown}")

@@ -11,10 +11,10 @@
 #include <tuple>
 
 #include "arrays.hpp"
-#include "noise.hpp"
-#include "resample.hpp"
-#include "sha256.hpp"
-#include "tiles.hpp"
+#include "folder/sha256.hpp"
+#include "picture/noise.hpp"
+#include "picture/resample.hpp"
+#include "picture/tiles.hpp"
 
 namespace py = pybind11;
 using namespace py::literals;

@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "kernels.hpp"
+#include "devices/cuda/kernels.hpp"
 
 #undef cuEventElapsedTime  // the library asks for the first version, which every driver has
 

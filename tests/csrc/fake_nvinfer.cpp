@@ -1,5 +1,6 @@
 /// Stands in for libnvinfer where TensorRT's headers are but no GPU is: a "plan" is the synthetic generator below, put
-/// on the stream of fake_cuda.cpp. It lets a test run all of backend_tensorrt.cpp: shapes, buffers, graphs and streams.
+/// on the stream of fake_cuda.cpp. It lets a test run all of backends/tensorrt.cpp: shapes, buffers, graphs and
+/// streams.
 ///
 /// TensorRT's classes forward to abstract ones with dozens of functions. Only the few that the library calls are filled
 /// in, in tables of the Itanium C++ ABI; any other call aborts.

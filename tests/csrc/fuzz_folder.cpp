@@ -8,7 +8,7 @@
 #include <gdpo/upscaler.hpp>
 #include <vector>
 
-#include "sha256.hpp"
+#include "folder/sha256.hpp"
 
 namespace fs = std::filesystem;
 

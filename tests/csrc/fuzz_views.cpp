@@ -3,8 +3,8 @@
 #include <cstring>
 #include <vector>
 
-#include "resample.hpp"
-#include "views.hpp"
+#include "api/views.hpp"
+#include "picture/resample.hpp"
 
 namespace {
 

@@ -7,9 +7,9 @@
 #include <cstring>
 #include <thread>
 
+#include "api/upscaler.hpp"
 #include "check.hpp"
-#include "restore_cuda.hpp"
-#include "upscaler.hpp"
+#include "devices/cuda/restore_cuda.hpp"
 
 using namespace gdpo;
 using namespace gdpo::detail;

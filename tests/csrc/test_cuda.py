@@ -12,9 +12,10 @@ from engine.runtime.manifest import Geometry, Graph, Manifest, Profile, Tensor
 from tests.support.cpp import CMAKE, ROOT, build, run
 from tests.support.folders import write_ppm
 
-SOURCE = ROOT / "csrc" / "src" / "kernels.cu"
+SRC = ROOT / "csrc" / "src"
+SOURCE = SRC / "devices" / "cuda" / "kernels.cu"
 KERNELS = re.findall(r"X\(\w+, (gdpo_\w+)\)", (SOURCE.parent / "kernels.hpp").read_text()) + ["gdpo_sums"]
-FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Werror=all-warnings"]  # as cmake/cuda.cmake has them
+FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Werror=all-warnings", f"-I{SRC}"]  # as cmake/cuda.cmake has them
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])

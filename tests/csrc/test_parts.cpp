@@ -7,14 +7,14 @@
 #include <gdpo/upscaler.hpp>
 #include <numeric>
 
+#include "api/views.hpp"
 #include "check.hpp"
-#include "color.hpp"
-#include "manifest.hpp"
-#include "noise.hpp"
-#include "resample.hpp"
-#include "sha256.hpp"
-#include "tiles.hpp"
-#include "views.hpp"
+#include "folder/manifest.hpp"
+#include "folder/sha256.hpp"
+#include "picture/color.hpp"
+#include "picture/noise.hpp"
+#include "picture/resample.hpp"
+#include "picture/tiles.hpp"
 
 using namespace gdpo;
 using namespace gdpo::detail;

@@ -3,8 +3,8 @@
 #include <gdpo/upscaler.hpp>
 #include <stdexcept>
 
+#include "api/upscaler.hpp"
 #include "check.hpp"
-#include "upscaler.hpp"
 
 using namespace gdpo;
 
