@@ -15,25 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from gdpo.generator import OneStepGenerator
-from gdpo.model.tiny import ResBlock, TinyUNet
+from gdpo.model.unets import works_on_pixels
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-class _FoldedResBlock(nn.Module):
-    """A ResBlock of the tiny UNet whose FiLM is folded into its first convolution."""
-
-    def __init__(self, block: ResBlock, time: torch.Tensor):
-        super().__init__()
-        self.conv1, self.conv2, self.skip = block.conv1, block.conv2, block.skip
-        scale, shift = block.time(time)[0].chunk(2)
-        bias = self.conv1.bias
-        assert bias is not None  # nn.Conv2d's default
-        self.conv1.weight.mul_((1 + scale)[:, None, None, None])
-        bias.mul_(1 + scale).add_(shift)
-
-    def forward(self, x: torch.Tensor, time: None) -> torch.Tensor:
-        return self.skip(x) + self.conv2(F.leaky_relu(self.conv1(x), 0.1))
 
 
 class _FixedCrossAttention(nn.Module):
@@ -84,14 +68,8 @@ def fold(generator: OneStepGenerator) -> OneStepGenerator:
             processors); the message names it.
     """
     generator.merge_lora()
-    unet: Any = generator.unet
-    if isinstance(generator.unet, TinyUNet):
-        time = unet._time(generator.t_diffusion, next(unet.parameters()))
-        for blocks in [*unet.encoder, *unet.decoder]:
-            for i, block in enumerate(blocks):
-                blocks[i] = _FoldedResBlock(block, time)
-        del unet.time_in, unet.time_out
-        unet._time = lambda timestep, sample: None
+    if works_on_pixels(generator.unet):
+        generator.unet.fold(generator.t_diffusion)
         return generator
     _fold_diffusers(generator)
     return generator

@@ -1,8 +1,7 @@
-"""A tiny generator back from its ONNX export, to train it on: the model that ships is such a folder.
+"""A tiny generator back from its ONNX export, to continue training it: the bundled model is such a folder.
 
-Folding (engine.export.graphs) has put the timestep's scale and shift into the first convolution of each block. These
-are taken as they are, and the projections of the time start at zero, as in a fresh generator: the same pictures come
-out.
+An export has put what a TinyUNet's timestep scales and shifts into the first convolution of each block. These are taken
+as they are, and the projections of the time start at zero, as in a fresh generator: the same pictures come out.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 
 from engine.runtime import manifest
 from gdpo.generator import OneStepGenerator
-from gdpo.model.tiny import TinyUNetConfig
+from gdpo.model.unets import PIXEL_UNETS
 
 _PREFIX = "step.unet."
 
@@ -39,13 +38,14 @@ def from_export(folder: str | os.PathLike[str]) -> OneStepGenerator:
     except ImportError:
         raise RuntimeError("reading an export needs the package onnx: pip install 'gdpo-sr[export]'") from None
     content, _ = about.read(folder, "generator")  # checked against the manifest's hash
-    weights = {
-        w.name.removeprefix(_PREFIX): torch.from_numpy(onnx.numpy_helper.to_array(w).copy())
-        for w in onnx.load_model_from_string(content).graph.initializer
-        if w.name.startswith(_PREFIX)
-    }
+    graph = onnx.load_model_from_string(content).graph
+    stored = {w.name: torch.from_numpy(onnx.numpy_helper.to_array(w).copy()) for w in graph.initializer}
+    weights = {k.removeprefix(_PREFIX): v for k, v in stored.items() if k.startswith(_PREFIX)}
+    slopes = [node.input[1] for node in graph.node if node.op_type == "PRelu"]  # reshaped, they have lost their names
+    weights |= {f"acts.{i}.weight": stored[name].flatten() for i, name in enumerate(slopes)}
     try:
-        config = _config(weights)
+        kind_of_unet = "CompactUNet" if "recover.weight" in weights else "TinyUNet"
+        config = PIXEL_UNETS[kind_of_unet].config_of(weights)
         timesteps = {t: int(about.model[t]) for t in ("t_noise", "t_diffusion")}
         generator = OneStepGenerator.tiny(config, **timesteps)
         kept = {k: v for k, v in generator.unet.state_dict().items() if "time" in k}
@@ -53,17 +53,3 @@ def from_export(folder: str | os.PathLike[str]) -> OneStepGenerator:
     except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"{folder}: its graph is not a tiny generator's ({str(error).splitlines()[0]})") from None
     return generator
-
-
-def _config(weights: dict[str, torch.Tensor]) -> TinyUNetConfig:
-    """The shape of the UNet, read off its weights."""
-    levels = 1 + sum(name.startswith("downs.") and name.endswith(".weight") for name in weights)
-    blocks = sum(name.startswith("encoder.0.") and name.endswith(".conv1.weight") for name in weights)
-    sample = weights["conv_in.weight"].shape[1]
-    return TinyUNetConfig(
-        in_channels=sample,
-        out_channels=sample // 2,
-        block_out_channels=tuple(len(weights[f"encoder.{i}.0.conv1.bias"]) for i in range(levels)),
-        layers_per_block=blocks,
-        head_channels=(len(weights["head.conv1.bias"]), len(weights["head.conv2.bias"])),
-    )

@@ -58,6 +58,22 @@ class ResBlock(nn.Module):
         return self.skip(x) + self.conv2(h)
 
 
+class FoldedResBlock(nn.Module):
+    """A ResBlock whose FiLM, a constant, is folded into its first convolution."""
+
+    def __init__(self, block: ResBlock, time: torch.Tensor):
+        super().__init__()
+        self.conv1, self.conv2, self.skip = block.conv1, block.conv2, block.skip
+        scale, shift = block.time(time)[0].chunk(2)
+        bias = self.conv1.bias
+        assert bias is not None  # nn.Conv2d's default
+        self.conv1.weight.mul_((1 + scale)[:, None, None, None])
+        bias.mul_(1 + scale).add_(shift)
+
+    def forward(self, x: torch.Tensor, time: None) -> torch.Tensor:
+        return self.skip(x) + self.conv2(_act(self.conv1(x)))
+
+
 class Head(nn.Module):
     """Features at 1/4 resolution to a latent residual, by way of full resolution.
 
@@ -90,6 +106,8 @@ class TinyUNet(nn.Module):
 
     Called as diffusers' UNets are. H and W of the latent must be multiples of `multiple`.
     """
+
+    lora_targets = r"conv_in|downs\.\d+|ups\.\d+|.*\.(conv1|conv2)|head\.(up1|up2|out)"
 
     def __init__(self, config: TinyUNetConfig | None = None):
         super().__init__()
@@ -132,6 +150,30 @@ class TinyUNet(nn.Module):
             return cls(TinyUNetConfig(**fields))
         except TypeError as error:
             raise ValueError(f"unet/config.json is not a TinyUNet's: {error}") from None
+
+    @staticmethod
+    def config_of(weights: dict[str, torch.Tensor]) -> TinyUNetConfig:
+        """The shape of the network, read off its weights (those of the time may be missing)."""
+        levels = 1 + sum(name.startswith("downs.") and name.endswith(".weight") for name in weights)
+        blocks = sum(name.startswith("encoder.0.") and name.endswith(".conv1.weight") for name in weights)
+        sample = weights["conv_in.weight"].shape[1]
+        return TinyUNetConfig(
+            in_channels=sample,
+            out_channels=sample // 2,
+            block_out_channels=tuple(len(weights[f"encoder.{i}.0.conv1.bias"]) for i in range(levels)),
+            layers_per_block=blocks,
+            head_channels=(len(weights["head.conv1.bias"]), len(weights["head.conv2.bias"])),
+        )
+
+    @torch.no_grad()
+    def fold(self, timestep: int) -> None:
+        """Make one timestep's scales and shifts part of the convolutions, in place: for an export."""
+        time = self._time(timestep, next(self.parameters()))
+        for blocks in [*self.encoder, *self.decoder]:
+            for i, block in enumerate(blocks):
+                blocks[i] = FoldedResBlock(block, time)
+        del self.time_in, self.time_out
+        self._time = lambda timestep, sample: None  # type: ignore[method-assign, assignment, return-value]
 
     def _time(self, timestep: torch.Tensor | int, sample: torch.Tensor) -> torch.Tensor:
         """Sinusoidal embedding of the timestep (as in DDPM) and a two-layer perceptron -> [1 or B, time_channels]."""

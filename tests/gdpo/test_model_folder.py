@@ -20,7 +20,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 def tiny(tmp_path_factory) -> Path:
     """A tiny model with a LoRA beside it."""
     generator = OneStepGenerator.tiny(TinyUNetConfig(block_out_channels=(8, 16), layers_per_block=1))
-    lora.add(generator.unet, 2, lora.TINY_TARGETS)
+    lora.add(generator.unet, 2, generator.unet.lora_targets)
     generator.save_pretrained(folder := tmp_path_factory.mktemp("tiny") / "model")
     return folder
 

@@ -1,0 +1,216 @@
+"""CompactUNet: a plain stack of convolutions at the LR's resolution, with the call signature of a diffusers UNet.
+
+The body is the compact network of Real-ESRGAN (SRVGG; Wang et al. 2021, arXiv 2107.10833): convolutions and PReLUs in
+turn and one pixel shuffle, no skip but the picture itself. It fits a latent of pixel-unshuffled pictures, because it
+can start from the published weights: the LR, from which bicubic made the condition, is a linear function of it
+(`recover`), the upsampled LR that the network's picture is added to is one of the LR (`base`), and the noise of the
+latent reaches the network as noise of the LR (`grain`). All of these are convolutions and learn with the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gdpo.model.tiny import UNetOutput
+
+GRAIN = 2 / 255  # of a picture in [0,1]: standard deviation of the noise that the network sees on the LR
+
+
+@dataclass(frozen=True)
+class CompactUNetConfig:
+    """The shape of a CompactUNet. `in_channels` is twice `out_channels`: the noisy latent beside the clean condition.
+
+    Args:
+        width: channels of the body.
+        layers: convolutions between the first and the last.
+        base_kernel: side of the linear upsampler's kernels, in LR pixels.
+    """
+
+    in_channels: int = 96
+    out_channels: int = 48
+    width: int = 64
+    layers: int = 16
+    base_kernel: int = 5
+
+    def __post_init__(self):
+        if self.in_channels != 2 * self.out_channels:
+            raise ValueError(f"in_channels must be twice out_channels; got {self.in_channels} and {self.out_channels}")
+        if self.out_channels % 16:
+            raise ValueError(f"out_channels must be a multiple of 16 (pixel-unshuffle by 4); got {self.out_channels}")
+        if self.base_kernel % 2 == 0:
+            raise ValueError(f"base_kernel must be odd; got {self.base_kernel}")
+
+
+class EvenConv2d(nn.Conv2d):
+    """A convolution in front of a pixel shuffle that cannot draw a lattice.
+
+    Where features are even, as their mean over a texture is, each of them adds the same to all 16 pixels of a cell: its
+    kernels have one sum for all 16. So what is drawn has no power at the periods of the shuffle, but edges, where
+    features change from cell to cell, are as free as before.
+    """
+
+    cell = 16
+
+    def even(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias with the part taken off by which the sums of a cell's kernels differ."""
+        sums = self.weight.unflatten(0, (-1, self.cell)).mean((3, 4), keepdim=True)
+        weight = self.weight - (sums - sums.mean(1, keepdim=True)).flatten(0, 1)
+        if self.bias is None:
+            return weight, None
+        return weight, self.bias.unflatten(0, (-1, self.cell)).mean(1, keepdim=True).expand(-1, self.cell).flatten()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(x, *self.even())
+
+
+class CompactUNet(nn.Module):
+    """Convolutions and PReLUs at the LR's resolution; every side of a latent will do. The timestep is not used.
+
+    Called as diffusers' UNets are. Its weights are those of one noise level: the generator has one.
+    """
+
+    multiple = 1  # latent H and W must be multiples of this
+    lora_targets = r"conv_in|convs\.\d+"  # not what keeps the lattice away
+
+    def __init__(self, config: CompactUNetConfig | None = None):
+        super().__init__()
+        self.config = config = config or CompactUNetConfig()
+        channels = config.out_channels // 16
+        self.recover = nn.Conv2d(config.out_channels, channels, 3, padding=1, bias=False)  # condition -> LR
+        self.grain = nn.Conv2d(config.in_channels, channels, 1, bias=False)  # noise of the latent -> noise of the LR
+        side = config.base_kernel
+        self.base = EvenConv2d(channels, config.out_channels, side, padding=side // 2, bias=False)
+        self.conv_in = nn.Conv2d(2 * channels, config.width, 3, padding=1)  # the LR with grain, the LR
+        self.convs = nn.ModuleList(nn.Conv2d(config.width, config.width, 3, padding=1) for _ in range(config.layers))
+        self.acts = nn.ModuleList(nn.PReLU(config.width) for _ in range(config.layers + 1))
+        self.conv_out = EvenConv2d(config.width, config.out_channels, 3, padding=1)
+        self.gradient_checkpointing = False
+        self._reset()
+
+    @torch.no_grad()
+    def _reset(self) -> None:
+        """The nearest neighbour as the base, the middle of a condition's pixel as the LR, no residual, no grain."""
+        for p in (self.recover.weight, self.grain.weight, self.base.weight):
+            p.zero_()
+        for p in (self.conv_out.weight, self.conv_out.bias):
+            p.zero_()
+        middle = self.config.base_kernel // 2
+        for c in range(self.config.out_channels // 16):
+            self.base.weight[16 * c : 16 * c + 16, c, middle, middle] = 1
+            self.recover.weight[c, [16 * c + i for i in (5, 6, 9, 10)], 1, 1] = 0.25
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.gradient_checkpointing = True
+
+    def config_dict(self) -> dict:
+        return {"_class_name": "CompactUNet", **asdict(self.config)}
+
+    @classmethod
+    def from_config(cls, config: dict) -> CompactUNet:
+        fields: dict[str, Any] = {k: v for k, v in config.items() if not k.startswith("_")}
+        try:
+            return cls(CompactUNetConfig(**fields))
+        except TypeError as error:
+            raise ValueError(f"unet/config.json is not a CompactUNet's: {error}") from None
+
+    @staticmethod
+    def config_of(weights: dict[str, torch.Tensor]) -> CompactUNetConfig:
+        """The shape of the network, read off its weights."""
+        return CompactUNetConfig(
+            in_channels=weights["grain.weight"].shape[1],
+            out_channels=weights["recover.weight"].shape[1],
+            width=len(weights["conv_in.bias"]),
+            layers=sum(name.startswith("convs.") and name.endswith(".weight") for name in weights),
+            base_kernel=weights["base.weight"].shape[-1],
+        )
+
+    @torch.no_grad()
+    def fold(self, timestep: int) -> None:
+        """Nothing depends on the timestep; plain convolutions take the place of the even ones: for an export."""
+        for name in ("base", "conv_out"):
+            even = getattr(self, name)
+            weight, bias = even.even()
+            plain = nn.Conv2d(
+                even.in_channels, even.out_channels, even.kernel_size, padding=even.padding, bias=bias is not None
+            ).to(weight)
+            plain.weight.copy_(weight)
+            if plain.bias is not None and bias is not None:
+                plain.bias.copy_(bias)
+            setattr(self, name, plain.requires_grad_(False))
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor | int, encoder_hidden_states: torch.Tensor | None = None
+    ) -> UNetOutput:
+        """sample [B,in_channels,h,w], timestep unused -> .sample [B,out_channels,h,w]. No text is used."""
+        if sample.shape[1] != self.config.in_channels:
+            raise ValueError(f"sample must be [B,{self.config.in_channels},h,w]; got {tuple(sample.shape)}")
+        condition = sample[:, self.config.out_channels :]
+        lr = self.recover(condition)
+        x = 0.5 * torch.cat([lr + self.grain(sample), lr], dim=1) + 0.5  # the published network's range is [0,1]
+        x = self.acts[0](self.conv_in(x))
+        for conv, act in zip(self.convs, self.acts[1:]):
+            x = act(conv(x))
+        return UNetOutput(2 * self.conv_out(x) + self.base(lr) - condition)
+
+
+@torch.no_grad()
+def start_from(
+    unet: CompactUNet, weights: list[tuple[torch.Tensor, ...]], *, a_noise: float, grain: float = GRAIN
+) -> CompactUNet:
+    """Give a CompactUNet the weights of a published network; without noise it then draws that network's picture.
+
+    Args:
+        weights: (weight, bias) of each convolution and (slope,) of each PReLU in order, as gdpo.model.ncnn reads them.
+        a_noise: alpha_bar of the generator's t_noise: its latents hold sqrt(1 - a_noise) of noise.
+        grain: standard deviation of the noise on the LR, of a picture in [0,1]. The latent's noise has 16 pixels for
+            one of the LR; their mean, scaled, is the noise of that one.
+
+    Raises:
+        ValueError: another number or shape of layers.
+    """
+    colours, (first, bias) = unet.config.out_channels // 16, weights[0]
+    weights = [(torch.cat([first, torch.zeros_like(first)], dim=1), bias), *weights[1:]]
+    layers = [unet.conv_in, unet.acts[0]]
+    for conv, act in zip(unet.convs, unet.acts[1:]):
+        layers += [conv, act]
+    layers.append(unet.conv_out)
+    shapes = [[tuple(p.shape) for p in layer.parameters()] for layer in layers]
+    if shapes != [[tuple(t.shape) for t in layer] for layer in weights]:
+        raise ValueError(f"these {len(weights)} layers are not those of a compact network of {len(layers)} layers")
+    for layer, values in zip(layers, weights):
+        for parameter, value in zip(layer.parameters(), values):
+            parameter.copy_(value)
+    unet.recover.weight.copy_(recovery(colours))
+    unet.grain.weight.zero_()
+    scale = 2 * grain * 4 / (1 - a_noise) ** 0.5 / 16  # a mean of 16 has a quarter of the deviation; [-1,1] has twice
+    for c in range(colours):
+        own = slice(16 * c, 16 * c + 16)
+        unet.grain.weight[c, own] = scale
+        unet.grain.weight[c, unet.config.out_channels + 16 * c : unet.config.out_channels + 16 * c + 16] = (
+            -scale * a_noise**0.5
+        )
+    return unet
+
+
+def recovery(channels: int = 3) -> torch.Tensor:
+    """The 3x3 convolution [channels,16*channels,3,3] that takes an unshuffled bicubic x4 picture back to its LR.
+
+    Least squares on noise: 12x12 pixels of a bicubic picture are 144 equations in the 49 LR pixels that they are made
+    of. The ridge keeps its weights small where pictures were rounded or clipped.
+    """
+    rng = torch.Generator().manual_seed(0)
+    lr = torch.rand(1, 1, 96, 96, generator=rng, dtype=torch.float64) * 2 - 1
+    up = F.interpolate(lr.float(), scale_factor=4, mode="bicubic", antialias=True).double()
+    rows = F.unfold(F.pixel_unshuffle(up, 4)[:, :, 4:-4, 4:-4], 3)[0].T  # [N,16*9]
+    wanted = lr[0, 0, 5:-5, 5:-5].reshape(-1, 1)
+    gram = rows.T @ rows + 1e-5 * len(rows) * torch.eye(rows.shape[1], dtype=torch.float64)
+    kernel = torch.linalg.solve(gram, rows.T @ wanted).reshape(1, 16, 3, 3).float()
+    full = torch.zeros(channels, 16 * channels, 3, 3)
+    for c in range(channels):
+        full[c, 16 * c : 16 * c + 16] = kernel[0]
+    return full

@@ -1,0 +1,27 @@
+"""The networks of this project that work on pixel-unshuffled pictures (the `residual` parametrisation), by class name.
+
+Each is a module with the call signature of a diffusers UNet and
+
+    multiple              latent H and W must be multiples of it
+    lora_targets          names of the layers that a LoRA adapts, a pattern
+    config_dict()         what unet/config.json holds; from_config() is its inverse
+    fold(t_diffusion)     makes the timestep a constant, in place, for an export
+    config_of(weights)    the config, read off the weights of an export
+"""
+
+from __future__ import annotations
+
+from gdpo.model.compact import CompactUNet, CompactUNetConfig
+from gdpo.model.tiny import TinyUNet, TinyUNetConfig
+
+PIXEL_UNETS: dict[str, type[TinyUNet] | type[CompactUNet]] = {"TinyUNet": TinyUNet, "CompactUNet": CompactUNet}
+
+
+def pixel_unet(config: TinyUNetConfig | CompactUNetConfig | None = None) -> TinyUNet | CompactUNet:
+    """A fresh network of this shape; None is the tiny preset's."""
+    return CompactUNet(config) if isinstance(config, CompactUNetConfig) else TinyUNet(config)
+
+
+def works_on_pixels(unet: object) -> bool:
+    """Whether it is one of these networks, and not a UNet of diffusers."""
+    return isinstance(unet, tuple(PIXEL_UNETS.values()))

@@ -1,0 +1,140 @@
+"""The compact network: it starts as the published one; saved, exported, brought back it stays the same."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from engine import Upscaler
+from engine.export.generator import export_generator
+from gdpo.degradation.resize import resize
+from gdpo.generator import OneStepGenerator
+from gdpo.model import lora
+from gdpo.model.compact import GRAIN, CompactUNet, CompactUNetConfig, EvenConv2d, recovery, start_from
+from gdpo.model.exported import from_export
+from gdpo.model.ncnn import CompactNet
+
+SHAPE = CompactUNetConfig(width=12, layers=2)
+
+
+@pytest.fixture
+def published() -> CompactNet:
+    """A compact network with the layers of a published one, narrower."""
+    rng = torch.Generator().manual_seed(3)
+
+    def normal(*shape, scale):
+        return torch.randn(*shape, generator=rng) * scale
+
+    layers = []
+    for out, channels in ((12, 3), (12, 12), (12, 12), (48, 12)):
+        layers += [(normal(out, channels, 3, 3, scale=0.4 / math.sqrt(channels)), normal(out, scale=0.1))]
+        layers += [(normal(out, scale=0.2),)] if out == 12 else []
+    last = EvenConv2d(12, 48, 3)  # else what is uneven would be the difference between the two
+    last.weight.data, last.bias.data = layers[-1]
+    layers[-1] = tuple(t.detach() for t in last.even())
+    return CompactNet(layers)
+
+
+def layers_of(network: CompactNet) -> list[tuple[torch.Tensor, ...]]:
+    return [tuple(layer) for layer in network.layers]
+
+
+@pytest.fixture
+def generator(published) -> OneStepGenerator:
+    made = OneStepGenerator.tiny(SHAPE, seed=1)
+    start_from(made.unet, layers_of(published), a_noise=made.a_n)
+    return made.requires_grad_(False).eval()
+
+
+def smooth(*shape: int) -> torch.Tensor:
+    """Pictures in [0.2,0.8], so that bicubic's overshoot is not clipped."""
+    x = torch.rand(*shape, generator=torch.Generator().manual_seed(0))
+    return 0.2 + 0.6 * x
+
+
+def upsampled(lr: torch.Tensor) -> torch.Tensor:
+    return resize(lr, (4 * lr.shape[2], 4 * lr.shape[3]), "bicubic_antialias").clamp(0, 1) * 2 - 1
+
+
+def test_the_lr_is_recovered_from_its_bicubic_picture():
+    lr = smooth(1, 3, 24, 24)
+    back = F.conv2d(F.pixel_unshuffle(upsampled(lr), 4), recovery(), padding=1) / 2 + 0.5
+    assert (back - lr)[..., 2:-2, 2:-2].abs().max() < 0.01
+    wrong = F.conv2d(F.pixel_unshuffle(upsampled(lr).flip(1), 4), recovery(), padding=1) / 2 + 0.5
+    assert (wrong - lr).abs().mean() > 0.05  # teeth: the channels' order
+
+
+def test_without_noise_it_starts_as_the_published_network(generator, published):
+    lr = smooth(1, 3, 24, 24)
+    latents = generator.encode(upsampled(lr))
+    x0 = generator.predict(latents, torch.zeros_like(latents)).x0
+    mine, theirs = generator.codec.decode(x0) / 2 + 0.5, published(lr)
+    assert (mine - theirs)[..., 20:-20, 20:-20].abs().max() < 0.02
+    assert (theirs - F.interpolate(lr, scale_factor=4)).abs().mean() > 0.05  # teeth: the network does something
+
+
+def test_the_noise_arrives_as_grain_of_the_lr(generator):
+    rng = torch.Generator().manual_seed(5)
+    latents = generator.encode(upsampled(smooth(1, 3, 32, 32)))
+    noise = torch.randn(latents.shape, generator=rng)
+    noisy = math.sqrt(generator.a_n) * latents + math.sqrt(generator.b_n) * noise
+    grain = generator.unet.grain(torch.cat([noisy, latents], 1)) / 2
+    pooled = noise.unflatten(1, (3, 16)).mean(2) * 4
+    assert torch.allclose(grain, GRAIN * pooled, atol=1e-5)
+
+
+def test_layers_of_another_network_are_refused(published):
+    with pytest.raises(ValueError, match="7 layers are not those of a compact network of 9"):
+        start_from(CompactUNet(CompactUNetConfig(width=12, layers=3)), layers_of(published), a_noise=0.9)
+
+
+def test_saved_and_loaded_with_a_lora_it_is_the_same(generator, tmp_path):
+    latents, noise = torch.randn(1, 48, 8, 12), torch.randn(1, 48, 8, 12)
+    lora.add(generator.unet, 2, generator.unet.lora_targets)
+    for p in lora.parameters(generator.unet).values():
+        torch.nn.init.normal_(p, std=0.1)
+    expected = generator.predict(latents, noise).x0
+    with generator.reference():
+        assert (generator.predict(latents, noise).x0 - expected).abs().max() > 1e-3  # teeth
+    generator.save_pretrained(tmp_path / "model")
+    loaded = OneStepGenerator.from_pretrained(tmp_path / "model")
+    assert isinstance(loaded.unet, CompactUNet) and loaded.unet.config == SHAPE
+    assert torch.equal(loaded.predict(latents, noise).x0, expected)
+    assert torch.allclose(loaded.merge_lora().predict(latents, noise).x0, expected, atol=1e-5)
+
+
+def test_even_features_draw_no_lattice():
+    torch.manual_seed(0)
+    even, plain = EvenConv2d(12, 48, 3), torch.nn.Conv2d(12, 48, 3)
+    even.load_state_dict(plain.state_dict())
+    features = torch.randn(1, 12, 1, 1).expand(-1, -1, 8, 8)  # a texture's mean
+    assert F.pixel_shuffle(even(features), 4).std((2, 3)).max() < 1e-6
+    assert F.pixel_shuffle(plain(features), 4).std((2, 3)).min() > 0.1  # teeth
+    edge = torch.randn(1, 12, 1, 1) * (torch.arange(8) > 3)
+    assert F.pixel_shuffle(even(edge.expand(-1, -1, 8, 8)), 4).std((2, 3)).min() > 0.1  # free at edges
+
+
+def test_any_timestep_will_do_and_the_noise_counts(generator):
+    sample = torch.randn(2, 96, 8, 8)
+    first = generator.unet(sample, 50).sample
+    assert torch.equal(first, generator.unet(sample, torch.tensor([10, 900])).sample)
+    assert (first - generator.unet(sample + 0.5 * torch.randn_like(sample), 50).sample).abs().max() > 1e-3
+
+
+def test_an_export_is_equal_and_comes_back(generator, tmp_path):
+    latents, noise = torch.randn(1, 48, 16, 16), torch.randn(1, 48, 16, 16)
+    expected = generator.predict(latents, noise).x0
+    export_generator(generator, tmp_path / "engine")  # checks parity with torch
+    back = from_export(tmp_path / "engine")
+    assert isinstance(back.unet, CompactUNet) and back.unet.config == SHAPE
+    assert torch.allclose(back.predict(latents, noise).x0, expected, atol=1e-6)
+    picture = Upscaler.load(tmp_path / "engine").upscale((smooth(20, 16, 3) * 255).byte().numpy())
+    assert picture.shape == (80, 64, 3)
+
+
+def test_a_config_of_another_network_is_named():
+    with pytest.raises(ValueError, match="is not a CompactUNet's"):
+        CompactUNet.from_config({"_class_name": "CompactUNet", "heads": 3})
