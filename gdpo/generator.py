@@ -19,9 +19,11 @@ from torch import nn
 
 from gdpo.model import lora
 from gdpo.model.codecs import PixelCodec, load_codec, save_codec
+from gdpo.model.compact import CompactUNetConfig
 from gdpo.model.parts import first_line, load_pretrained, read_json, read_tensors
 from gdpo.model.prompts import POSITIVE_PROMPT, PromptEncoder
-from gdpo.model.tiny import TinyUNet, TinyUNetConfig
+from gdpo.model.tiny import TinyUNetConfig
+from gdpo.model.unets import PIXEL_UNETS, pixel_unet, works_on_pixels
 
 DEFAULT_SCHEDULE = {
     "_class_name": "DDPMScheduler",
@@ -106,11 +108,13 @@ class OneStepGenerator(nn.Module):
     # ---- making, loading, saving
 
     @classmethod
-    def tiny(cls, config: TinyUNetConfig | None = None, *, seed: int = 0, **kwargs) -> OneStepGenerator:
+    def tiny(
+        cls, config: TinyUNetConfig | CompactUNetConfig | None = None, *, seed: int = 0, **kwargs
+    ) -> OneStepGenerator:
         """A fresh generator of the tiny preset (VAE-free), initialised by `seed` alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(TinyUNet(config), PixelCodec(4), parametrization="residual", **kwargs)
+            return cls(pixel_unet(config), PixelCodec(4), parametrization="residual", **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -136,7 +140,7 @@ class OneStepGenerator(nn.Module):
         schedule_file = root / "scheduler" / "scheduler_config.json"
         schedule = read_json(schedule_file) if schedule_file.is_file() else None
         unet = _load_unet(root / "unet", dtype)
-        if schedule is None and not isinstance(unet, TinyUNet):
+        if schedule is None and not works_on_pixels(unet):
             raise FileNotFoundError(f"{schedule_file}: no such file; it says what the model's timesteps mean")
         codec = load_codec(root / "vae", dtype)
         embeds_file, embeds = root / "prompt_embeds.safetensors", None
@@ -148,12 +152,12 @@ class OneStepGenerator(nn.Module):
             unet,
             codec,
             schedule,
-            parametrization="residual" if isinstance(unet, TinyUNet) else "epsilon",
+            parametrization="residual" if works_on_pixels(unet) else "epsilon",
             t_noise=saved.get("t_noise") if t_noise is None else t_noise,
             t_diffusion=saved.get("t_diffusion") if t_diffusion is None else t_diffusion,
             prompt=saved.get("prompt", POSITIVE_PROMPT),
             prompt_embeds=embeds,
-            prompt_encoder=None if isinstance(unet, TinyUNet) else PromptEncoder(root),
+            prompt_encoder=None if works_on_pixels(unet) else PromptEncoder(root),
         )
         for module, name in ((unet, "unet_lora"), (generator.vae, "vae_lora")):
             if module is not None and (root / name).is_dir():
@@ -198,7 +202,7 @@ class OneStepGenerator(nn.Module):
 
     def _save_unet(self, folder: Path) -> None:
         unet = _without_lora(self.unet)
-        if isinstance(unet, TinyUNet):
+        if works_on_pixels(unet):
             from safetensors.torch import save_file
 
             folder.mkdir()
@@ -234,7 +238,7 @@ class OneStepGenerator(nn.Module):
     @property
     def multiple(self) -> int:
         """Image H and W must be multiples of this."""
-        if isinstance(self.unet, TinyUNet):
+        if works_on_pixels(self.unet):
             return self.codec.factor * self.unet.multiple
         return self.codec.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
@@ -330,8 +334,8 @@ def _load_unet(folder: Path, dtype: torch.dtype | None) -> Any:
         raise FileNotFoundError(f"{folder / 'config.json'}: no such file; a model folder needs unet/config.json")
     config = read_json(folder / "config.json")
     kind = config.get("_class_name")
-    if kind == "TinyUNet":
-        unet = TinyUNet.from_config(config)
+    if kind in PIXEL_UNETS:
+        unet = PIXEL_UNETS[kind].from_config(config)
         weights = folder / "diffusion_pytorch_model.safetensors"
         try:
             unet.load_state_dict(read_tensors(weights))
@@ -339,7 +343,8 @@ def _load_unet(folder: Path, dtype: torch.dtype | None) -> Any:
             raise ValueError(f"{weights} does not fit unet/config.json: {first_line(error)}") from None
         return unet.to(dtype) if dtype else unet
     if kind != "UNet2DConditionModel":
-        raise ValueError(f"{folder / 'config.json'}: _class_name is {kind!r}; known are UNet2DConditionModel, TinyUNet")
+        known = ", ".join(["UNet2DConditionModel", *PIXEL_UNETS])
+        raise ValueError(f"{folder / 'config.json'}: _class_name is {kind!r}; known are {known}")
     from diffusers import UNet2DConditionModel
 
     return load_pretrained(UNet2DConditionModel, folder, dtype)
