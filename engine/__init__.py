@@ -6,10 +6,13 @@ sr = Upscaler.load().upscale(rgb_uint8_hwc, seed=0)
 
 from typing import TYPE_CHECKING
 
+from engine.io.early import prepare_command
+
 if TYPE_CHECKING:
     from engine.runtime.upscaler import Upscaler
 
 __all__ = ["Upscaler"]
+prepare_command()
 
 
 def __getattr__(name: str):

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
+from engine.io import images
 from engine.io.images import SUFFIXES
+from engine.io.notices import say
+
+READABLE = getattr(images, "READABLE", frozenset(SUFFIXES))
 
 
 @dataclass(frozen=True)
 class Job:
+    """A picture to make: `target` from `source`. `label` is what messages call the input."""
+
     source: Path
     target: Path
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.label or str(self.source)
 
 
 def plan(
@@ -24,6 +38,8 @@ def plan(
     suffix: str = "",
     extension: str | None = None,
     recursive: bool = False,
+    on_clash: Literal["error", "rename"] = "error",
+    notice: Callable[[str], None] = say,
 ) -> list[Job]:
     """Pair every input with its output.
 
@@ -31,8 +47,11 @@ def plan(
         inputs: files, folders and glob patterns.
         output: a file when there is one input file and this has a picture's suffix; else a folder.
         suffix: appended to the stem of every output.
-        extension: of the outputs, such as "png"; None keeps the input's.
+        extension: of the outputs, such as "png"; None keeps the input's, or takes png where that cannot be written.
         recursive: descend into input folders and mirror their trees.
+        on_clash: what becomes of an output that is an input, or that two inputs would write: an error, or a number
+            after its name.
+        notice: called with a line for each folder that holds files of other kinds, which are left out.
 
     Raises:
         ValueError: nothing matches, an output that two inputs would write, or that is an input itself.
@@ -43,7 +62,7 @@ def plan(
     if "" in (*inputs, output):
         raise ValueError("an input or the output is an empty path; an unset variable?")
     out = Path(output)
-    found = [pair for text in inputs for pair in _expand(text, recursive)]
+    found = [pair for text in inputs for pair in _expand(text, recursive, notice)]
     one_file = len(inputs) == 1 and len(found) == 1 and not Path(inputs[0]).is_dir()
     to_file = one_file and bool(out.suffix) and not out.is_dir() and not output.endswith(os.sep)
     if to_file and out.suffix.lower() not in SUFFIXES:
@@ -59,29 +78,58 @@ def plan(
             raise ValueError(f"output {output} is named like a picture; several inputs need a folder (or: {output}/)")
         jobs = []
         for source, relative in _without_own_outputs(found, inputs, out, suffix):
-            jobs.append(Job(source, out / relative.with_name(f"{relative.stem}{suffix}{extension or relative.suffix}")))
-    _check(jobs)
-    return jobs
+            kept = relative.suffix if relative.suffix.lower() in SUFFIXES else ".png"
+            jobs.append(Job(source, out / relative.with_name(f"{relative.stem}{suffix}{extension or kept}")))
+    return _without_clashes(jobs, on_clash)
 
 
-def _expand(text: str, recursive: bool) -> Iterator[tuple[Path, Path]]:
+def _expand(text: str, recursive: bool, notice: Callable[[str], None]) -> Iterator[tuple[Path, Path]]:
     """(file, its path below the output folder) for one argument."""
     path = Path(text)
     if path.is_dir():
-        walk = sorted(path.rglob("*") if recursive else path.iterdir())
-        files = [p for p in walk if p.suffix.lower() in SUFFIXES and p.is_file() and not p.name.startswith(".")]
+        files, others = _walk(path, recursive, notice)
         if not files:
             hint = "" if recursive else " (its sub-folders: --recursive)"
-            raise ValueError(f"{text}: no {' '.join(SUFFIXES)} picture in this folder{hint}")
-        yield from ((p, p.relative_to(path)) for p in files)
+            known = " ".join([*SUFFIXES, *sorted(READABLE - set(SUFFIXES))])
+            raise ValueError(f"{text}: no {known} picture in this folder{hint}")
+        if others:
+            kinds = ", ".join(f"{count} {kind or 'without suffix'}" for kind, count in others.most_common())
+            left_out, all_files = others.total(), others.total() + len(files)
+            notice(f"{text}: {left_out} of {all_files} files left out; they are of other kinds ({kinds})")
+        yield from ((path / name, Path(name)) for name in files)
     elif path.exists() or not glob.has_magic(text):
         yield path, Path(path.name)  # a missing file is reported when its turn comes, after the others
     else:
-        files = [Path(m) for m in sorted(glob.glob(text, recursive=True))]
-        files = [p for p in files if p.is_file() and p.suffix.lower() in SUFFIXES]
-        if not files:
+        matches = [Path(m) for m in sorted(glob.glob(text, recursive=True))]
+        matches = [p for p in matches if p.suffix.lower() in READABLE and p.is_file()]
+        if not matches:
             raise ValueError(f"{text}: no picture matches")
-        yield from ((p, Path(p.name)) for p in files)
+        yield from ((p, Path(p.name)) for p in matches)
+
+
+def _walk(folder: Path, recursive: bool, notice: Callable[[str], None]) -> tuple[list[str], Counter[str]]:
+    """The pictures in a folder, as sorted paths below it, and how many files there are of each other kind."""
+
+    def unreadable(error: OSError) -> None:
+        if error.filename == str(folder):
+            raise error
+        notice(f"warning: {error.filename}: {error.strerror}; this folder is left out")
+
+    files: list[str] = []
+    others: Counter[str] = Counter()
+    for root, folders, names in os.walk(folder, onerror=unreadable):
+        if not recursive:
+            folders.clear()
+        below = "" if root == str(folder) else os.path.relpath(root, folder)
+        for name in names:
+            if name.startswith("."):
+                continue
+            kind = os.path.splitext(name)[1].lower()
+            if kind not in READABLE:
+                others[kind] += 1
+            elif os.path.isfile(os.path.join(root, name)):  # not a pipe, nor a link to nothing
+                files.append(os.path.join(below, name))
+    return sorted(files, key=lambda name: name.split(os.sep)), others
 
 
 def _without_own_outputs(
@@ -89,11 +137,15 @@ def _without_own_outputs(
 ) -> Iterator[tuple[Path, Path]]:
     """Leave out what an earlier run wrote: a folder below the input's, or a suffixed copy beside its original."""
     named = set(inputs)
-    below = out.resolve() not in {Path(text).resolve() for text in inputs}
-    originals = {source.with_suffix("") for source, _ in found}
+    resolved = out.resolve()
+    below = resolved not in {Path(text).resolve() for text in inputs}
+    originals = {source.with_suffix("") for source, _ in found} if suffix else set()
+    folders: dict[Path, bool] = {}  # folder of an input -> whether it is the output's, or lies below it
     for source, relative in found:
         if str(source) not in named:
-            if below and out.resolve() in source.resolve().parents:
+            if below and source.parent not in folders:
+                folders[source.parent] = source.parent.resolve().is_relative_to(resolved)
+            if below and folders[source.parent]:
                 continue
             if (
                 suffix
@@ -104,19 +156,50 @@ def _without_own_outputs(
         yield source, relative
 
 
-def _check(jobs: list[Job]) -> None:
-    sources = {job.source.resolve() for job in jobs}
-    written: dict[str, Path] = {}
-    for job in jobs:
-        target = job.target.resolve()
-        if target in sources:
-            raise ValueError(
-                f"{job.target} is an input: it would be overwritten; choose another folder or --suffix _x4"
-            )
-        other = written.setdefault(
-            str(target).lower(), job.source
-        )  # two names that differ in case are one on some disks
-        if other != job.source:
-            raise ValueError(
-                f"{other} and {job.source} would both be written to {job.target}; rename one or use folders"
-            )
+def _without_clashes(jobs: list[Job], on_clash: str) -> list[Job]:
+    """The jobs, each once, with no two of one output and none that would overwrite an input.
+
+    Names are compared as the least distinguishing file systems do: without case, in one Unicode form.
+    """
+    sources = {identity for job in jobs if (identity := _identity(job.source))}
+    parents: dict[Path, Path] = {}
+    written: dict[tuple[Path, str], Path] = {}
+    kept = []
+    for job in dict.fromkeys(jobs):
+        candidate, number = job.target, 1
+        while True:
+            parent = parents.setdefault(candidate.parent, candidate.parent.resolve())
+            key = (parent, unicodedata.normalize("NFC", candidate.name).casefold())
+            is_input = _identity(candidate) in sources
+            if not is_input and key not in written:
+                break
+            if on_clash == "error":
+                if is_input:
+                    raise ValueError(
+                        f"{job.target} is an input: it would be overwritten; choose another folder, --suffix _x4 "
+                        "or --on-clash rename"
+                    )
+                raise ValueError(
+                    f"{written[key]} and {job.source} would both be written to {job.target}; rename one, use folders, "
+                    "or --on-clash rename"
+                )
+            number += 1
+            candidate = numbered(job.target, number)
+        written[key] = job.source
+        kept.append(replace(job, target=candidate))
+    return kept
+
+
+def numbered(target: Path, number: int) -> Path:
+    """The name that a clash gives: photo.png -> photo-2.png."""
+    return target.with_name(f"{target.stem}-{number}{target.suffix}")
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """Which file this is, whatever its name looks like here (other case, another Unicode form); None: no file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    # Inode numbers alone do not tell files apart on every network file system.
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

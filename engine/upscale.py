@@ -3,60 +3,90 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engine.compare_page import ComparePage, compare_page
 from engine.io import cli
-from engine.io.images import MAX_PIXELS, SUFFIXES, Picture, check_writable, picture_size, read_image, write_image
-from engine.jobs import Job, plan
-from engine.runtime.color import METHODS
-from engine.runtime.resample import resize
-from engine.runtime.upscaler import MAX_OUTPUT_PIXELS, Upscaler, output_size
+from engine.io.files import clean_leftovers
+from engine.io.images import MAX_BYTES, MAX_PIXELS, SUFFIXES
+from engine.jobs import plan
+from engine.pictures import parse_background
+from engine.runtime import color
+from engine.runtime.upscaler import Upscaler, default_model, output_size
+from engine.worker import Settings, Worker, model_identity
 
-_FAILURES = (ValueError, OSError, RuntimeError, FloatingPointError, MemoryError)  # of one picture; the others go on
+COLOR = getattr(color, "DEFAULT", "adain")
+STREAM = "-"  # as input: standard input; as output: standard output
 
 
 def parser() -> cli.Parser:
     p = cli.Parser(
         prog="python -m engine.upscale",
-        description="Upscale pictures x4 (PNG, JPEG, WebP, TIFF; 8 and 16 bit).",
+        description="Upscale pictures x4. An output that was made from this input with these options is finished and "
+        "is skipped; one that was made otherwise is made again.",
         epilog="Exit codes: 0 done, 1 some pictures failed, 2 bad usage, 130 interrupted, 143 terminated.",
     )
-    p.add_argument("paths", nargs="*", metavar="IN... OUT", help="files, globs or folders, then a file or a folder")
-    p.add_argument("-i", "--input", nargs="+", default=[], help="the inputs, instead of positions")
-    p.add_argument("-o", "--output", help="the output, instead of the last position")
-    p.add_argument("-n", "--model", help="an engine folder (default: the shipped tiny model)")
-    p.add_argument("--seed", type=int, default=0, help="of the noise; the same seed gives the same picture")
-    p.add_argument("-s", "--scale", type=float, default=4.0, help="of the result; other factors than 4 resize the x4")
-    p.add_argument("-t", "--tile", type=int, default=0, help="longest tile side in input pixels; 0: the model's choice")
-    p.add_argument("--batch", type=int, help="tiles at once")
-    p.add_argument("--color", default="adain", choices=METHODS, help="align the colours to the input's")
-    p.add_argument("-f", "--format", choices=[s[1:] for s in SUFFIXES], help="of the outputs (default: the input's)")
-    p.add_argument("--suffix", default="", help="appended to the names of the outputs, such as _x4")
-    p.add_argument("--quality", type=int, default=95, help="of JPEG and WebP")
-    p.add_argument("--recursive", action="store_true", help="descend into folders and mirror their trees")
-    p.add_argument("--overwrite", action="store_true", help="do finished files again")
-    p.add_argument("--strip-metadata", action="store_true", help="drop EXIF, XMP and text (the colour profile stays)")
-    p.add_argument("--compare", metavar="PAGE.html", help="write a page with a before/after slider")
-    p.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="refuse larger inputs")
-    p.add_argument("--backend", default="auto", help="auto, onnxruntime, openvino, tensorrt, tensorrt-rtx or torch")
-    p.add_argument("--device", help="cpu, cuda or cuda:N")
-    p.add_argument("--precision", default="auto", choices=("auto", "fp32", "fp16", "bf16"))
-    p.add_argument("--compile", action="store_true", help="of --backend torch: the first tile waits for the compiler")
-    p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all")
     p.add_argument(
-        "--trust-plan", action="store_true", help="load a TensorRT plan built elsewhere (it is executable code)"
+        "paths", nargs="*", metavar="IN... OUT", help="files, globs, folders or -, then a file, a folder or -"
     )
-    p.add_argument("--no-progress", action="store_true")
-    p.add_argument("--json", action="store_true", help="one JSON object a picture on stdout")
+    p.add_argument("-i", "--input", nargs="+", default=[], help="the inputs, instead of positions; - is standard input")
+    p.add_argument("-o", "--output", help="the output, instead of the last position; - is standard output")
+    p.add_argument("-n", "--model", help="an engine folder (default: the bundled model)")
+    p.add_argument("--seed", type=int, default=0, help="random seed of the noise; the same seed gives the same picture")
+    size = p.add_argument_group("size of the result (the shape of a picture is always kept)")
+    size.add_argument("-s", "--scale", type=float, help="factor (default: 4); other factors than 4 resize the x4")
+    size.add_argument("--width", type=int, metavar="PIXELS", help="largest width, instead of a factor")
+    size.add_argument("--height", type=int, metavar="PIXELS", help="largest height, instead of a factor")
+    size.add_argument("--longest", type=int, metavar="PIXELS", help="length of the longer side, instead of a factor")
+    size.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="size limit of inputs (default: %(default)s)")
+    work = p.add_argument_group("way of working")
+    work.add_argument(
+        "-t", "--tile", type=int, default=0, help="longest tile side in input pixels; 0: the model's choice"
+    )
+    work.add_argument("--batch", type=int, help="number of tiles that go through the model at once")
+    work.add_argument("--color", default=COLOR, choices=color.METHODS, help="alignment of the colours to the input's")
+    work.add_argument("--background", metavar="COLOUR", help="colour under transparent pixels (white, #ff8800): "
+                      "the result is opaque")  # fmt: skip
+    work.add_argument(
+        "--wrap", action="store_true", help="all opposite edges meet: a texture that is laid side by side"
+    )
+    work.add_argument("--wrap-x", action="store_true", help="left and right edge meet: a panorama of 360 degrees")
+    files = p.add_argument_group("files")
+    files.add_argument(
+        "-f", "--format", choices=[s[1:] for s in SUFFIXES], help="format of outputs (default: the input's)"
+    )
+    files.add_argument("--suffix", default="", help="text after the names of the outputs, such as _x4")
+    files.add_argument(
+        "--quality", type=int, default=95, help="quality of lossy formats, 1 to 100 (default: %(default)s)"
+    )
+    files.add_argument("--recursive", action="store_true", help="sub-folders too; the output mirrors their tree")
+    files.add_argument(
+        "--overwrite", action="store_true", help="finished outputs are made again, foreign files replaced"
+    )
+    files.add_argument("--on-clash", choices=("error", "rename"), default="error", help="an output that is an input, a "
+                       "foreign file or another's output: an error, or a number after its name")  # fmt: skip
+    files.add_argument("--strip-metadata", action="store_true", help="no EXIF, XMP and text (the colour profile stays)")
+    files.add_argument("--compare", metavar="PAGE.html", help="a page with a before/after slider")
+    machine = p.add_argument_group("machine")
+    machine.add_argument(
+        "--backend", default="auto", help="auto, onnxruntime, openvino, tensorrt, tensorrt-rtx or torch"
+    )
+    machine.add_argument("--device", help="cpu, cuda or cuda:N")
+    machine.add_argument("--precision", default="auto", choices=("auto", "fp32", "fp16", "bf16"),
+                         help="number format of the computation")  # fmt: skip
+    machine.add_argument("--compile", action="store_true", help="compilation, of backend torch: the first tile waits")
+    machine.add_argument("--threads", type=int, default=0, help="number of CPU threads; 0: all")
+    machine.add_argument("--trust-plan", action="store_true", help="permission to load a TensorRT plan built elsewhere "
+                         "(it is executable code)")  # fmt: skip
+    report = p.add_argument_group("reports")
+    report.add_argument("--no-progress", action="store_true", help="no bar, no lines and no progress events")
+    report.add_argument("--json", action="store_true", help="progress and results as JSON on stdout, an object a line")
     return p
 
 
@@ -69,6 +99,56 @@ def main() -> int:
         output = inputs.pop()
     if not inputs:
         raise ValueError("name at least one input: python -m engine.upscale IN... OUT")
+    settings = _settings(options)
+    _check_page(options.compare)
+    with _streams(inputs, output, options) as (inputs, target, labels):
+        jobs = plan(
+            inputs,
+            target,
+            suffix=options.suffix,
+            extension=options.format,
+            recursive=options.recursive,
+            on_clash=options.on_clash,
+        )
+        if not any(job.source.exists() for job in jobs):
+            raise ValueError(
+                f"{jobs[0].source}: no such file" if jobs else "nothing to do: every match is an earlier output"
+            )
+        jobs = [replace(job, label=labels.get(job.source, "")) for job in jobs]
+        pages = [Path(options.compare)] if options.compare else []
+        for folder in dict.fromkeys(path.parent for path in [job.target for job in jobs] + pages):
+            _writable(folder)
+            clean_leftovers(folder)
+        up = _load(options)
+        up.check_tiling(options.tile, options.batch)
+        worker = Worker(
+            up,
+            settings,
+            model_identity(Path(options.model) if options.model else default_model()),
+            overwrite=options.overwrite,
+            rename=options.on_clash == "rename",
+            events=options.json,
+            quiet=options.no_progress,
+            page=options.compare,
+        )
+        code = worker.run(jobs)
+        if output == STREAM and code == 0:
+            with open(jobs[0].target, "rb") as picture:
+                shutil.copyfileobj(picture, sys.stdout.buffer)
+            sys.stdout.buffer.flush()
+        return code
+
+
+def _settings(options: Any) -> Settings:
+    """How pictures are made, each option in its range."""
+    sides = {name: getattr(options, name) for name in ("width", "height", "longest") if getattr(options, name)}
+    if options.scale is not None and sides:
+        raise ValueError(f"scale and {', '.join(sides)} contradict each other; give one of them")
+    if options.longest and len(sides) > 1:
+        raise ValueError("longest goes with neither width nor height")
+    for name, side in sides.items():
+        if side < 1:
+            raise ValueError(f"{name} must be at least 1 pixel; got {side}")
     if not 1 <= options.quality <= 100:
         raise ValueError(f"quality must be 1 to 100; got {options.quality}")
     if not 0 <= options.seed < 1 << 64:
@@ -77,22 +157,75 @@ def main() -> int:
         raise ValueError(f"max-pixels must be at least 1; got {options.max_pixels}")
     if options.threads < 0:
         raise ValueError(f"threads must be 0 (all) or more; got {options.threads}")
-    output_size(1, 1, options.scale)
-    jobs = plan(inputs, output, suffix=options.suffix, extension=options.format, recursive=options.recursive)
-    if not any(job.source.exists() for job in jobs):
-        raise ValueError(
-            f"{jobs[0].source}: no such file" if jobs else "nothing to do: every match is an earlier output"
-        )
-    page = [Path(options.compare)] if options.compare else []
-    if page and page[0].is_dir():
-        raise ValueError(f"--compare {page[0]}: this is a folder; name the page, such as {page[0] / 'page.html'}")
-    if page and page[0].suffix.lower() not in (".html", ".htm"):  # so that it is never a picture, nor an input
-        raise ValueError(f"--compare {page[0]}: a page's name ends in .html, such as {page[0].with_suffix('.html')}")
-    for folder in {target.parent for target in [job.target for job in jobs] + page}:
-        _writable(folder)
-    up = _load(options)
-    up.check_tiling(options.tile, options.batch)
-    return _Worker(up, options).run(jobs)
+    if options.background is not None:
+        parse_background(options.background)
+    scale = 4.0 if options.scale is None else options.scale
+    output_size(1, 1, scale)
+    return Settings(
+        seed=options.seed,
+        scale=scale,
+        **sides,
+        tile=options.tile,
+        batch=options.batch,
+        color=options.color,
+        background=options.background,
+        wrap="both" if options.wrap else "horizontal" if options.wrap_x else "none",
+        quality=options.quality,
+        strip_metadata=options.strip_metadata,
+        max_pixels=options.max_pixels,
+    )
+
+
+def _check_page(text: str | None) -> None:
+    if text is None:
+        return
+    page = Path(text)
+    if page.is_dir():
+        raise ValueError(f"--compare {page}: this is a folder; name the page, such as {page / 'page.html'}")
+    if page.suffix.lower() not in (".html", ".htm"):  # so that it is never a picture, nor an input
+        raise ValueError(f"--compare {page}: a page's name ends in .html, such as {page.with_suffix('.html')}")
+
+
+@contextlib.contextmanager
+def _streams(inputs: list[str], output: str, options: Any) -> Iterator[tuple[list[str], str, dict[Path, str]]]:
+    """Inputs and output with files in a temporary folder in place of standard streams, and how messages call those."""
+    if STREAM not in (*inputs, output):
+        yield inputs, output, {}
+        return
+    with tempfile.TemporaryDirectory(prefix="gdpo-upscale-") as folder:
+        labels = {}
+        if STREAM in inputs:
+            file = Path(folder) / "stdin"
+            _read_stdin(file)
+            inputs = [str(file) if text == STREAM else text for text in inputs]
+            labels[file] = "standard input"
+        if output == STREAM:
+            _check_stdout(inputs, options)
+            suffix = Path(inputs[0]).suffix.lower()
+            kind = options.format or (suffix[1:] if suffix in SUFFIXES else "png")
+            output = str(Path(folder) / f"stdout.{kind}")
+        yield inputs, output, labels
+
+
+def _read_stdin(file: Path) -> None:
+    if sys.stdin.isatty():
+        raise ValueError("input -: standard input is a terminal; send a picture to it (< photo.jpg)")
+    with open(file, "wb") as f:
+        while chunk := sys.stdin.buffer.read(1 << 20):
+            if f.tell() > MAX_BYTES:
+                raise ValueError(f"input -: more than {MAX_BYTES >> 20} MiB; files of at most that are read")
+            f.write(chunk)
+
+
+def _check_stdout(inputs: list[str], options: Any) -> None:
+    if len(inputs) != 1 or Path(inputs[0]).is_dir():
+        raise ValueError("output -: standard output takes one picture; give one input file")
+    if options.json:
+        raise ValueError("output - and --json would both write to standard output; leave one out")
+    if sys.stdout.isatty():
+        raise ValueError("output -: standard output is a terminal; send it to a file or a program (> photo.png)")
+    if sys.stdout.name == os.devnull:  # engine.io.early opened it in place of a closed one
+        raise ValueError("output -: standard output is closed")
 
 
 def _writable(folder: Path) -> None:
@@ -121,98 +254,6 @@ def _load(options: Any) -> Upscaler:
         f"precision {options.precision}: this folder is {own}; precision is chosen at export (python -m engine.export "
         "--precision), and bf16 also by --backend openvino or torch"
     )
-
-
-class _Worker:
-    def __init__(self, up: Upscaler, options: Any):
-        self.up, self.options = up, options
-        self.failed: list[str] = []
-        self.written = self.skipped = 0
-
-    def run(self, jobs: list[Job]) -> int:
-        page = compare_page(self.options.compare) if self.options.compare else contextlib.nullcontext()
-        with page as slider, _progress(len(jobs), self.options.no_progress) as step:
-            for job in jobs:
-                begin = time.perf_counter()
-                row: dict[str, Any] = {"input": str(job.source), "output": str(job.target)}
-                try:
-                    row |= self._one(job, slider, step)
-                except _FAILURES as error:
-                    reason = " ".join(str(error).split()) or type(error).__name__
-                    reason = reason if str(job.source) in reason else f"{job.source}: {reason}"
-                    self.failed.append(reason)
-                    row |= {"status": "failed", "error": reason}
-                step(None, None)
-                if self.options.json:
-                    print(json.dumps(row | {"seconds": round(time.perf_counter() - begin, 3)}), flush=True)
-        return self._report()
-
-    def _one(self, job: Job, slider: ComparePage | None, step: Callable) -> dict[str, Any]:
-        o = self.options
-        if job.target.exists() and not o.overwrite:
-            self._check_finished(job)
-            if slider is not None:  # the page shows every picture, whenever it was finished
-                before, after = (
-                    read_image(job.source, max_pixels=o.max_pixels),
-                    read_image(job.target, max_pixels=MAX_OUTPUT_PIXELS),
-                )
-                slider.add(job.source.name, before.pixels, after.pixels, before.icc)
-            self.skipped += 1
-            return {"status": "skipped"}
-        picture = read_image(job.source, max_pixels=o.max_pixels)
-        height, width = output_size(picture.pixels.shape[0], picture.pixels.shape[1], o.scale)
-        check_writable(job.target, width, height, alpha=picture.alpha is not None)
-        result = self.up.upscale(
-            picture.pixels, o.seed, o.tile, scale=o.scale, color=o.color, batch=o.batch, progress=step
-        )
-        alpha = None if picture.alpha is None else resize(picture.alpha[..., None], (height, width))[..., 0]
-        done: Picture = replace(picture, pixels=result, alpha=alpha)
-        write_image(job.target, done.without_metadata() if o.strip_metadata else done, quality=o.quality)
-        self.written += 1
-        if slider is not None:
-            slider.add(job.source.name, picture.pixels, result, picture.icc)
-        return {"status": "written", "width": width, "height": height, "path": self.up.path}
-
-    def _check_finished(self, job: Job) -> None:
-        """The picture that is there has the size that this run would write.
-
-        Raises:
-            ValueError: it has another or cannot be read; skipping it would call a wrong picture finished.
-        """
-        size = picture_size(job.source)
-        wanted = output_size(*size, self.options.scale) if size else None
-        if wanted and (found := picture_size(job.target)) != wanted:
-            there = f"a picture of {found[1]}x{found[0]}" if found else "no picture that can be read"
-            raise ValueError(
-                f"{job.target}: is there already and holds {there}, not one of {wanted[1]}x{wanted[0]}; "
-                "--overwrite replaces it"
-            )
-
-    def _report(self) -> int:
-        if not self.options.no_progress or self.failed or self.skipped:
-            counts = [f"{self.written} written"]
-            counts += [f"{self.skipped} skipped (finished before; --overwrite does them again)"] if self.skipped else []
-            counts += [f"{len(self.failed)} failed:"] if self.failed else []
-            print(f"{self.up.backend} ({self.up.path}): {', '.join(counts)}", file=sys.stderr)
-        for line in self.failed:
-            print(f"error: {line}", file=sys.stderr)
-        return 1 if self.failed else 0
-
-
-@contextmanager
-def _progress(pictures: int, quiet: bool) -> Iterator[Callable[[int | None, int | None], None]]:
-    """A bar over pictures with the current one's tiles: step(done, total) counts tiles, step(None, None) a picture."""
-    from tqdm import tqdm
-
-    with tqdm(total=pictures, unit="picture", disable=True if quiet else None, file=sys.stderr) as bar:
-
-        def step(done: int | None, total: int | None) -> None:
-            if done is None:
-                bar.update(1)
-            else:
-                bar.set_postfix_str(f"tile {done}/{total}", refresh=True)
-
-        yield step
 
 
 def console() -> None:

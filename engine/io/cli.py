@@ -6,22 +6,35 @@ Exit codes: 0 done, 1 some inputs failed, 2 bad usage or input, 130 interrupted 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
+from argparse import Action
 from collections.abc import Callable
 from typing import NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+from engine.io import early
 
 
 class Terminated(BaseException):
     """SIGTERM arrived. Like KeyboardInterrupt it unwinds the stack, so that clean-up runs."""
 
 
+class HelpFormatter(DefaultHelpFormatter):
+    """Types and defaults after each text, without the defaults that say nothing: null, False, empty."""
+
+    def _expand_help(self, action: Action) -> str:
+        text = re.sub(r"(, )?default: (null|False|\[\])?(?=\))", "", super()._expand_help(action))
+        return text.replace(" ()", "")
+
+
 class Parser(ArgumentParser):
     """An argument parser whose errors are one line: what was wrong, and how to see what is expected."""
 
     def __init__(self, *args, **kwargs):
+        kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -38,13 +51,17 @@ def fail(message: str, code: int) -> NoReturn:
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's main function and turn what it returns or raises into an exit code.
 
-    ValueError, TypeError, RuntimeError and OSError are taken to speak to the user: one line, exit code 2. Set
-    GDPO_TRACEBACK=1 to see where they came from.
+    ValueError, TypeError, RuntimeError, MemoryError and OSError are taken to speak to the user: one line, exit code 2.
+    Set GDPO_TRACEBACK=1 to see where they came from.
     """
 
     def terminate(signum, frame):
         raise Terminated
 
+    early.open_streams()
+    loaded_early = signal.getsignal(signal.SIGINT) is early.leave
+    if loaded_early:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, terminate)
     try:
         code = main() or 0
@@ -56,11 +73,14 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left (| head): not an error
         code = 0
-    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, RuntimeError, MemoryError, OSError, ImportError) as error:
         if os.environ.get("GDPO_TRACEBACK"):
             raise
         text = str(error) or type(error).__name__
         if isinstance(error, OSError) and error.strerror and error.filename:
             text = f"{error.filename}: {error.strerror}"
         fail(" ".join(text.split()), 2)
+    finally:
+        if loaded_early:
+            early.leave_on_signals()  # the interpreter ends; an interrupt now would print a traceback
     sys.exit(code)

@@ -1,50 +1,147 @@
-"""Files that are either whole or absent: written beside, flushed to the disk, renamed into place."""
+"""Files that are either whole or absent: written beside, flushed to the disk, renamed into place.
+
+A staged file is locked while it is written. What a killed process left is therefore recognised by its name and by
+being unlocked, and the next process that writes to the folder removes it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
 import hashlib
 import os
-import tempfile
-from collections.abc import Iterator
+import re
+import secrets
+import stat
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from engine.io.notices import warn_once
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: files are not locked, and leftovers go after a day
+    fcntl = None  # type: ignore[assignment]
+
+_STAGED = re.compile(r"\.gdpo-sr-[0-9a-f]{8}\.partial(\.\w{1,9})?")
+_STARTED = time.time()
+_DAY = 86_400
+# What file systems answer that do not have an operation; EIO, ENOSPC and EDQUOT are failures and stay so.
+_REFUSALS = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EBADF}
+
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], *, sealed: Callable[[Path], None] | None = None) -> Iterator[Path]:
     """Yield a path beside `path` to write to; on a clean exit it is fsynced and replaces `path`, else it is removed.
 
-    The yielded name keeps the suffix, so that codecs which choose by suffix see the right one.
+    The yielded name is short and keeps the suffix, so that it fits where `path` fits and codecs which choose by suffix
+    see the right one. Write to that file; do not replace it by another.
+
+    Args:
+        path: the file to write.
+        sealed: called with the staged file once it is on the disk, before it is renamed.
 
     Raises:
         OSError: the folder is missing or not writable; it names `path`, not the file beside it.
     """
     path = Path(path)
+    clean_leftovers(path.parent)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:80]}-", suffix=path.suffix, dir=path.parent)
+        handle, staged = _stage(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
-    os.close(handle)
-    staged = Path(name)
     try:
-        umask = os.umask(0)
-        os.umask(umask)
-        staged.chmod(0o666 & ~umask)  # mkstemp makes private files; the user's umask decides
         yield staged
         fsync(staged)
+        if sealed:
+            sealed(staged)
         os.replace(staged, path)
         fsync(path.parent)
     finally:
-        staged.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            staged.unlink()
+        os.close(handle)  # last: whoever looks for leftovers finds the file locked or gone
+
+
+def _stage(path: Path) -> tuple[int, Path]:
+    """A new empty file beside `path`, with the permissions of the user's umask, and a handle that locks it."""
+    suffix = path.suffix if re.fullmatch(r"\.\w{1,9}", path.suffix, re.ASCII) else ""
+    while True:
+        staged = path.parent / f".gdpo-sr-{secrets.token_hex(4)}.partial{suffix}"
+        try:
+            handle = os.open(staged, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+        except FileExistsError:
+            continue
+        lock(handle)
+        if os.fstat(handle).st_nlink:  # else another process took the file for a leftover before it was locked
+            return handle, staged
+        os.close(handle)
+
+
+def lock(handle: int, *, wait: bool = True) -> bool | None:
+    """Lock an open file for this process alone, until it is closed.
+
+    Returns:
+        Whether it is locked now (False: another process holds it), or None where the file system has no locks.
+    """
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return True
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+
+
+@functools.cache
+def clean_leftovers(folder: Path) -> None:
+    """Remove staged files of killed processes from a folder: older than this process, and held by nobody.
+
+    Once a folder and process; a folder that cannot be listed is left as it is.
+    """
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if _STAGED.fullmatch(entry.name):
+                with contextlib.suppress(OSError):
+                    _remove_unused(entry)
+
+
+def _remove_unused(entry: os.DirEntry[str]) -> None:
+    status = entry.stat(follow_symlinks=False)
+    if not stat.S_ISREG(status.st_mode) or status.st_mtime >= _STARTED:
+        return
+    handle = os.open(entry.path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+    try:
+        locked = lock(handle, wait=False)
+        if locked or (locked is None and status.st_mtime < _STARTED - _DAY):
+            os.unlink(entry.path)
+    finally:
+        os.close(handle)
 
 
 def fsync(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Flush a file or a folder to the disk; where the file system does not offer that, warn once and go on.
+
+    Raises:
+        OSError: the disk is full or failed.
+    """
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        folder = path if path.is_dir() else path.parent
+        warn_once("fsync", f"{folder}: this file system does not flush on request ({error.strerror}); files are "
+                  "written all the same, but a power failure may lose the last ones")  # fmt: skip
 
 
 def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> None:

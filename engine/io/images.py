@@ -118,7 +118,13 @@ def picture_size(path: str | os.PathLike[str]) -> tuple[int, int] | None:
     return (image.width, image.height) if swap else (image.height, image.width)
 
 
-def write_image(path: str | os.PathLike[str], picture: Picture, *, quality: int = 95) -> None:
+def write_image(
+    path: str | os.PathLike[str],
+    picture: Picture,
+    *,
+    quality: int = 95,
+    sealed: Callable[[Path], None] | None = None,
+) -> None:
     """Write a picture, atomically, in the format of the path's suffix.
 
     uint16 pixels stay 16 bit in PNG and TIFF and become 8 bit in JPEG and WebP. A gray picture is written with one
@@ -128,6 +134,7 @@ def write_image(path: str | os.PathLike[str], picture: Picture, *, quality: int 
         path: ends in .png, .jpg, .jpeg, .webp, .tif or .tiff.
         picture: what to write; metadata included as far as the format holds it.
         quality: of JPEG and WebP, 1 to 100.
+        sealed: called with the finished file before it gets its name (see `atomic_path`).
 
     Raises:
         ImageError: an unknown suffix, or a format that cannot hold the picture (see `check_writable`).
@@ -144,7 +151,7 @@ def write_image(path: str | os.PathLike[str], picture: Picture, *, quality: int 
         samples = np.concatenate([samples, picture.alpha[..., None]], axis=2)
     if samples.dtype == np.uint16 and kind in ("JPEG", "WEBP"):
         samples = ((samples.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-    with atomic_path(path) as staged:
+    with atomic_path(path, sealed=sealed) as staged:
         if samples.dtype == np.uint16 or kind == "TIFF":
             _write_vips(staged, kind, samples, picture)
         else:

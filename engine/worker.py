@@ -1,0 +1,291 @@
+"""Runs jobs one after the other: what is finished is skipped, what fails is named, and the others go on."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from engine.compare_page import ComparePage, compare_page
+from engine.io.images import MAX_PIXELS, SUFFIXES, Picture, check_writable, picture_size, read_image, write_image
+from engine.io.journal import FileState, Finding, Journal
+from engine.io.notices import say
+from engine.io.progress import Progress, print_event
+from engine.jobs import Job, numbered
+from engine.pictures import upscale_picture
+from engine.runtime.upscaler import MAX_OUTPUT_PIXELS, Upscaler, output_size
+from engine.wrap import upscale_wrapped
+
+_FAILURES = (ValueError, OSError, RuntimeError, FloatingPointError, MemoryError)  # of one picture; the others go on
+_LOSSY = ("JPEG", "WEBP", "AVIF", "JXL", "HEIF")
+_MEMORY = ("bad_alloc", "failed to allocate", "out of memory", "unable to allocate", "cannot allocate")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pictures are made, as `python -m engine.upscale --help` explains it."""
+
+    seed: int = 0
+    scale: float = 4.0
+    width: int | None = None
+    height: int | None = None
+    longest: int | None = None
+    tile: int = 0
+    batch: int | None = None
+    color: str | None = None
+    background: str | None = None
+    wrap: Literal["none", "both", "horizontal"] = "none"
+    quality: int = 95
+    strip_metadata: bool = False
+    max_pixels: int = MAX_PIXELS
+
+    def factor(self, height: int, width: int) -> float:
+        """The scale for a picture of this size: the largest that keeps the result within the sides asked for."""
+        sides = [(self.width, width), (self.height, height), (self.longest, max(height, width))]
+        factors = [wanted / there for wanted, there in sides if wanted]
+        return min(factors) if factors else self.scale
+
+    def recipe(self, up: Upscaler, model: str) -> dict[str, Any]:
+        """Every option on which the bytes of a result depend; `model` says which one it is."""
+        size = {k: v for k in ("width", "height", "longest") if (v := getattr(self, k))} or {"scale": self.scale}
+        kept = ("seed", "color", "background", "wrap", "quality", "strip_metadata")
+        tile = up.check_tiling(self.tile, self.batch)[0]
+        return (
+            {"version": _version(), "model": model, "backend": up.backend, "precision": up.manifest.precision}
+            | {"tile": tile, **size}
+            | {name: getattr(self, name) for name in kept}
+        )
+
+
+class Worker:
+    """Makes pictures with one loaded model.
+
+    Args:
+        up: the model.
+        settings: how pictures are made.
+        model: which one it is, as `model_identity` says.
+        overwrite: make what is finished again, and replace files that are not ours.
+        rename: write beside files that are not ours.
+        events: print one JSON object for each event and picture to stdout.
+        quiet: no progress, and no report where all went well.
+        page: where to write a page with before and after.
+    """
+
+    def __init__(
+        self,
+        up: Upscaler,
+        settings: Settings,
+        model: str,
+        *,
+        overwrite: bool = False,
+        rename: bool = False,
+        events: bool = False,
+        quiet: bool = False,
+        page: str | None = None,
+    ):
+        self.up, self.settings, self.overwrite, self.rename = up, settings, overwrite, rename
+        self.events, self.quiet, self.page = events, quiet, page
+        self.failed: list[str] = []
+        self.again: list[str] = []
+        self.written = self.skipped = 0
+        self._recipe = settings.recipe(up, model)
+        self._journal = functools.cache(Journal)
+
+    def run(self, jobs: list[Job]) -> int:
+        """Do all jobs and report to stderr.
+
+        Returns:
+            The exit code: 1 if some failed.
+        """
+        jobs = [self._renamed(job, {job.target for job in jobs}) for job in jobs] if self.rename else jobs
+        sizes = [self._pixels_to_do(job) for job in jobs]
+        progress = Progress(
+            len(jobs), sum(sizes), quiet=self.quiet, event=print_event if self.events and not self.quiet else None
+        )
+        with compare_page(self.page) if self.page else contextlib.nullcontext() as slider, progress:
+            for job, pixels in zip(jobs, sizes):
+                begin = time.perf_counter()
+                row: dict[str, Any] = {"event": "picture", "input": job.name, "output": str(job.target)}
+                progress.begin(pixels, input=job.name, output=str(job.target))
+                try:
+                    row |= self._one(job, slider, progress)
+                except _FAILURES as error:
+                    reason = self._reason(job, error)
+                    self.failed.append(reason)
+                    row |= {"status": "failed", "error": reason}
+                progress.end()
+                if self.events:
+                    print_event(row | {"seconds": round(time.perf_counter() - begin, 3)})
+        self._report()
+        return 1 if self.failed else 0
+
+    def _one(self, job: Job, slider: ComparePage | None, progress: Progress) -> dict[str, Any]:
+        s = self.settings
+        finding = self._look(job)
+        if finding.kind == "finished":
+            if slider is not None:  # the page shows every picture, whenever it was finished
+                before = read_image(job.source, max_pixels=s.max_pixels)
+                after = read_image(job.target, max_pixels=max(MAX_OUTPUT_PIXELS, s.max_pixels))
+                slider.add(Path(job.name).name, before.pixels, after.pixels, before.icc)
+            self.skipped += 1
+            return {"status": "skipped"}
+        if finding.kind == "foreign":
+            raise ValueError(
+                f"{job.target}: is there already and {finding.reason}; "
+                "--overwrite replaces it, --on-clash rename writes beside it"
+            )
+        journal = self._journal(job.target.parent)
+        source = FileState.of(job.source)  # before it is read: a change in between must be seen by the next run
+        picture = read_image(job.source, max_pixels=s.max_pixels)
+        result = self._upscaled(job, picture, progress)
+        done = result.without_metadata() if s.strip_metadata else result
+        write_image(
+            job.target,
+            done,
+            quality=s.quality,
+            sealed=lambda staged: journal.record(
+                staged, job.target, self._origin(job, journal), source, self._recipe_of(job)
+            ),
+        )
+        self.written += 1
+        if slider is not None:
+            slider.add(Path(job.name).name, picture.pixels, result.pixels, picture.icc)
+        height, width = result.pixels.shape[:2]
+        row = {"status": "written", "width": width, "height": height, "path": self.up.path}
+        if finding.kind == "stale":
+            self.again.append(f"{job.target}: made again: {finding.reason}")
+            row["again"] = finding.reason
+        return row
+
+    def _upscaled(self, job: Job, picture: Picture, progress: Progress) -> Picture:
+        s = self.settings
+        height, width = picture.pixels.shape[:2]
+        scale = s.factor(height, width)
+        size = output_size(height, width, scale)
+        transparent = (
+            picture.alpha is not None and s.background is None and bool((picture.alpha != _full(picture)).any())
+        )
+        check_writable(job.target, size[1], size[0], alpha=transparent)
+
+        def upscale(picture: Picture, scale: float) -> Picture:
+            return upscale_picture(
+                self.up,
+                picture,
+                seed=s.seed,
+                tile=s.tile,
+                scale=scale,
+                color=s.color,
+                batch=s.batch,
+                background=s.background,
+                progress=progress.tile,
+            )
+
+        if s.wrap == "none":
+            return upscale(picture, scale)
+        native = self.up.manifest.geometry.scale
+        return upscale_wrapped(picture, lambda p: upscale(p, native), native, size, vertical=s.wrap == "both")
+
+    def _look(self, job: Job) -> Finding:
+        """What is known about the output; with --overwrite it does not matter."""
+        if self.overwrite or not job.target.exists():
+            return Finding("absent")
+        journal = self._journal(job.target.parent)
+        return journal.look(job.target, job.source, self._origin(job, journal), self._recipe_of(job))
+
+    def _renamed(self, job: Job, taken: set[Path]) -> Job:
+        """The job with a target that is free, or holds an earlier result of this input."""
+        number, candidate = 1, job
+        with contextlib.suppress(OSError):  # of the input: it fails in its turn
+            while self._look(candidate).kind == "foreign" or (number > 1 and candidate.target in taken):
+                number += 1
+                candidate = replace(job, target=numbered(job.target, number))
+        return candidate
+
+    def _pixels_to_do(self, job: Job) -> int:
+        """Pixels of the input, 0 where nothing is to be done; 1 where that cannot be told: it fails in its turn."""
+        with contextlib.suppress(OSError, ValueError):
+            if self._look(job).kind in ("finished", "foreign"):
+                return 0
+            size = picture_size(job.source)
+            return size[0] * size[1] if size else 1
+        return 1
+
+    def _origin(self, job: Job, journal: Journal) -> str:
+        return job.label or journal.origin_of(job.source)
+
+    def _recipe_of(self, job: Job) -> Mapping[str, Any]:
+        lossy = SUFFIXES.get(job.target.suffix.lower()) in _LOSSY
+        return self._recipe if lossy else self._recipe | {"quality": None}
+
+    def _reason(self, job: Job, error: Exception) -> str:
+        """One line that names the picture and, where memory lacked, what helps."""
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if job.label:
+            reason = reason.replace(str(job.source), job.label)
+        if isinstance(error, OSError) and error.strerror:
+            reason = f"{error.filename or job.target}: {error.strerror}"
+        if isinstance(error, MemoryError) or any(word in reason.lower() for word in _MEMORY):
+            reason = f"{job.name}: not enough memory{self._smaller_tile()}"
+        return reason if job.name in reason else f"{job.name}: {reason}"
+
+    def _smaller_tile(self) -> str:
+        geometry, profile = self.up.manifest.geometry, self.up.manifest.profile
+        longest, batch = self.up.check_tiling(self.settings.tile, self.settings.batch)
+        half = max(longest // 2 // geometry.multiple * geometry.multiple, profile.tile[0])
+        if half < longest:
+            return f"; try --tile {half // geometry.scale}"
+        if batch > profile.batch[0]:
+            return f"; try --batch {profile.batch[0]}"
+        return "; the tiles are the smallest that the model takes: the picture itself is too large for this machine"
+
+    def _report(self) -> None:
+        if not self.quiet or self.failed or self.skipped or self.again:
+            counts = [f"{self.written} written"]
+            counts += [f"{self.skipped} skipped (finished before; --overwrite does them again)"] if self.skipped else []
+            counts += [f"{len(self.failed)} failed:"] if self.failed else []
+            say(f"{self.up.backend} ({self.up.path}): {', '.join(counts)}")
+        for line in self.again[:_SHOWN]:
+            say(line)
+        if len(self.again) > _SHOWN:
+            say(f"... and {len(self.again) - _SHOWN} more made again")
+        for line in self.failed:
+            say(f"error: {line}")
+
+
+_SHOWN = 10  # of the pictures that were made again
+
+
+def _full(picture: Picture) -> int:
+    return int(np.iinfo(picture.pixels.dtype).max)
+
+
+def model_identity(folder: Path) -> str:
+    """Which model a folder holds: the hash of an engine folder's manifest, or of the names and times of other files."""
+    signed = folder / "manifest.sha256"
+    if signed.is_file():
+        return signed.read_text().split()[0]
+    digest = hashlib.sha256()
+    for root, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            path = Path(root) / name
+            status = path.stat()
+            digest.update(f"{path.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("gdpo-sr")
+    except metadata.PackageNotFoundError:  # run from a checkout
+        return "0"
