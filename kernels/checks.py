@@ -26,7 +26,7 @@ def tensor(name: str, value: object, axes: str, sizes: dict[str, int] | None = N
         TypeError: not a tensor, or not floating point.
         ValueError: another rank or size, or empty.
     """
-    _shape(name, value, axes, sizes := dict(sizes or {}))
+    value = _shape(name, value, axes, sizes := dict(sizes or {}))
     if not value.is_floating_point():
         raise TypeError(f"{name} must be floating point; got {value.dtype}: convert it and scale its range first")
     return sizes
@@ -34,12 +34,12 @@ def tensor(name: str, value: object, axes: str, sizes: dict[str, int] | None = N
 
 def mask(name: str, value: object, axes: str, sizes: dict[str, int]) -> None:
     """Check a bool tensor. Raises TypeError or ValueError as `tensor` does."""
-    _shape(name, value, axes, dict(sizes))
+    value = _shape(name, value, axes, dict(sizes))
     if value.dtype != torch.bool:
         raise TypeError(f"{name} must be bool (attribute_ratios returns one); got {value.dtype}: compare it, e.g. > 0")
 
 
-def _shape(name: str, value: object, axes: str, sizes: dict[str, int]) -> None:
+def _shape(name: str, value: object, axes: str, sizes: dict[str, int]) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor [{axes}]; got {type(value).__name__}")
     letters = axes.split(",")
@@ -53,6 +53,7 @@ def _shape(name: str, value: object, axes: str, sizes: dict[str, int]) -> None:
             raise ValueError(f"{name} must be [{axes}]{known}; got {shape}")
         if size == 0 and letter not in "FP":  # no fidelity or no perceptual metric is a choice, no picture is not
             raise ValueError(f"{name} must be [{axes}] and not empty; got {shape}")
+    return value
 
 
 def group(name: str, sizes: dict[str, int]) -> None:

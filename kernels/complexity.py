@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .dispatch import jit, options, tl, use_triton
+from .dispatch import jit, tl, use_triton
+from .launch import options, power_of_two
 
 try:
-    from . import _complexity_cpu  # complexity_cpu.cpp
+    from . import _complexity_cpu  # type: ignore[attr-defined]  # complexity_cpu.cpp
 except ImportError:  # not built: matrix products do the same, at a third of the speed
     _complexity_cpu = None
 
@@ -248,7 +249,7 @@ def _launch(gray: Tensor, patch_size: int, threshold: float | None) -> tuple[Ten
     with torch.cuda.device_of(gray):
         _complexity_fwd_kernel[(grid_y * grid_x, b)](
             gray, raw, raw, area, *gray.stride(), h, w, grid_x, threshold or 0.0,
-            PATCH=patch_size, K=max(16, 1 << (patch_size - 1).bit_length()), BINS_PER_UNIT=BINS_PER_UNIT,
+            PATCH=patch_size, K=max(16, power_of_two(patch_size)), BINS_PER_UNIT=BINS_PER_UNIT,
             RATIOS=ratios, **options(8 if patch_size <= 16 else 16, registers=128),
         )  # fmt: skip
         if not ratios:

@@ -24,12 +24,6 @@ def jit(function: Callable[..., None]) -> Any:
     return function if triton is None else triton.jit(function)
 
 
-def options(warps: int, registers: int | None = None) -> dict[str, Any]:
-    """Launch options. Multiply-add fusion is asked for by name: its default changes with Triton 3.10."""
-    limit = {} if registers is None else {"maxnreg": registers}
-    return {"num_warps": warps, "enable_fp_fusion": True} | limit
-
-
 def interpreted() -> bool:
     """Whether Triton kernels run in the interpreter, on the CPU (TRITON_INTERPRET=1)."""
     return triton is not None and bool(triton.knobs.runtime.interpret)

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .dispatch import jit, options, tl, use_triton
+from .dispatch import jit, tl, use_triton
+from .launch import in_order, is_channels_last, options, power_of_two
 
 
 def gdpo_loss_reference(
@@ -185,13 +186,11 @@ def _chunking(samples: int, n: int) -> tuple[int, int]:
     return -(-n // (BLOCK * steps)), steps
 
 
+CHANNELS = 2  # the axis, of [B,G,C,H,W]
+
+
 def _is_channels_last(x: Tensor) -> bool:
-    return not x.is_contiguous() and x.movedim(2, 4).is_contiguous()
-
-
-def _in_order(x: Tensor, channels_last: bool) -> Tensor:
-    """x, copied where its elements are in another order."""
-    return x.movedim(2, 4).contiguous().movedim(4, 2) if channels_last else x.contiguous()
+    return not x.is_contiguous() and is_channels_last(x, CHANNELS)
 
 
 def _forward(
@@ -201,14 +200,14 @@ def _forward(
     images, group, channels, *_ = pred.shape
     samples, n = images * group, pred[0, 0].numel()
     last = _is_channels_last(pred)
-    pred, noise, ref_pred = (_in_order(x, last) for x in (pred, noise, ref_pred))
+    pred, noise, ref_pred = (in_order(x, CHANNELS, last) for x in (pred, noise, ref_pred))
     weight = None if weight is None else weight.contiguous()
     chunks, steps = _chunking(samples, n)
     partial = pred.new_empty(samples, chunks, 2, dtype=torch.float32)
     margin = pred.new_empty(images, dtype=torch.float32)
     scale = pred.new_empty(images, group, dtype=torch.float32)
     loss = pred.new_empty((), dtype=torch.float32)
-    group_width, chunk_width = _power_of_two(group), min(_power_of_two(chunks), 32)
+    group_width, chunk_width = power_of_two(group), min(power_of_two(chunks), 32)
     with torch.cuda.device_of(pred):
         _gdpo_loss_fwd_kernel[(chunks, samples)](
             pred, noise, ref_pred, pred if weight is None else weight, partial, n, group, channels,
@@ -216,7 +215,7 @@ def _forward(
         )  # fmt: skip
         _gdpo_loss_reduce_kernel[(1,)](
             partial, advantage.contiguous(), loss, margin, scale, images, group, chunks, n, beta,
-            IMAGES=max(1, min(_power_of_two(images), 1024 // (group_width * chunk_width))), GROUP=group_width,
+            IMAGES=max(1, min(power_of_two(images), 1024 // (group_width * chunk_width))), GROUP=group_width,
             CHUNKS=chunk_width, WEIGHTED=weight is not None, **options(8),
         )  # fmt: skip
     return loss, margin, scale
@@ -235,7 +234,7 @@ def _backward(
     images, group, channels, *_ = pred.shape
     samples, n = images * group, pred[0, 0].numel()
     last = _is_channels_last(pred)
-    pred, noise = _in_order(pred, last), _in_order(noise, last)
+    pred, noise = in_order(pred, CHANNELS, last), in_order(noise, CHANNELS, last)
     chunks, steps = _chunking(samples, n)
     grad = torch.empty_like(pred)
     with torch.cuda.device_of(pred):
@@ -247,10 +246,6 @@ def _backward(
             FROM_LOSS=grad_loss is not None, FROM_MARGIN=grad_margin is not None, **options(8),
         )  # fmt: skip
     return grad
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 class _GdpoLoss(torch.autograd.Function):
@@ -271,7 +266,8 @@ class _GdpoLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, grad_margin, _):
         if grad_loss is None and grad_margin is None:
             return (None,) * 6
-        return _backward(*ctx.saved_tensors, grad_loss, grad_margin), *(None,) * 5
+        pred, noise, weight, margin, scale = ctx.saved_tensors
+        return _backward(pred, noise, weight, margin, scale, grad_loss, grad_margin), *(None,) * 5
 
 
 # The same as operators that torch.compile does not look into. Eager calls go past them: an operator of the library
@@ -304,7 +300,7 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _(pred, noise, weight, margin, scale, grad_loss, grad_margin):
-    return torch.empty_like(_in_order(pred, _is_channels_last(pred)))
+    return torch.empty_like(in_order(pred, CHANNELS, _is_channels_last(pred)))
 
 
 def _op_setup(ctx, inputs, output):

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .dispatch import jit, options, tl, use_triton
+from .dispatch import jit, tl, use_triton
+from .launch import is_channels_last, options, power_of_two
 
 
 def group_norm_reference(
@@ -187,14 +188,6 @@ def _tiling(images: int, length: int, channels: int) -> tuple[int, int, int]:
     return rows, columns, steps
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.movedim(1, -1).is_contiguous()
-
-
 def _launch(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
     """x [N,C,...] -> the same shape, channels-last."""
     rows_last = x.movedim(1, -1).contiguous()
@@ -202,7 +195,7 @@ def _launch(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, si
     length, per_group = rows_last[0, ..., 0].numel(), channels // groups
     out = torch.empty_like(rows_last)
     weight, bias = weight.contiguous(), bias.contiguous()
-    height, width = _power_of_two(length), _power_of_two(per_group)
+    height, width = power_of_two(length), power_of_two(per_group)
     with torch.cuda.device_of(x):
         if height * width <= SMALL:
             warps = min(max(height * width // 1024, 1), 16)
@@ -282,7 +275,7 @@ def group_norm(
     learning = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad)
     if learning and backend == "triton":
         raise ValueError("backend='triton' has no backward pass: use torch.no_grad(), or pass backend='torch'")
-    if backend == "auto" and (learning or not _is_channels_last(x)):
+    if backend == "auto" and (learning or not is_channels_last(x, 1)):
         backend = "torch"
     if use_triton(backend, x, weight, bias):
         run = _group_norm_op if torch.compiler.is_compiling() else _launch

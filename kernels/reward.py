@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .dispatch import jit, options, tl, use_triton
+from .dispatch import jit, tl, use_triton
+from .launch import options, power_of_two
 
 EPSILON = 1e-8
 
@@ -134,15 +135,11 @@ def _launch(
             fidelity.contiguous(), perceptual.contiguous(), smooth.contiguous(), texture.contiguous(),
             smooth if fidelity_weights is None else fidelity_weights.contiguous(),
             smooth if perceptual_weights is None else perceptual_weights.contiguous(), advantage,
-            g, f, p, EPSILON, GROUP=_power_of_two(g), FIDELITY=_power_of_two(f), PERCEPTUAL=_power_of_two(p),
+            g, f, p, EPSILON, GROUP=power_of_two(g), FIDELITY=power_of_two(f), PERCEPTUAL=power_of_two(p),
             FIDELITY_WEIGHTED=fidelity_weights is not None, PERCEPTUAL_WEIGHTED=perceptual_weights is not None,
             **options(1),
         )  # fmt: skip
     return advantage
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
 
 
 @torch.no_grad()
@@ -188,7 +185,8 @@ def attribute_reward(
         if weights is not None:
             checks.tensor(name, weights, axis, sizes)
             checks.between(name, weights, 1e-6, math.inf, "leave out a metric that shall not count")
-    inputs = {"fidelity": fidelity, "perceptual": perceptual, "smooth": smooth, "texture": texture}
+    inputs: dict[str, Tensor | None] = {"fidelity": fidelity, "perceptual": perceptual}
+    inputs |= {"smooth": smooth, "texture": texture}
     inputs |= {"fidelity_weights": fidelity_weights, "perceptual_weights": perceptual_weights}
     checks.same_device(**inputs)
     checks.finite(**inputs)

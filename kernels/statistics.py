@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .dispatch import jit, options, tl, use_triton
+from .dispatch import jit, tl, use_triton
+from .launch import options
 
 # For RGB in [-1,1], x = 2 rgb - 1: half of each coefficient; the constant falls out of every difference.
 LUMA = (65.481 / 510, 128.553 / 510, 24.966 / 510)
