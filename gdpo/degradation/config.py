@@ -118,6 +118,8 @@ class DegradationConfig:
 
     Attributes:
         preset: "realesrgan" (the paper), "light" (one mild pass) or "bicubic".
+        mix: shares of further presets, such as {"light": 1, "bicubic": 2}: each sample draws one of them, or the preset
+            above, whose share is 1. The values below change that one; the others are as they are.
         scale: how many times smaller the output is; the input's sides must be multiples of it.
         first: values of the first of two passes that replace the preset's, by the names of `Pass`, such as
             {"jpeg_quality": [40, 95]}. Only "realesrgan" has a first pass.
@@ -137,6 +139,7 @@ class DegradationConfig:
     final_sinc_probability: float | None = None
     upsample_modes: tuple[str, ...] | None = None
     jpeg: Literal["auto", "pillow", "torch"] = "auto"
+    mix: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -145,6 +148,12 @@ class DegradationConfig:
             raise ValueError(f"jpeg must be auto, pillow or torch; got {self.jpeg!r}")
         if not isinstance(self.scale, int) or isinstance(self.scale, bool) or not 1 <= self.scale <= 16:
             raise ValueError(f"scale must be a whole number from 1 to 16, got {self.scale!r}")
+        for name, share in self.mix.items():
+            if name not in PRESETS or name == self.preset:
+                others = ", ".join(n for n in PRESETS if n != self.preset)
+                raise ValueError(f"mix names presets beside {self.preset!r}: {others}; got {name!r}")
+            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < math.inf:
+                raise ValueError(f"mix must map presets to shares above 0; got {name}: {share!r}")
         self.recipe()
 
     def recipe(self) -> Recipe:

@@ -14,6 +14,7 @@ from gdpo.degradation.jpeg import SMALLEST, jpeg
 from gdpo.degradation.noise import add_noise, draw_field
 from gdpo.degradation.resize import resize
 from gdpo.degradation.workers import map_samples
+from gdpo.randomness import uniform
 
 Images = list[torch.Tensor]  # fp32 [1,3,h,w] each; within a pass every sample has its own size
 
@@ -36,7 +37,12 @@ class Degradation:
     def __init__(self, config: DegradationConfig | None = None):
         self.config = config or DegradationConfig()
         self.recipe = self.config.recipe()
-        self.smallest_side = self._smallest_side()
+        scale, jpeg = self.config.scale, self.config.jpeg
+        self.others = [
+            Degradation(DegradationConfig(preset=name, scale=scale, jpeg=jpeg))  # type: ignore[arg-type]
+            for name in self.config.mix
+        ]
+        self.smallest_side = max([self._smallest_side(), *(other.smallest_side for other in self.others)])
 
     def __call__(
         self, hr: torch.Tensor, *, seed: int, samples: Sequence[int], step: int = 0
@@ -60,16 +66,37 @@ class Degradation:
         self._check(hr, samples)
         hr, samples = hr.detach().float().contiguous(), [int(sample) for sample in samples]
         if hr.device.type != "cpu":
-            return self._degrade(hr, seed, samples)
-        alone = map_samples(lambda i: self._degrade(hr[i : i + 1], seed, samples[i : i + 1]), len(samples))
+            if not self.others:
+                return self._degrade(hr, seed, samples)
+            alone = [self._alone(hr, seed, samples, i) for i in range(len(samples))]
+        else:
+            alone = map_samples(lambda i: self._alone(hr, seed, samples, i), len(samples))
         lr, lr_up = zip(*alone)
         return torch.cat(lr), torch.cat(lr_up)
+
+    def preset_of(self, seed: int, sample: int) -> str:
+        """Which preset degrades this sample: the config's own, or one of its mix."""
+        return self._of(seed, sample).config.preset
+
+    def _of(self, seed: int, sample: int) -> Degradation:
+        shares = list(self.config.mix.values())
+        position = uniform(seed, "degradation preset", sample) * (1 + sum(shares)) - 1 if shares else -1.0
+        for other, share in zip(self.others, shares):
+            if position < 0:
+                break
+            position -= share
+            if position < 0:
+                return other
+        return self
 
     def upsample(self, lr: torch.Tensor) -> torch.Tensor:
         """lr [B,3,h,w] in [0,1] to [B,3,h*scale,w*scale] as inference does it: bicubic a=-0.5, clipped to [0,1]."""
         size = (lr.shape[2] * self.config.scale, lr.shape[3] * self.config.scale)
         with torch.autocast(lr.device.type, enabled=False):
             return resize(lr.float(), size, "bicubic_antialias").clamp(0, 1)
+
+    def _alone(self, hr: torch.Tensor, seed: int, samples: list[int], i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._of(seed, samples[i])._degrade(hr[i : i + 1], seed, samples[i : i + 1])
 
     @torch.no_grad()
     def _degrade(self, hr: torch.Tensor, seed: int, samples: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
