@@ -152,7 +152,7 @@ class Upscaler:
         tile: int | None = None,
         *,
         scale: float = 4.0,
-        color: str = "adain",
+        color: str = colors.DEFAULT,
         batch: int | None = None,
         progress: Progress | None = None,
     ) -> np.ndarray:
@@ -163,7 +163,7 @@ class Upscaler:
             seed: of the noise, 0 <= seed < 2^64. The same seed, picture and tile give the same result.
             tile: longest side of a tile in INPUT pixels; None or 0 lets the model's profile choose.
             scale: of the result. The model makes x4; other factors resize that.
-            color: "adain", "wavelet" or "none".
+            color: alignment to the input: "wavelet", "adain" (the paper's) or "none".
             batch: tiles handed to the backend at once; None takes the profile's usual batch.
             progress: called with (tiles done, tiles in all); what it raises cancels.
 
