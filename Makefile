@@ -48,6 +48,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 $(VENV)/.docs: $(DEPENDS) | $(BIN)/python
 	$(PIP) install -c constraints.txt -e '.[docs]'
