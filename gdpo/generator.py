@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from gdpo.model import lora
+from gdpo.model import lora, lora_files
 from gdpo.model.codecs import PixelCodec, load_codec, save_codec
 from gdpo.model.compact import CompactUNetConfig
-from gdpo.model.parts import first_line, load_pretrained, read_json, read_tensors
+from gdpo.model.parts import first_line, load_pretrained, read_json, read_tensors, refuse_checkpoint, write_index
 from gdpo.model.prompts import POSITIVE_PROMPT, PromptEncoder
 from gdpo.model.tiny import TinyUNetConfig
 from gdpo.model.unets import PIXEL_UNETS, pixel_unet, works_on_pixels
@@ -159,16 +159,20 @@ class OneStepGenerator(nn.Module):
             prompt_embeds=embeds,
             prompt_encoder=None if works_on_pixels(unet) else PromptEncoder(root),
         )
+        beside = (root / lora_files.DIFFUSERS_WEIGHTS).is_file()  # where diffusers' training scripts write it
         for module, name in ((unet, "unet_lora"), (generator.vae, "vae_lora")):
             if module is not None and (root / name).is_dir():
                 lora.load(module, root / name)
+            elif module is unet and beside and not works_on_pixels(unet):
+                lora.load(module, root)
         return generator.requires_grad_(False).eval()
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a complete folder, whole or not at all: base weights, live LoRA apart, timesteps, prompt embedding.
 
         An existing folder is replaced only when the new one is complete. The text encoder is copied when it was loaded
-        from a folder that has one.
+        from a folder that has one. What diffusers can run loads as its StableDiffusionPipeline, and the UNet's LoRA by
+        `pipeline.load_lora_weights(folder)`.
         """
         from safetensors.torch import save_file
 
@@ -179,7 +183,7 @@ class OneStepGenerator(nn.Module):
             save_codec(_without_lora(self.codec), root / "vae")
             for module, name in ((self.unet, "unet_lora"), (self.vae, "vae_lora")):
                 if module is not None and lora.adapters(module):
-                    lora.save(module, root / name)
+                    lora.save(module, root / name, pipeline=self.uses_text and module is self.unet)
             (root / "scheduler").mkdir()
             _write_json(root / "scheduler" / "scheduler_config.json", self.schedule)
             remembered = {
@@ -193,6 +197,7 @@ class OneStepGenerator(nn.Module):
                 embeds = self.text_embeds(1).float().cpu().contiguous()
                 save_file({"prompt_embeds": embeds}, root / "prompt_embeds.safetensors")
                 self._copy_text_models(root)
+                self._make_pipeline(root)
 
     def saved_bytes(self) -> int:
         """About how many bytes `save_pretrained` writes in fp32: all weights (spare adapters too) and text models."""
@@ -222,6 +227,16 @@ class OneStepGenerator(nn.Module):
 
         for part in self._text_models():
             shutil.copytree(part, root / part.name)
+
+    def _make_pipeline(self, root: Path) -> None:
+        """What diffusers looks for in the folder itself: the list of parts, and the UNet's LoRA."""
+        import shutil
+
+        text = (root / "text_encoder").is_dir() and (root / "tokenizer").is_dir()
+        kind = type(self.vae).__name__ if self.vae is not None else None
+        write_index(root, kind, self.schedule.get("_class_name", DEFAULT_SCHEDULE["_class_name"]), text)
+        if (made := root / "unet_lora" / lora_files.DIFFUSERS_WEIGHTS).is_file():
+            shutil.copyfile(made, root / made.name)
 
     # ---- the method
 
@@ -322,6 +337,7 @@ def _resolve(folder: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(
             f"{text}: no such folder; a model is a diffusers folder (to download one: hub:ORG/NAME)"
         )
+    refuse_checkpoint(path)
     return path
 
 

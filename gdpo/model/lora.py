@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gdpo.model.parts import first_line, read_json, read_tensors
+from gdpo.model import lora_files
 from gdpo.randomness import seed_of
 
 # The layers that OSEDiff and the released GDPO code adapt; conv_in of the UNet is trained whole.
@@ -23,7 +22,6 @@ UNET_TARGETS = (
 VAE_ENCODER_TARGETS = (
     r"encoder\.(.*\.)?(conv|conv1|conv2|conv_in|conv_out|conv_shortcut|to_q|to_k|to_v|to_out\.0)|quant_conv"
 )
-TINY_TARGETS = r"conv_in|downs\.\d+|ups\.\d+|.*\.(conv1|conv2)|head\.(up1|up2|out)"
 
 
 def add(
@@ -81,7 +79,8 @@ def adapters(model: Any) -> tuple[str, ...]:
 
 def parameters(model: Any, adapter: str = "default") -> dict[str, nn.Parameter]:
     """The adapter's own parameters by full name."""
-    marks = (f".lora_A.{adapter}.", f".lora_B.{adapter}.", f".modules_to_save.{adapter}.")
+    kinds = ("lora_A", "lora_B", "lora_magnitude_vector", "modules_to_save")
+    marks = [f".{kind}.{adapter}." for kind in kinds]
     return {n: p for n, p in model.named_parameters() if any(m in f".{n}" for m in marks)}
 
 
@@ -137,8 +136,7 @@ def merge(model: Any, strength: float = 1.0, adapter: str = "default") -> None:
             plain = module.get_base_layer()
             if adapter in module.lora_A:
                 with torch.no_grad():
-                    delta = module.get_delta_weight(adapter)
-                    plain.weight.copy_((plain.weight.double() + strength * delta.double()).to(plain.weight.dtype))
+                    _merge_pair(module, plain, strength, adapter)
         else:
             plain = module.original_module
             trained = dict(module.modules_to_save[adapter].named_parameters())
@@ -150,47 +148,72 @@ def merge(model: Any, strength: float = 1.0, adapter: str = "default") -> None:
     del model.peft_config
 
 
-def save(model: Any, folder: Path, adapter: str = "default") -> None:
-    """Write adapter_config.json and adapter_model.safetensors, as peft names them."""
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
+def _merge_pair(module: Any, plain: Any, strength: float, adapter: str) -> None:
+    """Fold one layer's pair into its base layer `plain`."""
+    if module.use_dora.get(adapter):  # not a sum: the magnitude of every column is another
+        before = plain.weight.clone()
+        module.merge(adapter_names=[adapter])
+        plain.weight.copy_(torch.lerp(before.double(), plain.weight.double(), strength).to(before.dtype))
+        return
+    delta = module.get_delta_weight(adapter)
+    plain.weight.copy_((plain.weight.double() + strength * delta.double()).to(plain.weight.dtype))
+    bias = module.lora_B[adapter].bias
+    if bias is None or not bias.any():
+        return
+    if plain.bias is None:
+        raise ValueError("this LoRA gives a bias to a layer that has none: it cannot be merged")
+    change = strength * module.scaling[adapter] * bias.double()
+    plain.bias.copy_((plain.bias.double() + change).to(plain.bias.dtype))
 
-    folder.mkdir(parents=True, exist_ok=True)
-    config = model.peft_config[adapter].to_dict()
-    config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+
+def save(model: Any, folder: Path, adapter: str = "default", *, pipeline: bool = False) -> None:
+    """Write the adapter as peft does and, for the UNet of a diffusers pipeline, as diffusers does too."""
+    from peft import get_peft_model_state_dict
+
+    config = model.peft_config[adapter]
     state = get_peft_model_state_dict(model, adapter_name=adapter)
-    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors")
+    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    stored = lora_files.Adapter(tensors, float(config.lora_alpha), rslora=config.use_rslora, dora=config.use_dora)
+    stored.alphas = {m: a for m in stored.ranks if (a := _alpha_of(model, m, adapter)) != stored.alpha}
+    lora_files.write(stored, folder)
+    if pipeline:
+        originals = {name: model.get_submodule(name).original_module for name in stored.whole}
+        base = {f"{name}.{k}": p.detach().cpu() for name, m in originals.items() for k, p in m.named_parameters()}
+        lora_files.write_diffusers(stored, folder, base)
+
+
+def _alpha_of(model: Any, module: str, adapter: str) -> float:
+    return float(model.get_submodule(module).lora_alpha[adapter])
 
 
 def load(model: Any, folder: Path, adapter: str = "default") -> None:
-    """Add the adapter of a folder written by `save` (or by peft) and load its weights; the adapter is active after."""
+    """Add the adapter of a folder written by `save`, by peft or by diffusers, and load its weights; it is active after.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file, and what in it does not fit.
+    """
+    attach(model, lora_files.read(folder), str(folder), adapter)
+
+
+def attach(model: Any, stored: lora_files.Adapter, where: str, adapter: str = "default") -> None:
+    """Add an adapter with its weights, active.
+
+    Raises:
+        ValueError: it does not fit the model; `where` says whose it is.
+    """
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
-    config_file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise FileNotFoundError(f"{weights}: no such file; {folder.name}/ needs it beside adapter_config.json")
-    if not config_file.is_file():
-        raise FileNotFoundError(
-            f"{config_file}: no such file; {folder.name}/ needs it beside adapter_model.safetensors"
-        )
-    read_json(config_file)
-    state = read_tensors(weights)
-    try:
-        inject_adapter_in_model(LoraConfig.from_pretrained(str(folder)), model, adapter)
-    except Exception as error:  # peft checks the values of a config here and there, or not at all
-        raise ValueError(
-            f"{config_file}: does not fit this model ({type(error).__name__}: {first_line(error)})"
-        ) from error
-    for parameter in parameters(model, adapter).values():
+    lora_files.check(stored, model, where)
+    options = stored.options()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`lora_bias=True` was passed but")  # `merge` sees to it
+        inject_adapter_in_model(LoraConfig(**options), model, adapter)
+    own = parameters(model, adapter)
+    for parameter in own.values():
         parameter.data = parameter.data.float()
-    own = len(parameters(model, adapter))
-    try:
-        report: Any = set_peft_model_state_dict(model, state, adapter_name=adapter)
-    except RuntimeError as error:  # other shapes
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{weights} does not fit this model ({reason}); is it another model's?") from None
-    if report.unexpected_keys or len(state) != own:
+    report: Any = set_peft_model_state_dict(model, dict(stored.tensors), adapter_name=adapter)
+    if report.unexpected_keys or len(stored.tensors) != len(own):
         raise ValueError(
-            f"{weights} holds {len(state)} tensors that do not fit this model's {own}; is it another model's?"
+            f"{where} holds {len(stored.tensors)} tensors that do not fit this model's {len(own)}; is it another "
+            "model's?"
         )

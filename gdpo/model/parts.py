@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,13 @@ def load_pretrained(kind: Any, folder: Path, dtype: torch.dtype | None = None) -
     Raises:
         FileNotFoundError: no weights. ValueError: they are damaged, or another model's.
     """
-    if not any(path.is_file() for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern)):
+    names = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    if not any(name.endswith((".safetensors", ".bin")) for name in names):
         raise FileNotFoundError(f"{folder}: no weights in it (*.safetensors); the model folder is incomplete")
+    options: dict[str, Any] = {} if dtype is None else {"torch_dtype": dtype}
+    if variant := _variant(names):
+        options["variant"] = variant
     try:
-        options = {} if dtype is None else {"torch_dtype": dtype}
         model, found = kind.from_pretrained(str(folder), local_files_only=True, output_loading_info=True, **options)
     except Exception as error:  # of many kinds, some of which no library documents
         raise ValueError(f"{folder}: cannot be loaded ({type(error).__name__}: {first_line(error)})") from error
@@ -65,6 +69,56 @@ def load_pretrained(kind: Any, folder: Path, dtype: torch.dtype | None = None) -
             f"{missing[0]}; are they another model's?"
         )
     return model
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether it is a checkpoint of a run of gdpo.train, which is no model."""
+    return all((folder / name).is_file() for name in ("state.json", "trainable.safetensors"))
+
+
+def refuse_checkpoint(folder: Path) -> None:
+    """Say what to do with a checkpoint where a model is expected.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if is_checkpoint(folder):
+        raise ValueError(
+            f"{folder} is a checkpoint of a training run; make a model of it with: "
+            f"python -m gdpo.merge {folder} --out FOLDER"
+        )
+
+
+def _variant(names: list[str]) -> str | None:
+    """The variant ("fp16") of a folder that has its weights in no other form."""
+    names_of_weights = r"(?:diffusion_pytorch_model|pytorch_model|model)"
+    pattern = names_of_weights + r"(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
+    found = {match["variant"] for name in names if (match := re.fullmatch(pattern, name))}
+    return None if None in found or not found else min(found, key=lambda v: (v != "fp16", v))
+
+
+def write_index(root: Path, vae: str | None, scheduler: str, text: bool) -> None:
+    """Write model_index.json, by which diffusers loads a folder as a StableDiffusionPipeline.
+
+    Args:
+        vae, scheduler: class names; text: whether the folder has the text encoder and its tokenizer.
+    """
+    from diffusers import __version__
+
+    nothing = [None, None]
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": __version__,
+        "feature_extractor": nothing,
+        "requires_safety_checker": False,
+        "safety_checker": nothing,
+        "scheduler": ["diffusers", scheduler],
+        "text_encoder": ["transformers", "CLIPTextModel"] if text else nothing,
+        "tokenizer": ["transformers", "CLIPTokenizer"] if text else nothing,
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", vae] if vae else nothing,
+    }
+    (root / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def first_line(error: Exception) -> str:

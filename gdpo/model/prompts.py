@@ -54,7 +54,7 @@ class PromptEncoder:
                     )
             self._models = (
                 self._tokenizer(CLIPTokenizer),
-                load_pretrained(CLIPTextModel, self.folder / "text_encoder").eval(),
+                load_pretrained(CLIPTextModel, self.folder / "text_encoder").float().eval(),
             )
         tokenizer, encoder = self._models
         ids = tokenizer(

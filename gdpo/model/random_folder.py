@@ -27,6 +27,7 @@ from torch import nn
 
 from engine.io import cli
 from engine.io.folders import staged_folder
+from gdpo.model.parts import write_index
 
 
 def _text(width: int, layers: int, heads: int) -> dict[str, int]:
@@ -114,7 +115,7 @@ def build_folder(
             nn.Module.to(build(), dtype).save_pretrained(root / name)
         _write_tokenizer(root / "tokenizer", merges)
         _scheduler(shape["scheduler"]).save_pretrained(root / "scheduler")
-        _write_index(root, vae)
+        write_index(root, "AutoencoderKL" if vae == "kl" else "AutoencoderTiny", "DDPMScheduler", text=True)
     return out
 
 
@@ -204,24 +205,6 @@ def _scheduler(config: dict[str, Any]) -> Any:
     from diffusers import DDPMScheduler
 
     return DDPMScheduler(**config)
-
-
-def _write_index(root: Path, vae: str) -> None:
-    from diffusers import __version__
-
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": __version__,
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDPMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL" if vae == "kl" else "AutoencoderTiny"],
-    }
-    (root / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def main() -> None:
