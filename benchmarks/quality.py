@@ -32,9 +32,9 @@ from engine.io.files import atomic_write
 from engine.io.images import Picture, read_image, write_image
 from engine.runtime.resample import resize
 from gdpo.degradation import Degradation, DegradationConfig
+from gdpo.evaluation.columns import OFFLINE
 from gdpo.evaluation.sources import parse_source
 from gdpo.photos.dataset import CropDataset
-from gdpo.scores.columns import OFFLINE
 
 Network = Callable[[np.ndarray], np.ndarray]
 

@@ -17,9 +17,10 @@ from engine.io.cli import Parser, run
 from engine.io.files import atomic_write
 from engine.io.images import Picture, write_image
 from gdpo.evaluation import report
+from gdpo.evaluation.columns import NAMES, Metric, build_metrics
 from gdpo.evaluation.compare import bootstrap, compare
 from gdpo.evaluation.sources import Source, build_sources, check_pairs, list_pictures, read_pair
-from gdpo.scores.columns import NAMES, Metric, build_metrics, create_pyiqa
+from gdpo.scores.registry import FID, Unavailable, load_pyiqa
 
 _MAX_CROP = 1024
 _SEED_METRICS = ("psnr_y", "ssim_y", "naturalness")  # cheap enough for many noises
@@ -217,9 +218,10 @@ def _fid(result: dict, sources: list[Source], hr: Path, out: Path, device: torch
     if every > 1:
         result["missing"]["fid"] = "it compares whole folders; leave --every out"
         return
-    fid, reason = create_pyiqa("fid", device)
-    if fid is None:
-        result["missing"]["fid"] = reason
+    try:
+        fid = load_pyiqa(FID, device)
+    except Unavailable as error:
+        result["missing"]["fid"] = str(error)
         return
     for source in sources:
         pictures = getattr(source, "pictures", None)

@@ -15,37 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from gdpo.generator import OneStepGenerator
+from gdpo.model.diffusers_patches import fold_constants
 from gdpo.model.unets import works_on_pixels
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-class _FixedCrossAttention(nn.Module):
-    """An attention processor of diffusers whose keys and values are constants, [1, heads, L, D]."""
-
-    key: torch.Tensor
-    value: torch.Tensor
-
-    def __init__(self, attention: Any, prompt: torch.Tensor):
-        super().__init__()
-        heads = attention.heads
-        for name, projection in (("key", attention.to_k), ("value", attention.to_v)):
-            projected = projection(prompt)
-            self.register_buffer(name, projected.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous())
-
-    def forward(self, attn: Any, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-        batch = hidden_states.shape[0]  # len() would fix the batch of an export
-        key, value = self.key.expand(batch, -1, -1, -1), self.value.expand(batch, -1, -1, -1)
-        out = F.scaled_dot_product_attention(query, key, value)
-        return attn.to_out[0](out.transpose(1, 2).flatten(2)) / attn.rescale_output_factor
-
-
-class _NoTimeEmbedding(nn.Module):
-    """Stands in for the perceptron whose results are folded away."""
-
-    def forward(self, *args, **kwargs) -> None:
-        return None
 
 
 class _Widened(nn.Module):
@@ -71,37 +44,8 @@ def fold(generator: OneStepGenerator) -> OneStepGenerator:
     if works_on_pixels(generator.unet):
         generator.unet.fold(generator.t_diffusion)
         return generator
-    _fold_diffusers(generator)
+    fold_constants(generator.unet, generator.t_diffusion, generator.text_embeds)
     return generator
-
-
-def _fold_diffusers(generator: OneStepGenerator) -> None:
-    from diffusers.models.resnet import ResnetBlock2D
-
-    unet = generator.unet
-    odd = [k for k in ("class_embed_type", "addition_embed_type", "time_cond_proj_dim") if unet.config.get(k)]
-    if odd or unet.config.get("encoder_hid_dim_type"):
-        raise ValueError(
-            f"unet/config.json: {', '.join(odd) or 'encoder_hid_dim_type'} is set; this UNet does not fold"
-        )
-    parameter = next(unet.parameters())
-    sample = torch.zeros(1, dtype=parameter.dtype, device=parameter.device)
-    time = unet.time_embedding(unet.get_time_embed(sample, generator.t_diffusion))
-    prompt = generator.text_embeds(1).to(parameter.dtype)
-    blocks: tuple[Any, ...] = (ResnetBlock2D,)
-    for name, module in list(unet.named_modules()):
-        if isinstance(module, blocks) and module.time_emb_proj is not None:
-            if module.time_embedding_norm != "default":
-                raise ValueError(f"{name}: time_embedding_norm {module.time_embedding_norm!r} does not fold")
-            module.conv1.bias.add_(module.time_emb_proj(module.nonlinearity(time))[0])
-            module.time_emb_proj, module.time_embedding_norm = None, "folded"
-        elif name.endswith("attn2"):
-            if module.norm_cross or module.norm_q is not None or module.residual_connection:
-                raise ValueError(f"{name}: cross-attention with extra normalisation does not fold")
-            module.set_processor(_FixedCrossAttention(module, prompt))
-            module.to_k = module.to_v = nn.Identity()
-    unet.time_embedding = _NoTimeEmbedding()
-    unet.get_time_embed = lambda sample, timestep: None  # a copy from host to device: no CUDA graph can record it
 
 
 def cast(generator: OneStepGenerator, precision: str) -> OneStepGenerator:

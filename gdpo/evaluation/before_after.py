@@ -25,7 +25,7 @@ from gdpo.generator import OneStepGenerator
 from gdpo.photos.dataset import CropDataset, loader, read_jsonl
 from gdpo.scores.group import GroupReward
 from gdpo.scores.metrics import grid_artefact, lattice_artefact, oversharpening
-from gdpo.scores.registry import build_rewards
+from gdpo.scores.rewards import build_rewards
 from gdpo.train.gain import compare
 from gdpo.train.pictures import sheet
 

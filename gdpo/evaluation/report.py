@@ -12,9 +12,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from engine.io.files import atomic_path, atomic_write
-from gdpo.scores.columns import PLACE, Metric
+from gdpo.evaluation.columns import Metric
+from gdpo.scores.registry import PLACE
 
-_DIGITS = {"ssim_y": 4, "lpips": 4, "dists": 4, "clipiqa": 4, "maniqa-koniq": 4, "maniqa-pipal": 4, "vgg": 3}
+_DIGITS = {"ssim_y": 4, "lpips": 4, "dists": 4, "clipiqa": 4, "maniqa": 4, "maniqa-pipal": 4, "vgg": 3}
 
 
 def write_csv(path: Path, rows: list[dict], columns: list[str]) -> None:

@@ -23,7 +23,8 @@ from torch import Tensor
 from gdpo.kernels import AttributeStatistics, attribute_ratios, attribute_reward, attribute_statistics, group_scores
 from gdpo.randomness import moved
 from gdpo.scores.luma import luma
-from gdpo.scores.registry import Kind, Reward, require_finite
+from gdpo.scores.registry import Kind
+from gdpo.scores.rewards import Reward, require_finite
 
 Normalization = Literal["group", "weighted", "none"]
 KINDS: tuple[Kind, Kind] = ("fidelity", "perceptual")

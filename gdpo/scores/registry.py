@@ -1,219 +1,156 @@
-"""The rewards of GDPO: a registry of scores by name, each "fidelity" (full-reference) or "perceptual" (no-reference).
+"""Every score by its name: what it measures, which way is better, how it is computed. Rewards and columns are of these.
 
-    rewards = build_rewards(["psnr_y", "naturalness", "my_module:my_score"], device="cuda")
-    scores = {r.name: r.score(samples, target, statistics) for r in rewards}      # [B,G] fp32, higher is better
-    require_finite(scores)
+A score is "fidelity" when it compares with the HR picture and "perceptual" when it does not (region_detail, which
+compares the amount of detail, counts as perceptual). The kind decides the weight in the attribute-aware reward:
+fidelity counts by the smooth share of the picture, perceptual by the textured share (paper, section 3.3).
 
-The kind decides the weight in the attribute-aware reward: fidelity counts by the smooth share of the picture,
-perceptual by the textured share (paper, section 3.3).
+To add a score, add an entry to SCORES.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, cast
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from gdpo.kernels import AttributeStatistics
-
 Kind = Literal["fidelity", "perceptual"]
-
-
-class Score(Protocol):
-    """What a reward computes: [B,G,3,H,W] and [B,3,H,W] in [-1,1], statistics of the group -> [B,G]."""
-
-    def __call__(self, samples: Tensor, target: Tensor, statistics: AttributeStatistics) -> Tensor: ...
+PerPicture = Callable[[Tensor, Tensor], Tensor]
+"""Pictures [N,3,H,W] in [0,1], their HR [N,3,H,W] or one for all [1,3,H,W] in [0,1] -> [N]."""
 
 
 @dataclass(frozen=True)
-class Reward:
-    """A named score of samples; higher is better.
+class Score:
+    """An entry of the registry.
 
     Attributes:
-        name: as in `reward_funcs`; also the tag in the log (`rewards/NAME/mean`).
         kind: "fidelity" or "perceptual".
-        score: (samples [B,G,3,H,W] in [-1,1], target [B,3,H,W] in [-1,1], statistics) -> [B,G] fp32, without gradient.
-            Raises ValueError, naming the reward, where a score has another shape or a user's function raises.
+        better: +1 where more is better, -1 where less is.
+        about: what it is, in a few words.
+        build: device -> the score of pictures; None where it needs a group's statistics.
+        statistic: the field of gdpo.kernels.AttributeStatistics that holds it for a whole group, if one does.
+        weights: of a score of pyiqa, the files of its weights (PyiqaWeights); None for scores of this project.
     """
 
-    name: str
     kind: Kind
-    score: Score
-
-
-class _Entry(NamedTuple):
-    kind: Kind
-    build: Callable[[torch.device], Score]
+    better: int
     about: str
+    build: Callable[[torch.device], PerPicture] | None = None
+    statistic: str | None = None
+    weights: PyiqaWeights | None = None
 
 
-def _from_statistics(field: str) -> Callable[[torch.device], Score]:
-    return lambda device: lambda samples, target, statistics: getattr(statistics, field)
+@dataclass(frozen=True)
+class PyiqaWeights:
+    """pyiqa's name of a metric, its file as pyiqa 0.1.14 calls it, and its backbone's in torch's own folder."""
+
+    metric: str
+    file: str
+    backbone: str | None = None
 
 
-def _per_image(score: Callable[[Tensor, Tensor], Tensor]) -> Score:
-    """A score of pictures [N,3,H,W] against their targets as a score of groups."""
-
-    def grouped(samples: Tensor, target: Tensor, statistics: AttributeStatistics) -> Tensor:
-        targets = target.unsqueeze(1).expand_as(samples)
-        values = score(samples.flatten(0, 1), targets.flatten(0, 1))
-        n = samples.shape[:2].numel()
-        if not isinstance(values, Tensor) or values.shape != (n,):
-            got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(f"it must return one number per picture, a tensor [{n}]; got {got}")
-        return values.unflatten(0, samples.shape[:2])
-
-    return grouped
+class Unavailable(RuntimeError):
+    """A score whose package or weights are missing; the message says what to do."""
 
 
-def _metric(name: str, sign: int = 1, reference: bool = False, **options: str) -> Callable[[torch.device], Score]:
-    """A function of gdpo.scores.metrics; `sign` -1 where less is better."""
+def _own(name: str, reference: bool = False, **options: str) -> Callable[[torch.device], PerPicture]:
+    """A function of gdpo.scores.metrics."""
 
-    def build(device: torch.device) -> Score:
+    def build(device: torch.device) -> PerPicture:
         metric = getattr(importlib.import_module("gdpo.scores.metrics"), name)
-
-        def score(x: Tensor, y: Tensor) -> Tensor:
-            x, y = ((p.float() / 2 + 0.5).clamp(0, 1) for p in (x, y))
-            return sign * (metric(x, y, **options) if reference else metric(x, **options))
-
-        return _per_image(score)
+        if reference:
+            return lambda x, y: metric(x, y.expand_as(x), **options)
+        return lambda x, y: metric(x, **options)
 
     return build
 
 
-def _vgg(device: torch.device) -> Score:
+def _vgg(device: torch.device) -> PerPicture:
     from gdpo.scores.features import PerceptualDistance
 
     distance = PerceptualDistance().to(device)
-    return _per_image(lambda x, y: -distance(x, y))
+    return lambda x, y: distance(x * 2 - 1, y * 2 - 1)
 
 
-def _pyiqa(name: str) -> Callable[[torch.device], Score]:
-    """A no-reference metric of the optional package pyiqa, which says itself whether less is better."""
-
-    def build(device: torch.device) -> Score:
-        try:
-            import pyiqa
-        except Exception as error:  # pyiqa drags in torchvision, timm and more, which fail in ways of their own
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ImportError(
-                f"reward {name!r} needs the package pyiqa ({reason}); install it with: pip install 'gdpo-sr[iqa]'"
-            ) from error
-        try:
-            metric = pyiqa.create_metric(name, device=device, as_loss=False)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise RuntimeError(f"reward {name!r}: pyiqa could not load it or its weights ({reason})") from error
-        sign = -1 if metric.lower_better else 1
-        return _per_image(lambda x, _: sign * metric((x.float() / 2 + 0.5).clamp(0, 1)).flatten())
-
-    return build
-
-
-REGISTRY: dict[str, _Entry] = {
-    "psnr_y": _Entry("fidelity", _from_statistics("psnr_y"), "PSNR of the luma, dB"),
-    "region_fidelity": _Entry("fidelity", _from_statistics("fidelity"), "PSNR of the luma where the photo is smooth"),
-    "region_detail": _Entry("perceptual", _from_statistics("detail"), "as much detail as the photo where it has some"),
-    "ssim_y": _Entry("fidelity", _metric("ssim_y", reference=True), "structural similarity of the luma"),
-    "vgg": _Entry("fidelity", _vgg, "minus the VGG16 feature distance"),
-    "naturalness": _Entry("perceptual", _metric("naturalness"), "no-reference, offline, made for crops of 64 and more"),
-    "niqe": _Entry(
-        "perceptual", _metric("niqe", -1, model="photos-32"), "minus NIQE with blocks of 32 (model photos-32)"
-    ),
-    "piqe": _Entry("perceptual", _metric("piqe", -1), "minus PIQE; it rewards fine grids, so never alone"),
-    "musiq": _Entry("perceptual", _pyiqa("musiq"), "MUSIQ (KonIQ), through pyiqa"),
-    "maniqa": _Entry("perceptual", _pyiqa("maniqa"), "MANIQA (KonIQ), through pyiqa"),
-    "maniqa-pipal": _Entry("perceptual", _pyiqa("maniqa-pipal"), "MANIQA (PIPAL), through pyiqa"),
-}
-
-
-def build_rewards(names: Sequence[str], device: str | torch.device = "cpu") -> list[Reward]:
-    """The rewards of a configuration, in its order.
-
-    Args:
-        names: names of REGISTRY, or `module:function` of the user's own: function(samples [N,3,H,W] in [-1,1],
-            target [N,3,H,W] in [-1,1]) -> [N], higher is better; an attribute `kind` ("fidelity" or "perceptual",
-            the default) may be set on it.
-        device: where the rewards' networks go.
+def load_pyiqa(weights: PyiqaWeights, device: torch.device) -> Callable:
+    """A metric of the optional package pyiqa.
 
     Raises:
-        ValueError: an unknown or repeated name, or a module:function that is not there or not callable.
-        ImportError, RuntimeError, FileNotFoundError: a package or weights are missing; the message says what to do.
+        Unavailable: the package or the weights are missing; it says where the weights go, behind PLACE.
     """
-    if not names:
-        raise ValueError(f"reward_funcs must name at least one of {', '.join(REGISTRY)}, or module:function")
-    repeated = {n for n in names if list(names).count(n) > 1}
-    if repeated:
-        raise ValueError(f"reward_funcs names {sorted(repeated)[0]!r} more than once; use reward_weights instead")
-    return [_build(name, torch.device(device)) for name in names]
-
-
-def _build(name: str, device: torch.device) -> Reward:
-    if ":" in name:
-        kind, score = _users_own(name)
-    elif name in REGISTRY:
-        kind, score = REGISTRY[name].kind, REGISTRY[name].build(device)
-    else:
-        raise ValueError(f"unknown reward {name!r}; known are {', '.join(REGISTRY)}, or module:function of your own")
-    return Reward(name, kind, _checked(name, score))
-
-
-def _users_own(name: str) -> tuple[Kind, Score]:
-    module_name, _, function_name = name.partition(":")
+    hub = Path(torch.hub.get_dir())
+    backbone = f" and {hub / 'checkpoints' / weights.backbone}" if weights.backbone else ""
+    place = f"{PLACE}{hub / 'pyiqa' / weights.file}{backbone}"
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # a module of the user's own can raise anything
-        reason = str(error) if isinstance(error, (ImportError, AttributeError)) else f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"reward {name!r} must be module:function, importable from here (PYTHONPATH): {reason}"
-        ) from error
-    kind = getattr(function, "kind", "perceptual")
-    if not callable(function) or kind not in ("fidelity", "perceptual"):
-        raise ValueError(f"reward {name!r} must be a function whose kind is fidelity or perceptual; got {kind!r}")
-    return cast(Kind, kind), _per_image(function)
+        pyiqa = importlib.import_module("pyiqa")
+    except Exception as error:  # pyiqa needs torchvision, timm and more, which fail in ways of their own
+        raise Unavailable(f"pyiqa cannot be imported ({_line(error)}); pip install 'gdpo-sr[iqa]'{place}") from error
+    try:
+        return pyiqa.create_metric(weights.metric, device=device, as_loss=False)
+    except Exception as error:
+        raise Unavailable(f"pyiqa could not load {weights.metric} ({_line(error)}){place}") from error
 
 
-def _checked(name: str, score: Score) -> Score:
-    """No gradient, fp32, [B,G]. The values are left to `require_finite`: looking at them makes the host wait."""
-
-    @torch.no_grad()
-    def checked(samples: Tensor, target: Tensor, statistics: AttributeStatistics) -> Tensor:
-        if samples.ndim != 5 or target.shape != (samples.shape[0], *samples.shape[2:]):
-            raise ValueError(
-                f"reward {name!r}: samples must be [B,G,3,H,W] and target [B,3,H,W]; "
-                f"got {tuple(samples.shape)} and {tuple(target.shape)}"
-            )
-        try:
-            values = score(samples, target, statistics)
-        except ValueError as error:
-            raise ValueError(f"reward {name!r}: {error}") from error
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except Exception as error:  # a function of the user's own can raise anything
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"reward {name!r} failed ({reason}); GDPO_TRACEBACK=1 shows where") from error
-        return values.float()
-
-    return checked
+PLACE = "; its weights go to "
 
 
-def require_finite(scores: Mapping[str, Tensor]) -> None:
-    """Refuse scores that are not finite. It is one host synchronisation, so call it when all kernels are queued.
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def _pyiqa(kind: Kind, better: int, about: str, *weights: str) -> Score:
+    files = PyiqaWeights(*weights)
+
+    def build(device: torch.device) -> PerPicture:
+        metric = load_pyiqa(files, device)
+        if kind == "fidelity":
+            return lambda x, y: metric(x, y.expand_as(x)).flatten()
+        return lambda x, y: metric(x).flatten()
+
+    return Score(kind, better, f"{about}, through pyiqa", build, weights=files)
+
+
+SCORES: dict[str, Score] = {
+    "psnr_y": Score("fidelity", 1, "PSNR of the luma, dB", _own("psnr_y", reference=True), "psnr_y"),
+    "region_fidelity": Score("fidelity", 1, "PSNR of the luma where the photo is smooth, dB", statistic="fidelity"),
+    "region_detail": Score("perceptual", 1, "as much detail as the photo where it has some", statistic="detail"),
+    "ssim_y": Score("fidelity", 1, "structural similarity of the luma", _own("ssim_y", reference=True)),
+    "vgg": Score("fidelity", -1, "VGG16 feature distance", _vgg),
+    "niqe": Score("perceptual", -1, "NIQE with blocks of 96, of pictures with two or more", _own("niqe")),
+    "niqe-32": Score("perceptual", -1, "NIQE with blocks of 32, for crops", _own("niqe", model="photos-32")),
+    "piqe": Score("perceptual", -1, "PIQE; it rewards fine grids, so never alone", _own("piqe")),
+    "naturalness": Score("perceptual", 1, "no-reference, offline, made for crops of 64 and more", _own("naturalness")),
+    "grid_artefact": Score("fidelity", -1, "grid in flat areas, 8-bit levels", _own("grid_artefact", reference=True)),
+    "lattice_artefact": Score("fidelity", -1, "dots of a pixel shuffle, dB", _own("lattice_artefact", reference=True)),
+    "oversharpening": Score("fidelity", -1, "overshoot at edges, percent", _own("oversharpening", reference=True)),
+    "lpips": _pyiqa(
+        "fidelity", -1, "LPIPS (AlexNet)", "lpips", "LPIPS_v0.1_alex-df73285e.pth", "alexnet-owt-7be5be79.pth"
+    ),
+    "dists": _pyiqa("fidelity", -1, "DISTS", "dists", "DISTS_weights-f5e65c96.pth", "vgg16-397923af.pth"),
+    "clipiqa": _pyiqa("perceptual", 1, "CLIP-IQA", "clipiqa", "RN50.pt"),
+    "musiq": _pyiqa("perceptual", 1, "MUSIQ (KonIQ)", "musiq", "musiq_koniq_ckpt-e95806b9.pth"),
+    "maniqa": _pyiqa("perceptual", 1, "MANIQA (KonIQ)", "maniqa", "ckpt_koniq10k.pt"),
+    "maniqa-pipal": _pyiqa("perceptual", 1, "MANIQA (PIPAL)", "maniqa-pipal", "MANIQA_PIPAL-ae6d356b.pth"),
+    "niqe-paper": _pyiqa("perceptual", -1, "NIQE with the authors' parameters", "niqe", "niqe_modelparameters.mat"),
+}
+FID = PyiqaWeights("fid", "pt_inception-2015-12-05-6726825d.pth")  # of folders, so no Score
+RENAMED = {"maniqa-koniq": "maniqa"}  # what evaluation called it before names meant one thing
+
+
+def find(name: str, what: str) -> tuple[str, Score]:
+    """The entry of a name, under the name that it has now.
 
     Args:
-        scores: [B,G] of each reward, by its name.
+        what: what the caller calls it, for the message.
 
     Raises:
-        ValueError: a score is not finite; it names reward, image and sample.
+        ValueError: there is none; it lists those that are.
     """
-    if torch.stack([values.isfinite().all() for values in scores.values()]).all():
-        return
-    for name, values in scores.items():
-        for image, sample in (~values.isfinite()).nonzero().tolist():
-            raise ValueError(
-                f"reward {name!r} is {float(values[image, sample])} for image {image}, sample {sample} of the batch"
-            )
+    name = RENAMED.get(name, name)
+    if name not in SCORES:
+        raise ValueError(f"unknown {what} {name!r}; known are {', '.join(SCORES)}")
+    return name, SCORES[name]

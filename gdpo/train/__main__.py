@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from jsonargparse import ActionConfigFile, Namespace
@@ -12,7 +13,23 @@ from jsonargparse import ActionConfigFile, Namespace
 from engine.io.cli import Parser, run
 from gdpo.train.config import GDPOConfig, NAOSDConfig, TrainConfig
 
-CONFIGS: dict[str, type[TrainConfig]] = {"naosd": NAOSDConfig, "gdpo": GDPOConfig}
+
+class Entry(NamedTuple):
+    """A training method: its options, its class (module:class, imported when it runs), and what it is."""
+
+    config: type[TrainConfig]
+    method: str
+    about: str
+
+
+METHODS = {
+    "naosd": Entry(
+        NAOSDConfig, "gdpo.train.methods.naosd:NAOSD", "noise-aware one-step diffusion: supervised training"
+    ),
+    "gdpo": Entry(
+        GDPOConfig, "gdpo.train.methods.gdpo:GDPO", "group direct preference optimisation of a trained generator"
+    ),
+}
 
 
 class ConfigFile(ActionConfigFile):
@@ -33,16 +50,12 @@ def parser() -> Parser:
     """The command line: one subcommand per method, every field of its config an option."""
     top = Parser(prog="python -m gdpo.train", description="Train a one-step super-resolution generator.")
     methods = top.add_subcommands(dest="method")
-    texts = {
-        "naosd": "noise-aware one-step diffusion: supervised training",
-        "gdpo": "group direct preference optimisation of a trained generator",
-    }
-    for name, config in CONFIGS.items():
-        sub = Parser(prog=f"python -m gdpo.train {name}", description=texts[name])
+    for name, entry in METHODS.items():
+        sub = Parser(prog=f"python -m gdpo.train {name}", description=entry.about)
         sub.add_argument("--config", action=ConfigFile, help="a YAML file of the options below")
-        sub.add_class_arguments(config, nested_key=None)
+        sub.add_class_arguments(entry.config, nested_key=None)
         prog = sub.prog
-        methods.add_subcommand(name, sub, help=texts[name])
+        methods.add_subcommand(name, sub, help=entry.about)
         sub.prog = prog  # jsonargparse puts "[options]" into it, which no shell takes
     return top
 
@@ -51,7 +64,7 @@ def main() -> None:
     arguments: Namespace = parser().parse_args()
     method = arguments.method
     values = parser().instantiate(arguments)[method]
-    config = CONFIGS[method](**{k: v for k, v in vars(values).items() if k != "config"})
+    config = METHODS[method].config(**{k: v for k, v in vars(values).items() if k != "config"})
     config.validate()
     train(method, config)
 
@@ -62,7 +75,7 @@ def train(method: str, config: TrainConfig) -> None:
     from accelerate import Accelerator
 
     from gdpo.photos.dataset import CropDataset
-    from gdpo.train.loop import Loop
+    from gdpo.train.loop import train_loop
     from gdpo.train.setup import precision, tracker, validation_batch
 
     torch.manual_seed(config.seed)
@@ -76,15 +89,9 @@ def train(method: str, config: TrainConfig) -> None:
     dataset = CropDataset(config.data.folder, "train", config.data.crop_size)
     if config.data.captions and dataset.captions is None:
         raise ValueError(f"data.captions is set, but {config.data.folder} has no captions.jsonl")
-    loop = Loop(config, accelerator, dataset, validation_batch(config))
-    if isinstance(config, GDPOConfig):
-        from gdpo.train.methods.gdpo import GDPO
-
-        loop.run(GDPO(config, accelerator))
-    elif isinstance(config, NAOSDConfig):
-        from gdpo.train.methods.naosd import NAOSD
-
-        loop.run(NAOSD(config, accelerator))
+    validation = validation_batch(config)
+    module, _, name = METHODS[method].method.partition(":")
+    train_loop(config, accelerator, getattr(import_module(module), name)(config, accelerator), dataset, validation)
 
 
 if __name__ == "__main__":

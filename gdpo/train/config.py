@@ -85,6 +85,7 @@ class TrainConfig:
         checkpointing_steps: steps between checkpoints.
         checkpoints_total_limit: how many are kept (at least 2).
         resume_from_checkpoint: "latest", "auto" (latest if there is one), or a checkpoint folder.
+        allow_data_change: resume although the pictures of data.folder have changed; sample numbers go on as they were.
         validation_steps: steps between before/after sheets; 0 draws one at the end only.
         validation_images: pictures on a sheet.
         logging_steps: steps between rows of metrics.
@@ -113,6 +114,7 @@ class TrainConfig:
     checkpointing_steps: int = resumable(500)
     checkpoints_total_limit: int = resumable(3)
     resume_from_checkpoint: str | None = resumable(None)
+    allow_data_change: bool = resumable(False)
     validation_steps: int = resumable(500)
     validation_images: int = resumable(4)
     logging_steps: int = resumable(1)

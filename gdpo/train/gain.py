@@ -9,7 +9,7 @@ import torch
 from gdpo.generator import OneStepGenerator
 from gdpo.randomness import moved
 from gdpo.scores.group import GroupReward
-from gdpo.scores.registry import require_finite
+from gdpo.scores.rewards import require_finite
 from gdpo.train.setup import group_noise
 
 

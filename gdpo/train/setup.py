@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from gdpo.generator import OneStepGenerator
 from gdpo.model import lora
-from gdpo.model.norms import norms_in_own_precision
+from gdpo.model.diffusers_patches import norms_in_own_precision
 from gdpo.model.prompts import PromptEncoder
 from gdpo.model.tiny import TinyUNetConfig
 from gdpo.model.unets import works_on_pixels

@@ -10,7 +10,7 @@ from engine.export import torch_backend as backend
 from engine.export.optimise import Steps
 from gdpo.generator import OneStepGenerator
 from gdpo.model.codecs import KLCodec
-from gdpo.model.norms import FusedGroupNorm
+from gdpo.model.diffusers_patches import FusedGroupNorm
 from gdpo.model.random_folder import architecture
 
 

@@ -14,7 +14,7 @@ from engine.export import torch_backend as backend
 from engine.export.optimise import DEFINITION, Steps, fastest
 from engine.runtime.backends import Options
 from gdpo.generator import OneStepGenerator
-from gdpo.model.norms import FusedGroupNorm, fuse_norms
+from gdpo.model.diffusers_patches import FusedGroupNorm, fuse_norms
 from tests.support.fused import relative_error
 
 CPU = torch.device("cpu")
@@ -102,15 +102,15 @@ def test_features_stay_channels_last(mini_model):
 
 def test_the_fused_kernel_in_the_model(mini_model, reference, monkeypatch):
     """The interpreter takes a millisecond a program, so on the UNet's lowest blocks only."""
-    import gdpo.model.norms
+    import gdpo.model.diffusers_patches
 
     def on_triton(x, *args, **options):
         calls.append(x.shape)
         return fused(x, *args, backend="triton" if x[0, 0].numel() <= 8 and not calls[9:] else "torch", **options)
 
     given, expected = reference
-    made, calls, fused = session(mini_model, EVERY), [], gdpo.model.norms.group_norm
-    monkeypatch.setattr(gdpo.model.norms, "group_norm", on_triton)
+    made, calls, fused = session(mini_model, EVERY), [], gdpo.model.diffusers_patches.group_norm
+    monkeypatch.setattr(gdpo.model.diffusers_patches, "group_norm", on_triton)
     assert relative_error(made.run(*given), expected) < 2e-5
     assert calls
 

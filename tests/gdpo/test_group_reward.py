@@ -9,7 +9,7 @@ import torch
 from gdpo.kernels import reward as kernel
 from gdpo.scores import group as module
 from gdpo.scores.group import GroupReward
-from gdpo.scores.registry import Reward
+from gdpo.scores.rewards import Reward
 from tests.support.training import GDPO, train_here
 
 # A fidelity score prefers the first sample, one perceptual score the second, the other the third.

@@ -7,12 +7,14 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from gdpo.evaluation.columns import build_metrics
 from gdpo.kernels import attribute_statistics
 from gdpo.scores.features import PerceptualDistance
 from gdpo.scores.metrics import naturalness, niqe, piqe, ssim_y
-from gdpo.scores.registry import REGISTRY, build_rewards, require_finite
+from gdpo.scores.registry import SCORES, Unavailable
+from gdpo.scores.rewards import build_rewards, require_finite
 
-OFFLINE = ["psnr_y", "region_fidelity", "region_detail", "ssim_y", "naturalness", "niqe", "piqe"]
+OFFLINE = ["psnr_y", "region_fidelity", "region_detail", "ssim_y", "naturalness", "niqe-32", "piqe"]
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def group():
 def test_every_offline_reward_scores_each_sample(name, group):
     (reward,) = build_rewards([name])
     got = reward.score(*group)
-    assert reward.name == name and reward.kind == REGISTRY[name].kind
+    assert reward.name == name and reward.kind == SCORES[name].kind
     assert got.shape == (2, 3) and got.dtype == torch.float32
 
 
@@ -55,7 +57,7 @@ def test_values_are_the_metrics_of_each_sample_in_its_place(group):
 
 def test_metrics_where_less_is_better_are_negated(group):
     for name, want in (
-        ("niqe", niqe(group[0].flatten(0, 1) / 2 + 0.5, "photos-32")),
+        ("niqe-32", niqe(group[0].flatten(0, 1) / 2 + 0.5, "photos-32")),
         ("piqe", piqe(group[0].flatten(0, 1) / 2 + 0.5)),
     ):
         got = build_rewards([name])[0].score(*group)
@@ -102,10 +104,34 @@ def buggy_score(samples, target):
     return {}["weights"]
 
 
+def writing_score(samples, target):
+    samples.mul_(0.5).add_(0.5)
+    target.numpy()[:] = 0  # of which torch sees nothing
+    return samples.mean((1, 2, 3))
+
+
+def leaving_score(samples, target):
+    sys.exit(0)
+
+
+def complex_score(samples, target):
+    return samples.mean((1, 2, 3)) * 1j
+
+
 @pytest.fixture
 def own(monkeypatch):
     module = ModuleType("own_rewards")
-    for f in (my_score, plain_score, broken_score, short_score, picky_score, buggy_score):
+    for f in (
+        my_score,
+        plain_score,
+        broken_score,
+        short_score,
+        picky_score,
+        buggy_score,
+        writing_score,
+        leaving_score,
+        complex_score,
+    ):
         setattr(module, f.__name__, f)
     module.number = 3
     monkeypatch.setitem(sys.modules, "own_rewards", module)
@@ -124,15 +150,28 @@ def test_a_function_of_the_users_own(own, group):
         ("broken_score", "reward 'own_rewards:broken_score' is nan for image 1, sample 1 of the batch"),
         (
             "short_score",
-            "reward 'own_rewards:short_score': it must return one number per picture, a tensor [6]; got shape (3,)",
+            "'own_rewards:short_score': it must return one number per picture, a tensor [6]; got torch.float32 (3,)",
         ),
         ("picky_score", "reward 'own_rewards:picky_score': it needs 224x224"),
+        ("leaving_score", "reward 'own_rewards:leaving_score' failed (SystemExit: 0)"),
+        ("complex_score", "one number per picture, a tensor [6]; got torch.complex64 (6,)"),
         ("buggy_score", "reward 'own_rewards:buggy_score' failed (KeyError: 'weights'); GDPO_TRACEBACK=1 shows where"),
     ],
 )
 def test_bad_scores_are_named(own, group, name, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         require_finite({r.name: r.score(*group) for r in build_rewards(["psnr_y", f"own_rewards:{name}"])})
+
+
+def test_a_reward_that_writes_into_its_pictures_is_named_and_changes_nothing_else(own, group, capsys):
+    samples, target = group[0].clone(), group[1].clone()
+    names = ["own_rewards:writing_score", "own_rewards:plain_score", "ssim_y"]
+    writing, plain, similar = (r.score(samples, target, group[2]) for r in build_rewards(names))
+    assert torch.equal(samples, group[0]) and torch.equal(target, group[1])
+    torch.testing.assert_close(writing, plain / 2 + 0.5)
+    assert torch.equal(similar, build_rewards(["ssim_y"])[0].score(*group))
+    line = capsys.readouterr().err
+    assert line.startswith("reward 'own_rewards:writing_score' writes into its pictures") and line.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -154,7 +193,12 @@ def test_bad_names_are_named(own, names, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("def f(:\n", "SyntaxError: "), ("1 / 0\n", "ZeroDivisionError: "), ("import no_such_module\n", "no_such_module")],
+    [
+        ("def f(:\n", "SyntaxError: "),
+        ("raise SystemExit(3)\n", "SystemExit: 3"),
+        ("1 / 0\n", "ZeroDivisionError: "),
+        ("import no_such_module\n", "no_such_module"),
+    ],
 )
 def test_a_module_that_cannot_be_imported_is_named(text, message, tmp_path, monkeypatch):
     (tmp_path / "own_broken.py").write_text(text)
@@ -178,9 +222,9 @@ def test_scores_carry_no_gradient(own, group):
 class FakePyiqa(ModuleType):
     """Stands in for pyiqa: create_metric(name, device=, as_loss=) -> a metric of [N,3,H,W] in [0,1] -> [N,1]."""
 
-    def __init__(self, lower_better=False, error=None):
+    def __init__(self, error=None):
         super().__init__("pyiqa")
-        self.lower_better, self.error, self.asked = lower_better, error, []
+        self.error, self.asked = error, []
 
     def create_metric(self, name, device, as_loss):
         if self.error:
@@ -188,32 +232,46 @@ class FakePyiqa(ModuleType):
         self.asked.append(name)
 
         class Metric(SimpleNamespace):
-            def __call__(self, x):
+            def __call__(self, x, y=None):
                 assert x.min() >= 0 and x.max() <= 1
                 return x.mean((1, 2, 3))[:, None]
 
-        return Metric(lower_better=self.lower_better)
+        return Metric()
 
 
-@pytest.mark.parametrize("lower_better", [False, True])
-def test_pyiqa_metrics_are_turned_so_that_higher_is_better(monkeypatch, group, lower_better):
-    fake = FakePyiqa(lower_better)
+def test_pyiqa_metrics_are_turned_so_that_higher_is_better(monkeypatch, group):
+    fake = FakePyiqa()
     monkeypatch.setitem(sys.modules, "pyiqa", fake)
-    rewards = build_rewards(["musiq", "maniqa", "maniqa-pipal"])
-    assert fake.asked == ["musiq", "maniqa", "maniqa-pipal"]
-    want = (group[0] / 2 + 0.5).mean((2, 3, 4)) * (-1 if lower_better else 1)
-    for r in rewards:
-        assert r.kind == "perceptual"
-        torch.testing.assert_close(r.score(*group), want)
+    names = ["musiq", "maniqa", "maniqa-pipal", "niqe-paper", "lpips"]
+    rewards = build_rewards(names)
+    assert fake.asked == ["musiq", "maniqa", "maniqa-pipal", "niqe", "lpips"]
+    assert [r.kind for r in rewards] == ["perceptual"] * 4 + ["fidelity"]
+    want = (group[0] / 2 + 0.5).mean((2, 3, 4))
+    for r, sign in zip(rewards, (1, 1, 1, -1, -1)):
+        torch.testing.assert_close(r.score(*group), sign * want)
+
+
+def test_a_name_means_one_thing_and_old_names_are_told(monkeypatch, group):
+    monkeypatch.setitem(sys.modules, "pyiqa", FakePyiqa())
+    assert build_rewards(["maniqa-koniq"])[0].name == "maniqa"
+    with pytest.raises(ValueError, match="reward 'niqe' is called 'niqe-32' now"):
+        build_rewards(["niqe"])
+    columns, _ = build_metrics(["niqe-32", "vgg", "maniqa-koniq"], "photos", torch.device("cpu"))
+    assert [c.name for c in columns if c.name != "vgg"] == ["niqe-32", "maniqa"]
+    x, y = group[0][0, :1] / 2 + 0.5, group[1][:1] / 2 + 0.5
+    (reward,) = build_rewards(["niqe-32"])
+    assert float(columns[0].score(x, y)) == pytest.approx(-float(reward.score(*group)[0, 0]), rel=1e-6)
+    with pytest.raises(ValueError, match="'region_detail' compares the samples of a group"):
+        build_metrics(["region_detail"], "photos", torch.device("cpu"))
 
 
 def test_missing_pyiqa_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyiqa", None)
-    with pytest.raises(ImportError, match=r"reward 'musiq' needs the package pyiqa .*gdpo-sr\[iqa\]"):
+    with pytest.raises(Unavailable, match=r"reward 'musiq': pyiqa cannot be imported .*gdpo-sr\[iqa\]"):
         build_rewards(["psnr_y", "musiq"])
 
 
 def test_missing_weights_say_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyiqa", FakePyiqa(error=OSError("no route to host")))
-    with pytest.raises(RuntimeError, match=r"reward 'maniqa': pyiqa could not load it or its weights .*no route"):
+    with pytest.raises(Unavailable, match=r"reward 'maniqa': pyiqa could not load maniqa .*no route"):
         build_rewards(["maniqa"])

@@ -8,7 +8,7 @@ from torch import nn
 
 from benchmarks import gdpo_step
 from gdpo.model import lora
-from gdpo.model.norms import norms_in_own_precision
+from gdpo.model.diffusers_patches import norms_in_own_precision
 from gdpo.train.methods.gdpo import GDPO
 from gdpo.train.setup import save_trained
 

@@ -14,10 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
+from gdpo.photos.dataset import Batch
 from gdpo.train import checkpoint
 from gdpo.train.config import GDPOConfig
-from gdpo.train.loop import Loop
+from gdpo.train.step import StepFailed, optimizer_step
 from tests.support.training import GDPO, NAOSD, ROOT, command, environment, train
 
 
@@ -209,20 +211,19 @@ def test_a_reward_of_the_users_own_that_fails_is_named_with_step_and_samples(cro
     assert re.search(rf"error: at step 1, samples crop\d\d.png: reward 'mine:f' {reason}", done.stderr)
 
 
-def test_a_gpu_that_is_too_small_is_named_with_the_remedy(monkeypatch):
+def test_a_gpu_that_is_too_small_is_named_with_the_remedy():
     def step(*arguments):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    loop = Loop.__new__(Loop)
-    loop.config = GDPOConfig(sample_batch_size=3)
-    loop.optimizer, loop.method = SimpleNamespace(param_groups=[]), SimpleNamespace(groups={}, step=step)
-    monkeypatch.setattr(Loop, "_to_device", lambda self, batch: batch)
-    loop._backward = None
+    config = GDPOConfig(sample_batch_size=3)
+    method = SimpleNamespace(groups={}, step=step)
+    state = SimpleNamespace(step=7, optimizer=SimpleNamespace(param_groups=[]))
     for checkpointing, remedy in ((False, "--model.gradient_checkpointing true or "), (True, "")):
-        loop.config.model.gradient_checkpointing = checkpointing
+        config.model.gradient_checkpointing = checkpointing
         remedy += "a smaller --sample_batch_size or a smaller --data.crop_size"
-        with pytest.raises(RuntimeError, match=f"at step 8, {remedy} needs less memory: CUDA out of memory"):
-            loop._optimizer_step(iter([SimpleNamespace(names=["a.png"])]), 7)
+        batches = iter([Batch(["a.png"], None, [0], torch.zeros(1, 3, 8, 8))])
+        with pytest.raises(StepFailed, match=f"at step 8, {remedy} needs less memory: CUDA out of memory"):
+            optimizer_step(config, Accelerator(cpu=True), method, state, batches)
 
 
 def test_captions_that_are_not_there_are_missed_at_once(crops, tmp_path):

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from gdpo.generator import OneStepGenerator
 from gdpo.model import tiny
 from gdpo.model.tiny import TinyUNetConfig
-from gdpo.train import loop
+from gdpo.train.record import Record
+from gdpo.train.state import State
 from tests.support.training import GDPO, NAOSD, train, train_here
 
 
@@ -168,11 +169,11 @@ def test_sheets_and_their_rows_come_once_also_when_resumed(crops, trained, tmp_p
     class Killed(Exception):
         pass
 
-    def killed(self, done):
+    def killed(*_):
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):  # between the checkpoint and the sheet of step 2
-        patch.setattr(loop.Loop, "_sheet", killed)
+        patch.setattr(Record, "sheet", killed)
         train_here(monkeypatch, *common, f"--output_dir={stopped}", "--max_train_steps=5")
     assert [r["step"] for r in rows(stopped)] == [1, 2] and not (stopped / "sheets").exists()
     for _ in range(2):
@@ -192,7 +193,7 @@ def test_half_precision_leaves_the_base_as_it_was_read(crops, trained, tmp_path,
     assert any((v.bfloat16().float() != v).any() for v in before.values()), "else bf16 could not be seen"
     lora = load_file(out / "model" / "unet_lora" / "adapter_model.safetensors")
     saved = load_file(out / "checkpoint-0000002" / "trainable.safetensors")
-    assert len(lora) == len(saved) and max(float(v.abs().max()) for k, v in lora.items() if "lora_B" in k) > 0
+    assert len(lora) == 2 * len(saved) and max(float(v.abs().max()) for k, v in lora.items() if "lora_B" in k) > 0
 
 
 def test_a_base_that_changes_while_a_run_trains_on_it_is_noticed(crops, trained, tmp_path, monkeypatch):
@@ -203,15 +204,15 @@ def test_a_base_that_changes_while_a_run_trains_on_it_is_noticed(crops, trained,
     common = (*GDPO, *SHORT, f"--data.folder={crops}", f"--model.pretrained={base}", f"--output_dir={out}")
     before = weights.read_bytes()
 
-    def overwritten(self, done):
-        real(self, done)
+    def overwritten(*arguments):
+        real(*arguments)
         tensors = load_file(weights)
         tensors["head.out.bias"] += 0.01
         save_file(tensors, weights)
 
-    real = loop.Loop._save_checkpoint
+    real = State.save
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Loop, "_save_checkpoint", overwritten)
+        patch.setattr(State, "save", overwritten)
         with pytest.raises(ValueError, match=r"base has changed since training read it .*head\.out"):
             train_here(patch, *common, "--max_train_steps=2", "--mixed_precision=bf16")
     assert not (out / "model").exists()

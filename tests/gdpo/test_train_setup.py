@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from PIL import Image
 from engine.io.cli import run
 from gdpo.generator import OneStepGenerator
 from gdpo.train import __main__ as cli
+from gdpo.train import checkpoint as checkpoints
 from gdpo.train.config import GDPOConfig, NAOSDConfig, TrainConfig
 from gdpo.train.setup import precision
 from tests.support.training import GDPO, NAOSD, train, train_here
@@ -107,6 +109,27 @@ def test_options_out_of_range(config, option, crops, trained, tmp_path, monkeypa
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize(
+    "config", [NAOSDConfig(), GDPOConfig(), NAOSDConfig(lr_scheduler="cosine"), GDPOConfig(lr_scheduler="linear")]
+)
+def test_what_a_resumed_run_must_keep_is_what_it_was(config):
+    """Checkpoints hold what `identity` gave before options were marked: the list below, by exclusion."""
+    free = {
+        "output_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
+        "validation_steps", "validation_images", "logging_steps", "report_to", "train_batch_size",
+        "gradient_accumulation_steps", "sample_batch_size", "backend",
+    }  # fmt: skip
+    if config.lr_scheduler != "constant":
+        free.discard("max_train_steps")
+    free |= {"allow_data_change"}  # added since
+    before = {k: v for k, v in asdict(config).items() if k not in free}
+    for option in ("num_workers", "on_error"):
+        before["data"].pop(option, None)
+    del before["model"]["gradient_checkpointing"]
+    own = config.identity()
+    assert {k: own[k] for k in before} == before
+
+
 @pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n\x00\xff", b"a: [1,", b"just words", b""])
 def test_a_config_that_is_no_config_is_named(content, tmp_path, monkeypatch, capsys):
     (tmp_path / "c.yaml").write_bytes(content)
@@ -165,3 +188,20 @@ def test_the_log_has_trls_names_and_every_one_gets_a_curve(trained, crops, tmp_p
         assert 0.57 < row["advantages/max"] < 1.16 and -1.16 < row["advantages/min"] < -0.57
     with Image.open(tmp_path / "run" / "curves.png") as picture:
         picture.verify()
+
+
+def test_a_checkpoint_from_before_an_option_existed_is_resumed_from(crops, tmp_path, monkeypatch, capfd):
+    """An option that it does not know had its default; another value is refused, and an unknown one of old is none."""
+    run_folder = tmp_path / "run"
+    common = [*NAOSD, f"--data.folder={crops}", f"--output_dir={run_folder}", "--validation_images=0"]
+    train_here(monkeypatch, *common, "--max_train_steps=1")
+    newest = run_folder / "checkpoint-0000001"
+    saved = checkpoints.load(newest)
+    del saved.state["identity"]["grid_weight"], saved.state["identity"]["model"]["prompt"]
+    saved.state["identity"]["gone"] = 1
+    checkpoints.save(run_folder, saved, keep=2)
+    resumed = [*common, "--max_train_steps=2", "--resume_from_checkpoint=latest"]
+    with pytest.raises(ValueError, match=r"was made with grid_weight=0\.0, now it is 0\.5"):
+        train_here(monkeypatch, *resumed, "--grid_weight=0.5")
+    train_here(monkeypatch, *resumed)
+    assert "resumed from" in capfd.readouterr().err

@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from gdpo.kernels import gdpo_loss, use_triton
 from gdpo.model import lora
-from gdpo.model.norms import fuse_norms
+from gdpo.model.diffusers_patches import fuse_norms
 from gdpo.photos.dataset import Batch
 from gdpo.randomness import moved
 from gdpo.scores.group import GroupReward, Judged
-from gdpo.scores.registry import build_rewards, require_finite
+from gdpo.scores.rewards import build_rewards, require_finite
 from gdpo.train.config import GDPOConfig
 from gdpo.train.gain import compare
 from gdpo.train.group import Group, pick
