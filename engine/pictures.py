@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import ImageColor
 
-from engine.io.images import Picture
+from engine.io.metadata import scaled_panorama
+from engine.io.picture import Picture
+from engine.io.profiles import as_srgb
 from engine.runtime.upscaler import Upscaler
 
 Progress = Callable[[int, int], None]
@@ -51,7 +53,8 @@ def upscale_picture(
     alpha = None
     if picture.alpha is not None:
         alpha = _upscale_mask(up, picture.alpha, _part(progress, 1, passes), options)
-    done = replace(picture, pixels=result, alpha=alpha)
+    xmp = picture.xmp and scaled_panorama(picture.xmp, picture.pixels.shape[:2], result.shape[:2])
+    done = replace(picture, pixels=result, alpha=alpha, xmp=xmp)
     return done if colour is None else flatten(done, colour)
 
 
@@ -72,6 +75,9 @@ def flatten(picture: Picture, colour: tuple[int, int, int]) -> Picture:
     """Put a picture on a background of one colour (8 bit, in the picture's own colour space)."""
     if picture.alpha is None:
         return picture
+    coloured = len(set(colour)) > 1
+    picture = as_srgb(picture) if picture.gray and coloured else picture  # its profile may be one for gray
+    assert picture.alpha is not None
     full = np.iinfo(picture.pixels.dtype).max
     ground = np.array(colour, np.float32) * (full / 255)
     pixels = np.empty_like(picture.pixels)
@@ -79,7 +85,7 @@ def flatten(picture: Picture, colour: tuple[int, int, int]) -> Picture:
         rows = slice(top, top + _ROWS)
         opacity = picture.alpha[rows, :, None].astype(np.float32) / full
         pixels[rows] = np.rint(picture.pixels[rows] * opacity + ground * (1 - opacity))
-    return replace(picture, pixels=pixels, alpha=None, gray=picture.gray and len(set(colour)) == 1)
+    return replace(picture, pixels=pixels, alpha=None, gray=picture.gray and not coloured)
 
 
 def is_neutral(pixels: np.ndarray) -> bool:
@@ -99,7 +105,9 @@ def make_neutral(pixels: np.ndarray) -> None:
 
 
 def fill_hidden(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Replace colours that cannot be seen by those of the visible pixels around them ("push-pull", Gortler et al. 1996).
+    """Replace colours that cannot be seen by those of the visible pixels around them.
+
+    This is the "push-pull" of Gortler et al. (The Lumigraph, 1996).
 
     Args:
         pixels: [H,W,3] uint8 or uint16, not premultiplied.

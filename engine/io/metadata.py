@@ -1,148 +1,171 @@
-"""What travels with a picture besides its pixels: EXIF, XMP, colour profile, resolution, text.
+"""What travels with a picture besides its pixels, and what of it would no longer be true.
 
-Blocks are carried over as they are, except for the orientation, which is reset because the pixels are turned upright.
+Blocks are carried over as they are, except where they speak of the pixels: the orientation is reset because the pixels
+are turned upright, sizes become those of the result, and data that stood beside the pixels (a gain map, a thumbnail, a
+film) is no longer promised. EXIF is edited in place, so that maker notes keep their offsets.
 """
 
 from __future__ import annotations
 
-import io
 import re
 import struct
-import warnings
-from pathlib import Path
-from typing import Any
-
-from PIL import Image, TiffImagePlugin
 
 MAX_METADATA = 16 << 20  # bytes of EXIF, XMP or text that are carried over
 
-
-def read_metadata(image: Image.Image) -> dict[str, Any]:
-    """Metadata blocks of an opened file. Oversized ones are left behind, not an error: the pixels are fine."""
-    info = image.info
-    exif, xmp, icc, dpi = (info.get(key) for key in ("exif", "xmp", "icc_profile", "dpi"))
-    exif = exif.removeprefix(b"Exif\0\0") if isinstance(exif, bytes) else None
-    xmp = xmp or info.get("XML:com.adobe.xmp")  # where libvips wrote it
-    xmp = xmp.encode() if isinstance(xmp, str) else xmp
-    text = {k: str(v) for k, v in getattr(image, "text", {}).items() if k != "XML:com.adobe.xmp"}
-    return {
-        "exif": exif if exif and len(exif) <= MAX_METADATA else None,
-        "xmp": xmp if xmp and len(xmp) <= MAX_METADATA else None,
-        "icc": icc or None,
-        "dpi": (float(dpi[0]), float(dpi[1])) if dpi and all(0 < float(d) < 1e6 for d in dpi) else None,
-        "text": text if sum(map(len, text.values())) <= MAX_METADATA else {},
-    }
+_ORIENTATION, _EXIF_POINTER = 0x0112, 0x8769
+_SIZES = {0x0100: 1, 0x0101: 0, 0xA002: 1, 0xA003: 0}  # tag -> axis of (height, width)
+_SHORT, _LONG = 3, 4
 
 
-def reset_orientation(exif: bytes) -> tuple[bytes | None, int]:
-    """Set the orientation of an EXIF block to upright, in place so that maker notes keep their offsets.
+def orientation_of(exif: bytes | None) -> int:
+    """The orientation in an EXIF block; 1 where it has none, or is damaged."""
+    if exif:
+        order = _byte_order(exif)
+        try:
+            for entry in _entries(exif, order):
+                tag, kind, number = struct.unpack_from(order + "HHI", exif, entry)
+                if tag == _ORIENTATION and kind == _SHORT and number == 1:
+                    (value,) = struct.unpack_from(order + "H", exif, entry + 8)
+                    return value if 1 <= value <= 8 else 1
+        except struct.error:
+            pass
+    return 1
 
-    The link to the second directory (the thumbnail, which would show the picture as it was) is cut.
+
+def upright_exif(exif: bytes | None) -> bytes | None:
+    """An EXIF block without orientation, and without the link to its thumbnail, which shows the picture as it was.
 
     Returns:
-        The new block (None where it is damaged) and the orientation that it had (1 where it had none).
+        The new block; None where it is damaged.
     """
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
-    if order is None:
-        return None, 1
-    block, orientation = bytearray(exif), 1
+    if not exif:
+        return None
+    block, order = bytearray(exif), _byte_order(exif)
     try:
-        (start,) = struct.unpack_from(order + "I", block, 4)
-        (count,) = struct.unpack_from(order + "H", block, start)
-        for entry in range(start + 2, start + 2 + 12 * count, 12):
+        entries = _entries(exif, order)
+        for entry in entries:
             tag, kind, number = struct.unpack_from(order + "HHI", block, entry)
-            if tag == 0x0112 and kind == 3 and number == 1:
-                (orientation,) = struct.unpack_from(order + "H", block, entry + 8)
+            if tag == _ORIENTATION and kind == _SHORT and number == 1:
                 struct.pack_into(order + "H", block, entry + 8, 1)
-        struct.pack_into(order + "I", block, start + 2 + 12 * count, 0)
+        struct.pack_into(order + "I", block, entries.stop, 0)
     except struct.error:
-        return None, orientation
-    return bytes(block), orientation
+        return None
+    return bytes(block)
 
 
-# What a TIFF's own directory says about the photo, not about its storage: description, make, model, software, date,
-# artist, copyright; and the pointers to its EXIF and GPS directories.
-_TIFF_TAGS = (270, 271, 272, 305, 306, 315, 33432)
-_TIFF_POINTERS = (0x8769, 0x8825)
-_INTEROP = 0xA005  # in the EXIF directory: a pointer to another one
+def sized_exif(exif: bytes, size: tuple[int, int]) -> bytes:
+    """An EXIF block whose entries for the picture's size, where it has them, say (height, width)."""
+    block, order = bytearray(exif), _byte_order(exif)
+    try:
+        start: int | None = None
+        while True:
+            pointer = None
+            for entry in _entries(exif, order, start):
+                tag, kind, number = struct.unpack_from(order + "HHI", block, entry)
+                if tag in _SIZES and kind in (_SHORT, _LONG) and number == 1:
+                    struct.pack_into(order + "HHII", block, entry, tag, _LONG, 1, size[_SIZES[tag]])
+                elif tag == _EXIF_POINTER and start is None:
+                    (pointer,) = struct.unpack_from(order + "I", block, entry + 8)
+            if pointer is None:
+                return bytes(block)
+            start = pointer
+    except struct.error:
+        return exif
 
 
-def _text(value: object) -> bytes:
-    """The bytes of a text tag, whatever their encoding: Pillow reads them as Latin-1."""
-    return str(value).encode("latin1", "replace")
+def _byte_order(exif: bytes) -> str:
+    return ">" if exif.startswith(b"MM") else "<"
 
 
-def _entries(exif: Image.Exif, pointer: int) -> dict[int, Any]:
-    """What a directory holds, with the one inside it in place of its offset, which means nothing in another file."""
-    entries = dict(exif.get_ifd(pointer))
-    if _INTEROP in entries:
-        entries[_INTEROP] = exif.get_ifd(_INTEROP)
-    return {tag: value for tag, value in entries.items() if value != {}}
+def _entries(exif: bytes, order: str, start: int | None = None) -> range:
+    """Where the entries of a directory stand: of the first one, or of the one at `start`.
 
-
-def tiff_exif(image: Image.Image) -> bytes | None:
-    """An EXIF block of what a TIFF says about the photo, or None where it says nothing."""
-    found, kept = image.getexif(), Image.Exif()
-    for tag in _TIFF_TAGS:
-        if tag in found:
-            kept[tag] = _text(found[tag])
-    for pointer in _TIFF_POINTERS:
-        if entries := _entries(found, pointer):
-            kept[pointer] = entries
-    return kept.tobytes().removeprefix(b"Exif\0\0") if len(kept) else None
-
-
-def add_exif_to_tiff(path: Path, exif: bytes) -> None:
-    """Append an EXIF block to a TIFF of one page that libvips wrote, which itself keeps none.
-
-    A damaged block is left out: the file is the old one until the last write.
+    Raises:
+        struct.error: the block is damaged.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            _append_directory(path, exif)
-        except (ValueError, TypeError, KeyError, LookupError, ArithmeticError, SyntaxError, struct.error):
-            return  # what Pillow raises on the entries of a hostile block
+    if exif[:4] not in (b"II*\0", b"MM\0*"):
+        raise struct.error("not an EXIF block")
+    if start is None:
+        (start,) = struct.unpack_from(order + "I", exif, 4)
+    (count,) = struct.unpack_from(order + "H", exif, start)
+    if start + 2 + 12 * count > len(exif):
+        raise struct.error("a directory beyond the end")
+    return range(start + 2, start + 2 + 12 * count, 12)
 
 
-def _append_directory(path: Path, exif: bytes) -> None:
-    """A new first directory behind the file's end: the old one's entries and what the block says about the photo."""
-    said = Image.Exif()
-    said.load(exif)
-    with open(path, "r+b") as file:
-        magic, start = struct.unpack("<4sI", file.read(8))
-        end = file.seek(0, io.SEEK_END)
-        if magic != b"II*\0" or end + len(exif) > 0xFFFF0000:
-            return  # BigTIFF, or no room for another offset of 32 bits
-        file.seek(start)
-        (count,) = struct.unpack("<H", file.read(2))
-        old = [file.read(12) for _ in range(count)]
-        entries = {struct.unpack_from("<H", entry)[0]: entry for entry in old}
-        end = file.seek(end + end % 2)
-
-        def append(block: bytes) -> int:
-            nonlocal end
-            at = end
-            end += file.write(block + bytes(len(block) % 2))
-            return at
-
-        for tag in _TIFF_TAGS:
-            if tag in said:
-                text = _text(said[tag]) + b"\0"
-                value = struct.pack("<I", append(text)) if len(text) > 4 else text.ljust(4, b"\0")
-                entries[tag] = struct.pack("<HHI", tag, 2, len(text)) + value
-        for pointer in _TIFF_POINTERS:
-            if values := _entries(said, pointer):
-                directory = TiffImagePlugin.ImageFileDirectory_v2(b"II*\0\0\0\0\0", group=pointer)
-                for tag, value in values.items():
-                    directory[tag] = value
-                entries[pointer] = struct.pack("<HHII", pointer, 4, 1, append(directory.tobytes(end)))
-        directories = struct.pack("<H", len(entries)) + b"".join(entries[tag] for tag in sorted(entries)) + bytes(4)
-        first = append(directories)
-        file.seek(4)
-        file.write(struct.pack("<I", first))
+# XMP is edited as text: its namespaces have customary prefixes, and a parser of XML would be one more thing to attack.
+_VALUE = rb"""(?:="[^"]*"|='[^']*')"""
+_BESIDE = rb"(?:hdrgm|HDRGainMap|apdi|GDepth|GImage|GAudio|Container|Item|xmpNote|GCamera:M(?:otion|icro))"
+_ATTRIBUTE = re.compile(rb"\s(?:xmlns:)?" + _BESIDE + rb"[\w:]*" + _VALUE)
+_ELEMENT = re.compile(rb"<(" + _BESIDE + rb"[\w:]*)\b[^>]*?(?:/>|>.*?</\1\s*>)", re.S)
+_MANY_ELEMENTS, _LONG_XMP = 100, 1 << 20  # where taking elements out would take long
+_PANORAMA = (
+    (re.compile(rb"(GPano:(?:FullPanoWidth|CroppedAreaImageWidth|CroppedAreaLeft)Pixels(?:>|=[\"']))(\d{1,9})"), 1),
+    (re.compile(rb"(GPano:(?:FullPanoHeight|CroppedAreaImageHeight|CroppedAreaTop)Pixels(?:>|=[\"']))(\d{1,9})"), 0),
+    (re.compile(rb"(GPano:LargestValidInteriorRect(?:Left|Width)(?:>|=[\"']))(\d{1,9})"), 1),
+    (re.compile(rb"(GPano:LargestValidInteriorRect(?:Top|Height)(?:>|=[\"']))(\d{1,9})"), 0),
+)
+_XMP_SIZES = (
+    (re.compile(rb"((?:tiff:ImageWidth|exif:PixelXDimension)(?:>|=[\"']))\d+"), 1),
+    (re.compile(rb"((?:tiff:ImageLength|exif:PixelYDimension)(?:>|=[\"']))\d+"), 0),
+)
 
 
 def upright_xmp(xmp: bytes) -> bytes:
     """Reset the orientation that an XMP block may repeat."""
     return re.sub(rb"(tiff:Orientation(?:>|=[\"']))\d", rb"\g<1>1", xmp)
+
+
+def xmp_of_pixels_alone(xmp: bytes) -> bytes | None:
+    """An XMP block that does not promise a gain map, depth map, film or second block beside the pixels.
+
+    Returns:
+        The new block; None where the promise cannot be taken out.
+    """
+    if not re.search(_BESIDE, xmp):
+        return xmp
+    if len(xmp) > _LONG_XMP or len(re.findall(rb"<" + _BESIDE, xmp)) > _MANY_ELEMENTS:
+        return None
+    alone = _ATTRIBUTE.sub(b"", _ELEMENT.sub(b"", xmp))
+    return None if re.search(rb"GainMap|hdrgm|MotionPhoto|MicroVideo", alone) else alone
+
+
+def sized_xmp(xmp: bytes, size: tuple[int, int]) -> bytes:
+    """An XMP block whose entries for the picture's size, where it has them, say (height, width)."""
+    for pattern, axis in _XMP_SIZES:
+        xmp = pattern.sub(rb"\g<1>%d" % size[axis], xmp)
+    return xmp
+
+
+def scaled_panorama(xmp: bytes, before: tuple[int, int], after: tuple[int, int]) -> bytes:
+    """An XMP block whose measures of a panorama, in pixels, are those of the picture at its new size."""
+    for pattern, axis in _PANORAMA:
+        factor = after[axis] / before[axis]
+        xmp = pattern.sub(lambda m, f=factor: m[1] + b"%d" % round(int(m[2]) * f), xmp)  # type: ignore[misc]
+    return xmp
+
+
+_RESOURCE = b"8BIM\x04\x04\0\0"  # Photoshop's image resource that holds IPTC
+
+
+def iptc_to_resource(iptc: bytes) -> bytes:
+    """IPTC data sets as an image resource of Photoshop, the form in which JPEG and PNG keep them."""
+    return _RESOURCE + struct.pack(">I", len(iptc)) + iptc + bytes(len(iptc) % 2)
+
+
+def iptc_from_resources(block: bytes) -> bytes | None:
+    """The IPTC data sets among image resources of Photoshop, or the block itself where it is bare IPTC."""
+    block = block.removeprefix(b"Photoshop 3.0\0")
+    if block.startswith(b"\x1c"):
+        return block
+    at = 0
+    while block[at : at + 4] == b"8BIM" and at + 8 <= len(block):
+        name = block[at + 6] + 1
+        start = at + 6 + name + name % 2 + 4
+        if start > len(block):
+            return None
+        (length,) = struct.unpack_from(">I", block, start - 4)
+        if block[at + 4 : at + 6] == b"\x04\x04":
+            return block[start : start + length] or None
+        at = start + length + length % 2
+    return None

@@ -175,7 +175,7 @@ def test_a_phone_jpeg_with_a_preview_behind_it_is_read(tmp_path):
 def test_animations_and_pages_are_refused(tmp_path, name):
     frames = [Image.fromarray(gradient()), Image.fromarray(255 - gradient())]
     frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
-    with pytest.raises(ImageError, match=r"a\.\w+: a \w+ of 2 (frames|pages)"):
+    with pytest.raises(ImageError, match=r"a\.\w+: a \w+ of (2 frames|several pages)"):
         read_image(tmp_path / name)
 
 

@@ -1,0 +1,142 @@
+"""JPEG. Pillow decodes, libvips encodes; every segment but the pixels is written here."""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, JpegImagePlugin
+
+from engine.io import metadata
+from engine.io.codecs.libraries import common_metadata, open_pillow, pixels_of, sensible_dpi, vips, vips_image
+from engine.io.picture import Header, ImageError, Notice, Picture
+from engine.io.profiles import cmyk_to_rgb
+from engine.io.sink import Sink
+
+MAX_SCANS = 500  # of a progressive JPEG: a small file with thousands of scans keeps a decoder busy for minutes
+MAX_WORK = 4_000_000_000  # scans times pixels: 40 scans of 100 megapixels
+_SEGMENT = 65_533  # bytes of content that fit into one
+_END = b"\xff\xd9"
+
+
+def header(file: BinaryIO) -> Header:
+    image = open_pillow(JpegImagePlugin.JpegImageFile, file)
+    return Header(image.width, image.height, metadata.orientation_of(common_metadata(image.info)["exif"]))
+
+
+def read(data: bytes, known: Header, notice: Notice) -> Picture:
+    scans = data.count(b"\xff\xda")
+    if scans > MAX_SCANS or scans * known.width * known.height > MAX_WORK:
+        raise ImageError(f"a JPEG of {scans} scans; at most {MAX_SCANS} are read, fewer of a large picture")
+    image = open_pillow(JpegImagePlugin.JpegImageFile, io.BytesIO(data))
+    try:
+        image.load()
+    except OSError as error:
+        if "truncated" not in str(error):
+            raise
+        image = _without_end(data)
+        notice("the end of this JPEG is missing; all of its pixels are there")
+    info, found = image.info, common_metadata(image.info)
+    density = info.get("jfif_density") if info.get("jfif_unit") in (1, 2) else None  # Pillow's dpi may be made up
+    found["dpi"] = sensible_dpi([d * (2.54 if info["jfif_unit"] == 2 else 1) for d in density]) if density else None
+    resources = info.get("photoshop")
+    iptc = resources.get(0x0404) if isinstance(resources, dict) else None
+    comment = info.get("comment")
+    text = {"Comment": _decoded(comment)} if isinstance(comment, bytes) and comment.strip(b"\0") else {}
+    if image.mode == "CMYK":
+        pixels, gray = cmyk_to_rgb(np.asarray(image), found["icc"]), False
+        found["icc"] = None
+    else:
+        pixels, gray, _ = pixels_of(image)
+    return Picture(pixels, gray, None, "JPEG", iptc=iptc or None, text=text, **found)
+
+
+def _decoded(text: bytes) -> str:
+    text = text.rstrip(b"\0")
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        return text.decode("latin1")
+
+
+def _without_end(data: bytes) -> Image.Image:
+    """Decode a JPEG that lacks its end marker.
+
+    Raises:
+        ImageError: it lacks pixels, or refinements of them, as well.
+    """
+    whole = data.rstrip(b"\xff") + _END
+    try:
+        vips().Image.jpegload_buffer(whole, fail_on="warning").avg()  # Pillow would fill what is missing with gray
+    except vips().Error:
+        raise ImageError("truncated JPEG: a part of its pixels is missing") from None
+    if not _all_refined(whole):
+        raise ImageError("truncated JPEG: its last scans are missing")
+    image = open_pillow(JpegImagePlugin.JpegImageFile, io.BytesIO(whole))
+    image.load()
+    return image
+
+
+def _all_refined(data: bytes) -> bool:
+    """Whether the scans of a JPEG bring every coefficient of every component to its last bit."""
+    bits: dict[int, list[int]] = {}
+    at = 2
+    while (at := data.find(b"\xff", at)) >= 0 and at + 4 <= len(data):
+        kind = data[at + 1]
+        if kind in (0, 1, 0xFF) or 0xD0 <= kind <= 0xD9:
+            at += 1 if kind == 0xFF else 2
+            continue
+        (length,) = struct.unpack_from(">H", data, at + 2)
+        content = data[at + 4 : at + 2 + length]
+        if kind in (0xC0, 0xC1):
+            return True
+        if kind == 0xC2:
+            bits = {content[i]: [1] * 64 for i in range(6, len(content) - 2, 3)}
+        elif kind == 0xDA:
+            count = content[0]
+            first, last, precision = content[1 + 2 * count : 4 + 2 * count]
+            for component in content[1 : 1 + 2 * count : 2]:
+                bits.setdefault(component, [1] * 64)[first : last + 1] = [precision & 15] * (last + 1 - first)
+        at += 2 + length
+    return not any(bit for row in bits.values() for bit in row)
+
+
+def write(sink: Sink, samples: np.ndarray, picture: Picture, quality: int, lossless: bool, notice: Notice) -> None:
+    """Stream a JPEG without chroma subsampling."""
+    own = _segments_of(picture, notice)
+    image = vips_image(samples)
+    with sink.target(lambda head: head[:2] + own + head[2:]) as target:
+        image.jpegsave_target(target, Q=quality, subsample_mode="off", optimize_coding=True, keep="none")
+
+
+def _segments_of(picture: Picture, notice: Notice) -> bytes:
+    unit, density = (1, [min(max(round(d), 1), 65535) for d in picture.dpi]) if picture.dpi else (0, [1, 1])
+    out = [_segment(0xE0, b"JFIF\0\1\2" + struct.pack(">BHHBB", unit, *density, 0, 0))]
+
+    def add(marker: int, content: bytes, name: str) -> None:
+        if len(content) <= _SEGMENT:
+            out.append(_segment(marker, content))
+        else:
+            notice(f"{name} left out: {len(content)} bytes, a JPEG holds {_SEGMENT}")
+
+    if picture.exif:
+        add(0xE1, b"Exif\0\0" + picture.exif, "EXIF")
+    if picture.xmp:
+        add(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + picture.xmp, "XMP")
+    if picture.icc:
+        size = _SEGMENT - 14
+        parts = [picture.icc[i : i + size] for i in range(0, len(picture.icc), size)]
+        if len(parts) > 255:
+            raise ImageError("its colour profile is larger than a JPEG holds; write png or tiff")
+        out += [_segment(0xE2, b"ICC_PROFILE\0" + bytes([i, len(parts)]) + part) for i, part in enumerate(parts, 1)]
+    if picture.iptc:
+        add(0xED, b"Photoshop 3.0\0" + metadata.iptc_to_resource(picture.iptc), "IPTC")
+    if comment := picture.text.get("Comment"):
+        add(0xFE, comment.encode("utf-8", "replace"), "comment")
+    return b"".join(out)
+
+
+def _segment(marker: int, content: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content

@@ -1,0 +1,65 @@
+"""BMP, GIF and PNM, read only. Pillow decodes all but PNM of 16 bit."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import BmpImagePlugin, GifImagePlugin, PpmImagePlugin
+
+from engine.io.codecs.libraries import common_metadata, open_pillow, pixels_of, split
+from engine.io.picture import Header, ImageError, Notice, Picture
+
+_PLUGINS: dict[str, Any] = {
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+    "PNM": PpmImagePlugin.PpmImageFile,
+}
+_SEPARATOR = rb"(?:\s|#[^\r\n]*[\r\n])+"
+_PNM_HEADER = re.compile(rb"P([56])" + (_SEPARATOR + rb"(\d{1,9})") * 3 + rb"\s")
+
+
+def header(kind: str) -> Callable[[BinaryIO], Header]:
+    def read_header(file: BinaryIO) -> Header:
+        image = open_pillow(_PLUGINS[kind], file)
+        return Header(image.width, image.height)
+
+    return read_header
+
+
+def read(kind: str) -> Callable[[bytes, Header, Notice], Picture]:
+    def read_pixels(data: bytes, known: Header, notice: Notice) -> Picture:
+        if kind == "PNM" and (deep := _deep_pnm(data, known)):
+            return deep
+        image = open_pillow(_PLUGINS[kind], io.BytesIO(data))
+        image.load()
+        pixels, gray, alpha = pixels_of(image)
+        found, text = common_metadata(image.info), {}
+        if isinstance(comment := image.info.get("comment"), bytes) and comment.strip():
+            text["Comment"] = comment.decode("utf-8", "replace")
+        if kind == "GIF" and (frames := image.n_frames) > 1:
+            notice(f"a GIF of {frames} frames; the first is read")
+        return Picture(pixels, gray, alpha, kind, text=text, **found)
+
+    return read_pixels
+
+
+def _deep_pnm(data: bytes, known: Header) -> Picture | None:
+    """Binary PGM and PPM of more than 8 bit; None where it is another PNM."""
+    found = _PNM_HEADER.match(data)
+    if not found or int(found[4]) <= 255:
+        return None
+    most, bands = int(found[4]), 1 if found[1] == b"5" else 3
+    count = known.width * known.height * bands
+    if (int(found[2]), int(found[3])) != (known.width, known.height) or most > 65535:
+        raise ImageError("damaged PNM header")
+    if len(data) - found.end() < 2 * count:
+        raise ImageError("truncated PNM: a part of its pixels is missing")
+    samples = np.frombuffer(data, ">u2", count, found.end()).reshape(known.height, known.width, bands)
+    if most != 65535:
+        samples = np.rint(np.minimum(samples, most) * (65535 / most))
+    pixels, gray, _ = split(samples.astype(np.uint16))
+    return Picture(pixels, gray, None, "PNM")

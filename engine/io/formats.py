@@ -1,0 +1,85 @@
+"""The table of picture formats: what reads and writes each, and what it can hold.
+
+To add a format, write a module in `codecs/` and a row here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+
+from engine.io.codecs import heif, jpeg, jxl, plain, png, tiff, webp
+from engine.io.picture import Header, Notice, Picture
+from engine.io.sink import Sink
+
+
+@dataclass(frozen=True)
+class Format:
+    """A row.
+
+    Attributes:
+        name: in messages, and in `Picture.format`.
+        suffixes: of file names, the usual one first.
+        begins: a regular expression of the first bytes.
+        header: reads what is known before pixels are decoded.
+        read: decodes a file; what it returns is not yet turned upright.
+        write: encodes [H,W,1..4] samples to a sink; None where the format is only read.
+        deep, gray, alpha: it holds 16 bit, one channel, transparency.
+        icc: it holds a profile; else colours are converted to sRGB.
+        iptc: it holds IPTC.
+        texts: keys of `Picture.text` that it holds; None: all.
+        lossless: "always", "option" or "never".
+        longest: side of the largest picture.
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+    begins: bytes
+    header: Callable[[BinaryIO], Header]
+    read: Callable[[bytes, Header, Notice], Picture]
+    write: Callable[[Sink, np.ndarray, Picture, int, bool, Notice], None] | None = None
+    deep: bool = False
+    gray: bool = True
+    alpha: bool = True
+    icc: bool = True
+    iptc: bool = False
+    texts: frozenset[str] | None = frozenset()
+    lossless: str = "never"
+    longest: int = 1 << 30
+
+
+_HEIC_BRANDS = rb"hei[cxms]|hev[cxms]"
+_FTYP = rb".{4}ftyp"
+
+FORMATS = (
+    Format("PNG", (".png",), rb"\x89PNG\r\n\x1a\n", png.header, png.read, png.write,
+           deep=True, iptc=True, texts=None, lossless="always"),
+    Format("JPEG", (".jpg", ".jpeg", ".jfif", ".jpe", ".jif"), rb"\xff\xd8\xff", jpeg.header, jpeg.read, jpeg.write,
+           alpha=False, iptc=True, texts=frozenset({"Comment"}), longest=65_500),
+    Format("WEBP", (".webp",), rb"RIFF.{4}WEBP", webp.header("WEBP"), webp.read("WEBP"), webp.write("WEBP"),
+           gray=False, lossless="option", longest=16_383),
+    Format("TIFF", (".tif", ".tiff"), rb"II[*+]\0|MM\0[*+]", tiff.header, tiff.read, tiff.write,
+           deep=True, iptc=True, texts=frozenset({"Description"}), lossless="always"),
+    Format("AVIF", (".avif",), _FTYP + rb"(?:avi[fs]|mif1.{4,40}?avif)", webp.header("AVIF"), webp.read("AVIF"),
+           webp.write("AVIF"), gray=False, longest=16_384),
+    Format("JXL", (".jxl",), re.escape(jxl.CONTAINER) + rb"|\xff\x0a", jxl.header, jxl.read, jxl.write,
+           icc=False, lossless="option"),
+    Format("HEIC", (".heic", ".heif"), _FTYP + rb"(?:" + _HEIC_BRANDS + rb"|m[is]f1.{4,60}?(?:" + _HEIC_BRANDS + rb"))",
+           heif.header, heif.read),
+    Format("BMP", (".bmp",), rb"BM", plain.header("BMP"), plain.read("BMP")),
+    Format("GIF", (".gif",), rb"GIF8[79]a", plain.header("GIF"), plain.read("GIF")),
+    Format("PNM", (".pnm", ".ppm", ".pgm", ".pbm"), rb"P[1-6][\s#]", plain.header("PNM"), plain.read("PNM")),
+)  # fmt: skip
+LONGEST_HEAD = 96  # bytes that decide the format
+BY_SUFFIX = {suffix: row for row in FORMATS for suffix in row.suffixes}
+SUFFIXES = {suffix: row.name for suffix, row in BY_SUFFIX.items() if row.write}  # that are written
+READABLE = frozenset(BY_SUFFIX)
+
+
+def format_of(head: bytes) -> Format | None:
+    """The format of a file by its first bytes; its name decides nothing."""
+    return next((row for row in FORMATS if re.match(row.begins, head, re.S)), None)
