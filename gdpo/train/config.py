@@ -10,6 +10,7 @@ from operator import attrgetter
 from typing import Any, Literal
 
 from gdpo.degradation import DegradationConfig
+from gdpo.train.teacher import TeacherConfig
 
 
 def resumable(default: Any) -> Any:
@@ -22,7 +23,8 @@ class ModelConfig:
     """Where the generator comes from and what of it is trained.
 
     Args:
-        pretrained: a model folder (diffusers layout) or "tiny": a fresh generator of the tiny preset.
+        pretrained: a model folder (diffusers layout), "tiny": a fresh generator of the tiny preset, or "compact": the
+            compact network with the weights of Real-ESRGAN animevideov3 (python -m gdpo.assets real-esrgan).
         t_noise: timestep of the noise added to the latent; None takes what the folder remembers.
         t_diffusion: timestep at which the UNet is called; None takes what the folder remembers.
         full: train every weight of the UNet instead of a LoRA (naosd only; the tiny preset's way).
@@ -165,6 +167,7 @@ class NAOSDConfig(TrainConfig):
             this weight of its spread term; needs num_noises of 2 or more. 1 is the proper score, 0 the plain distance.
         grid_weight: above 0, a penalty on errors that repeat every 8 pixels (gdpo.train.losses.grid; not in the paper).
         lattice_weight: above 0, a penalty on peaks of the spectrum at periods of 2 and 4 pixels (the same file).
+        teacher: a published network whose pictures are targets beside the HR (gdpo.train.teacher; not in the paper).
         vsd_cfg: guidance scale of the VSD teacher.
         vsd_t: range of VSD timesteps as fractions of T.
         vsd_lora_rank, vsd_learning_rate: of the LoRA "fake" model that is trained beside.
@@ -181,6 +184,7 @@ class NAOSDConfig(TrainConfig):
     diversity: float = 0.0
     grid_weight: float = 0.0
     lattice_weight: float = 0.0
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     vsd_weight: float = 1.0
     vsd_cfg: float = 7.5
     vsd_t: tuple[float, float] = (0.02, 0.5)
@@ -205,6 +209,9 @@ class NAOSDConfig(TrainConfig):
             self.diversity,
         )
         _require(0 <= self.vsd_t[0] < self.vsd_t[1] <= 1, "vsd_t", "an increasing pair in [0,1]", self.vsd_t)
+        if self.teacher.name:
+            self.teacher.validate(self.data.crop_size)
+            _require(self.num_noises == 1, "num_noises", "1 with a teacher", self.num_noises)
         if self.vsd_weight and self.model.full:
             raise ValueError("vsd_weight must be 0 with model.full: VSD needs the pretrained UNet as its teacher")
 
@@ -268,7 +275,8 @@ class GDPOConfig(TrainConfig):
         _require(
             not self.model.full, "model.full", "false for gdpo (the reference is the UNet with its LoRA off)", True
         )
-        _require(self.model.pretrained != "tiny", "model.pretrained", "the folder of a trained generator", "tiny")
+        fresh = self.model.pretrained in ("tiny", "compact")
+        _require(not fresh, "model.pretrained", "the folder of a trained generator", self.model.pretrained)
 
 
 def _at_least(least: int, config: TrainConfig, *names: str) -> None:

@@ -22,7 +22,7 @@ from gdpo.model.tiny import TinyUNetConfig
 from gdpo.model.unets import works_on_pixels
 from gdpo.photos.dataset import Batch, CropDataset, loader
 from gdpo.randomness import normal
-from gdpo.train.config import TrainConfig
+from gdpo.train.config import ModelConfig, TrainConfig
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -69,17 +69,39 @@ def tracker(config: TrainConfig) -> str | None:
 
 def read_base(config: TrainConfig) -> OneStepGenerator:
     """The generator that training starts from, in the precision of its files, with earlier LoRA weights merged."""
-    model = config.model
+    return base_of(config.model, config.seed)
+
+
+def base_of(model: ModelConfig, seed: int) -> OneStepGenerator:
+    """`read_base`, of what it depends on."""
     if model.pretrained == "tiny":
         shape = TinyUNetConfig(block_out_channels=model.block_out_channels, layers_per_block=model.layers_per_block)
         generator = OneStepGenerator.tiny(
-            shape, seed=config.seed, t_noise=model.t_noise, t_diffusion=model.t_diffusion
+            shape, seed=seed, t_noise=model.t_noise, t_diffusion=model.t_diffusion
         ).requires_grad_(False)
+    elif model.pretrained == "compact":
+        generator = _compact(model.t_noise, model.t_diffusion)
     else:
         generator = OneStepGenerator.from_pretrained(model.pretrained, model.t_noise, model.t_diffusion).merge_lora()
     if model.prompt is not None and generator.uses_text:
         generator.prompt, generator.prompt_embeds = model.prompt, None
     return generator
+
+
+def _compact(t_noise: int | None, t_diffusion: int | None) -> OneStepGenerator:
+    """The compact network with a published one's weights.
+
+    Raises:
+        FileNotFoundError: they have not been fetched; the message names the command that does.
+    """
+    from gdpo.assets import asset
+    from gdpo.model.compact import CompactUNetConfig, start_from
+    from gdpo.model.ncnn import load_ncnn
+
+    generator = OneStepGenerator.tiny(CompactUNetConfig(), t_noise=t_noise, t_diffusion=t_diffusion)
+    layers = load_ncnn(asset("real-esrgan") / "REALESRGAN_ANIMAVIDEOV3_UP4X")
+    start_from(generator.unet, layers, a_noise=generator.a_n)
+    return generator.requires_grad_(False)
 
 
 def base_generator(config: TrainConfig, accelerator: Accelerator) -> OneStepGenerator:

@@ -1,11 +1,14 @@
 """NAOSD: supervised training of the noise-aware one-step generator (paper, section 3.1).
 
 loss = pixel (L2) + 2 * perceptual + VSD
+
+With a teacher (not in the paper), part of the samples are windows of its targets; their losses look at the teacher's
+picture as well as at the HR.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +25,14 @@ from gdpo.train.losses.grid import grid_penalty, lattice_penalty
 from gdpo.train.losses.vsd import VSD
 from gdpo.train.methods.base import Backward, Columns, Method, Metrics
 from gdpo.train.setup import group_noise, lora_targets
+from gdpo.train.teacher import Targets, upsampled, with_grain
+
+
+class Taught(NamedTuple):
+    """The samples of a batch that a teacher has drawn, by position, and its pictures [N,3,H,W] in [-1,1]."""
+
+    rows: list[int]
+    pictures: torch.Tensor
 
 
 class NAOSD(Method):
@@ -36,6 +47,11 @@ class NAOSD(Method):
             blocks = config.perceptual_blocks
             score = EnergyScore(blocks) if config.diversity else load_perceptual(config.perceptual, blocks)
             self.perceptual = score.to(accelerator.device)
+        self.targets = None
+        if config.teacher.name:
+            self.targets = Targets(config.teacher, config.data.folder, self.degrade, config.seed, accelerator.device)
+            if self.generator.vae is not None and config.teacher.noise:
+                raise ValueError("teacher.noise must be 0 for a model with a VAE: its latents' noise is none of the LR")
         self._make_trainable()
         self.groups = {"generator": (config.learning_rate, self.trained)}
         self.vsd = None
@@ -65,14 +81,21 @@ class NAOSD(Method):
         config, generator = self.config, self.generator
         hr = batch.hr * 2 - 1
         _, lr_up = self.degrade(batch.hr, seed=config.seed, step=step, samples=batch.samples)
+        image, taught, grain = lr_up * 2 - 1, None, None
+        if self.targets is not None and (rows := self.targets.drawn(batch.samples)):
+            windows = self.targets.windows([batch.samples[i] for i in rows], config.data.crop_size)
+            hr[rows], image[rows] = moved(windows.hr * 2 - 1, hr), moved(upsampled(windows.lr), image)
+            taught, grain = Taught(rows, moved(windows.picture * 2 - 1, hr)), moved(windows.grain, hr)
         text = self.prompts(batch)
         with self.accelerator.autocast():
-            latents = generator.encode(lr_up * 2 - 1).repeat_interleave(config.num_noises, dim=0)
+            latents = generator.encode(image).repeat_interleave(config.num_noises, dim=0)
             noise = moved(group_noise(latents.shape, config.seed, "naosd", batch.samples, config.num_noises), latents)
+            if taught is not None and grain is not None and config.teacher.noise:
+                noise[taught.rows] = with_grain(noise[taught.rows], grain.to(noise))
             many_text = None if text is None else text.repeat_interleave(config.num_noises, dim=0)
             x0 = generator.predict(latents, noise, many_text).x0
             restored = generator.decode(x0)
-            loss, metrics = self._losses(restored.float(), hr, batch.samples)
+            loss, metrics = self._losses(restored.float(), hr, batch.samples, taught)
             if self.vsd is not None:
                 vsd = self.vsd.loss(x0.float(), many_text, batch.samples)
                 loss = loss + config.vsd_weight * vsd
@@ -86,29 +109,51 @@ class NAOSD(Method):
             metrics["vsd_fake"] = fake
         return {"loss": loss.detach(), **{k: v.detach() for k, v in metrics.items()}}
 
-    def _losses(self, restored: torch.Tensor, hr: torch.Tensor, samples: list[int]):
+    def _losses(self, restored: torch.Tensor, hr: torch.Tensor, samples: list[int], taught: Taught | None):
         """Pixel and perceptual distance of restored [B*K,3,H,W] to hr [B,3,H,W], with the spread of the K noises."""
         config, k = self.config, self.config.num_noises
         target = hr.repeat_interleave(k, dim=0)
-        pixel = (F.mse_loss if config.pixel == "l2" else F.l1_loss)(restored, target)
+        distance = F.mse_loss if config.pixel == "l2" else F.l1_loss
+        if taught is None:
+            pixel, shown = distance(restored, target), target
+        else:
+            shown = target.clone()
+            shown[taught.rows] = taught.pictures
+            of_hr = distance(restored, target, reduction="none").mean((1, 2, 3))
+            of_teacher = distance(restored[taught.rows], taught.pictures, reduction="none").mean((1, 2, 3))
+            pixel = self._shared(of_hr, taught, of_teacher).mean()
         loss, metrics = config.pixel_weight * pixel, {str(config.pixel): pixel}
+        if taught is not None:
+            metrics["taught"] = of_teacher.mean()
         if config.grid_weight:
-            grid = grid_penalty(restored, target)
+            grid = grid_penalty(restored, shown)
             loss, metrics["grid"] = loss + config.grid_weight * grid, grid
         if config.lattice_weight:
-            lattice = lattice_penalty(restored, target)
+            lattice = lattice_penalty(restored, shown)
             loss, metrics["lattice"] = loss + config.lattice_weight * lattice, lattice
         if self.perceptual is not None:
             restored, target = self._crop(restored, samples, k), self._crop(target, samples, k)
+            shown = self._crop(shown, samples, k)
             if config.diversity:
                 perceptual, spread = self.perceptual(restored.unflatten(0, (-1, k)), target[::k])
                 loss = loss - 0.5 * config.diversity * config.perceptual_weight * spread
                 metrics["spread"] = spread
             else:
-                perceptual = self.perceptual(restored, target).mean()
+                perceptual = self.perceptual(restored, target)
+                if taught is not None:
+                    again = self.perceptual(restored[taught.rows], shown[taught.rows])
+                    perceptual = self._shared(perceptual, taught, again)
+                perceptual = perceptual.mean()
             loss = loss + config.perceptual_weight * perceptual
             metrics["perceptual"] = perceptual
         return loss, metrics
+
+    def _shared(self, of_hr: torch.Tensor, taught: Taught, of_teacher: torch.Tensor) -> torch.Tensor:
+        """Distances [B] to the HR and [N] to the teacher's pictures -> [B], weighed for the samples that have both."""
+        weight = torch.zeros_like(of_hr)
+        weight[taught.rows] = self.config.teacher.weight
+        drawn = torch.zeros_like(of_hr).index_put((torch.tensor(taught.rows, device=of_hr.device),), of_teacher)
+        return (1 - weight) * of_hr + weight * drawn
 
     def _crop(self, images: torch.Tensor, samples: list[int], k: int) -> torch.Tensor:
         """The window of each picture that the perceptual distance looks at (the same for its K noises)."""
