@@ -42,7 +42,7 @@ class Degradation:
             Degradation(DegradationConfig(preset=name, scale=scale, jpeg=jpeg))  # type: ignore[arg-type]
             for name in self.config.mix
         ]
-        self.smallest_side = max([self._smallest_side(), *(other.smallest_side for other in self.others)])
+        self.smallest_side: int = max([self._smallest_side(), *(other.smallest_side for other in self.others)])
 
     def __call__(
         self, hr: torch.Tensor, *, seed: int, samples: Sequence[int], step: int = 0

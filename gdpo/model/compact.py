@@ -95,10 +95,9 @@ class CompactUNet(nn.Module):
     @torch.no_grad()
     def _reset(self) -> None:
         """Bicubic as the base, the middle of a condition's pixel as the LR, no residual, no grain."""
-        for p in (self.recover.weight, self.grain.weight, self.base.weight):
-            p.zero_()
-        for p in (self.conv_out.weight, self.conv_out.bias):
-            p.zero_()
+        for layer in (self.recover, self.grain, self.base, self.conv_out):
+            for parameter in layer.parameters():
+                parameter.zero_()
         kernel = bicubic(self.config.base_kernel)
         for c in range(self.config.out_channels // 16):
             self.base.weight[16 * c : 16 * c + 16, c] = kernel

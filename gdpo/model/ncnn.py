@@ -83,8 +83,11 @@ class _Stack(nn.Module):
             nn.ParameterList(nn.Parameter(t, requires_grad=False) for t in layer) for layer in layers
         )
 
+    def of(self, i: int) -> tuple[Tensor, ...]:
+        return tuple(self.layers[i].parameters())
+
     def conv(self, i: int, x: Tensor) -> Tensor:
-        weight, bias = self.layers[i]
+        weight, bias = self.of(i)
         return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
 
 
@@ -114,6 +117,6 @@ class CompactNet(_Stack):
 
     def forward(self, x: Tensor) -> Tensor:
         y = x
-        for i, layer in enumerate(self.layers):
-            y = self.conv(i, y) if len(layer) == 2 else F.prelu(y, layer[0])
+        for i in range(len(self.layers)):
+            y = self.conv(i, y) if len(self.of(i)) == 2 else F.prelu(y, self.of(i)[0])
         return F.pixel_shuffle(y, 4) + F.interpolate(x, scale_factor=4, mode="nearest")

@@ -218,7 +218,8 @@ class Targets:
         picture = self.network(seen)[0].float().cpu()
         if picture.shape != hr.shape[1:]:
             raise ValueError(f"teacher {self.config.name}: made {tuple(picture.shape)} of {tuple(lr.shape[1:])}")
-        target = Target(*(x.clamp(0, 1).mul(255).round().byte().contiguous() for x in (hr[0], lr[0], picture)), grain)
+        hr8, lr8, picture8 = (x.clamp(0, 1).mul(255).round().byte().contiguous() for x in (hr[0], lr[0], picture))
+        target = Target(hr8, lr8, picture8, grain)
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "about.json").is_file():
             atomic_write(self.folder / "about.json", json.dumps(self.about, indent=1) + "\n")
