@@ -15,7 +15,6 @@ from engine.io.codecs.libraries import (
     samples_of,
     sensible_dpi,
     split,
-    unpremultiply,
     vips,
     vips_image,
 )
@@ -25,13 +24,14 @@ from engine.io.sink import Sink
 from engine.io.tiff_exif import add_exif_to_tiff, clear_resolution, tiff_exif
 
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _ORIENTATION = 256, 257, 258, 259, 262, 274
-_SAMPLES, _EXTRA, _FORMAT, _SUBSAMPLING, _DESCRIPTION = 277, 338, 339, 530, 270
-_RGB, _CMYK, _YCBCR, _LAB = 2, 5, 6, 8
+_SAMPLES, _EXTRA, _WEIGHTS, _SUBSAMPLING, _REFERENCE = 277, 338, 529, 530, 532
+_FULL_RANGE = (0, 255, 128, 255, 128, 255)
+_PALETTE, _CMYK, _YCBCR, _LAB = 3, 5, 6, 8
 _NAMES = {9: "ICC L*a*b*", 10: "ITU L*a*b*", 32803: "a colour filter array", 32844: "LogL", 32845: "LogLuv",
           34892: "linear raw"}  # fmt: skip
 _COLORS = {0: 1, 1: 1, 2: 3, 3: 1, 4: 1, 5: 4, 6: 3, 8: 3}  # photometric interpretation -> samples of a pixel
 _JPEG = (6, 7)
-_ASSOCIATED, _UNASSOCIATED = 1, 2
+_TRANSPARENCY = (1, 2)  # premultiplied, which libvips divides, and not
 _BIG = 3_500_000_000  # bytes of samples from which on offsets of 32 bits may not do
 
 
@@ -81,77 +81,71 @@ def _value(tags: Any, tag: int) -> Any:
 
 def read(data: bytes, known: Header, notice: Notice) -> Picture:
     tags = _tags(io.BytesIO(data))
+    meaning = _whole(tags, _PHOTOMETRIC, -1)
+    _refuse(tags, meaning)
+    if meaning == _LAB:
+        lab = open_pillow(TiffImagePlugin.TiffImageFile, io.BytesIO(data))
+        found = _metadata(data, None)
+        lab.load()
+        return Picture(lab_to_rgb(lab), False, None, "TIFF", **(found | {"icc": None}))
     image = vips().Image.tiffload_buffer(data, fail_on="error", access="sequential")
     if (image.height, image.width) != (known.height, known.width):
         raise ImageError("damaged TIFF header")
+    if image.format not in ("uchar", "ushort"):
+        what = f"{image.bands} x {image.format} ({image.interpretation})"
+        raise ImageError(f"pixels of the kind {what} are not read; convert the picture to RGB of 8 or 16 bit")
     found = _metadata(data, image)
-    meaning, samples = _whole(tags, _PHOTOMETRIC, -1), _samples(data, tags, image)
+    samples = samples_of(image)
     extra = _value(tags, _EXTRA) or ()
     extra = extra if isinstance(extra, tuple) else (extra,)
-    colors = 3 if samples.shape[2] >= 3 and meaning in (_YCBCR, _LAB, 3) else _COLORS.get(meaning, samples.shape[2])
+    # A palette is expanded already, to gray or to RGB.
+    colors = _COLORS[meaning] if meaning != _PALETTE else 3 if samples.shape[2] >= 3 else 1
     if samples.shape[2] < colors:
         raise ImageError("damaged TIFF header")
     alpha = None
     if samples.shape[2] > colors:
-        if extra and extra[0] in (_ASSOCIATED, _UNASSOCIATED):
+        if extra and extra[0] in _TRANSPARENCY:
             alpha = np.ascontiguousarray(samples[..., colors])
         else:
-            notice(
-                f"{samples.shape[2] - colors} extra sample(s) a pixel left out: the file does not say what they mean"
-            )
+            left_out = samples.shape[2] - colors
+            notice(f"{left_out} extra sample(s) a pixel left out: the file does not say what they mean")
     samples = samples[..., :colors]
-    if colors == 4:
+    if meaning == _CMYK:
         pixels, gray = cmyk_to_rgb(np.ascontiguousarray(samples), found["icc"]), False
         found["icc"] = None
+    elif meaning == _YCBCR and _whole(tags, _COMPRESSION, 1) not in _JPEG:
+        pixels, gray = _from_ycbcr(samples, _luma_weights(tags)), False
     else:
         pixels, gray, _ = split(samples)
-    if alpha is not None and extra[0] == _ASSOCIATED:
-        pixels = unpremultiply(pixels, alpha)
     return Picture(pixels, gray, alpha, "TIFF", **found)
 
 
-def _samples(data: bytes, tags: Any, image: Any) -> np.ndarray:
-    """[H,W,bands] uint8 or uint16: gray, RGB or CMYK with what comes behind.
-
-    Raises:
-        ImageError: pixels of another kind, by name.
-    """
-    meaning, kind = _whole(tags, _PHOTOMETRIC, -1), image.format
-    bits = _whole(tags, _BITS, 1)
-    if meaning in _NAMES or (meaning == _LAB and (bits != 8 or image.bands != 3)):
-        what = _NAMES.get(meaning, f"L*a*b* of {bits} bits and {image.bands} samples")
-        raise ImageError(f"pixels of the kind {what} are not read; convert the picture to RGB of 8 or 16 bit")
-    if meaning == _LAB:
-        lab = open_pillow(TiffImagePlugin.TiffImageFile, io.BytesIO(data))
-        lab.load()
-        if lab.mode != "LAB":
-            raise ImageError(f"pixels of the kind L*a*b* ({lab.mode}) are not read; convert the picture to RGB")
-        return lab_to_rgb(lab)
+def _refuse(tags: Any, meaning: int) -> None:
+    """Raise an ImageError for pixels of a kind that is not read, by its name."""
+    bits, samples = _whole(tags, _BITS, 1), _whole(tags, _SAMPLES, 1)
+    what = _NAMES.get(meaning, f"photometric interpretation {meaning}") if meaning not in _COLORS else ""
+    if meaning == _LAB and (bits != 8 or samples != 3):
+        what = f"L*a*b* of {bits} bits and {samples} samples"
     if meaning == _YCBCR and _whole(tags, _COMPRESSION, 1) not in _JPEG:
-        return _from_ycbcr(tags, image)
-    if image.format not in ("uchar", "ushort") or meaning not in _COLORS:
-        what = f"{image.bands} x {kind} ({image.interpretation})"
+        subsampling, reference = _value(tags, _SUBSAMPLING) or (2, 2), _value(tags, _REFERENCE) or _FULL_RANGE
+        if tuple(subsampling) != (1, 1):
+            what = "YCbCr with subsampled chroma"
+        elif tuple(round(float(value)) for value in reference) != _FULL_RANGE or (bits, samples) != (8, 3):
+            what = "YCbCr of reduced range or other depth"
+        elif min(_luma_weights(tags)) <= 0:
+            raise ImageError("damaged TIFF header")
+    if what:
         raise ImageError(f"pixels of the kind {what} are not read; convert the picture to RGB of 8 or 16 bit")
-    return samples_of(image)
 
 
-def _from_ycbcr(tags: Any, image: Any) -> np.ndarray:
-    """Full-range YCbCr that libvips hands on as it is stored (TIFF 6.0, section 21).
+def _luma_weights(tags: Any) -> tuple[float, ...]:
+    weights = _value(tags, _WEIGHTS)
+    return tuple(float(w) for w in weights) if weights and len(weights) == 3 else (0.299, 0.587, 0.114)
 
-    Raises:
-        ImageError: its chroma is subsampled, or it is in reference ranges of video.
-    """
-    subsampling = _value(tags, _SUBSAMPLING) or (2, 2)
-    reference = _value(tags, 532) or (0, 255, 128, 255, 128, 255)
-    weights = tuple(round(float(w), 3) for w in (_value(tags, 529) or (0.299, 0.587, 0.114)))
-    usual = tuple(round(float(value)) for value in reference) == (0, 255, 128, 255, 128, 255)
-    if tuple(subsampling) != (1, 1) or not usual or image.format != "uchar" or image.bands != 3 or len(weights) != 3:
-        raise ImageError("pixels of the kind YCbCr with subsampled chroma or reduced range are not read; "
-                         "convert the picture to RGB")  # fmt: skip
+
+def _from_ycbcr(stored: np.ndarray, weights: tuple[float, ...]) -> np.ndarray:
+    """Full-range YCbCr, uint8, that libvips hands on as it is stored -> RGB (TIFF 6.0, section 21)."""
     red, green, blue = weights
-    if min(weights) <= 0:
-        raise ImageError("damaged TIFF header")
-    stored = samples_of(image)
     out = np.empty_like(stored)
     for top in range(0, len(stored), 256):
         y, cb, cr = np.moveaxis(stored[top : top + 256] - np.array([0, 128, 128], np.float32), 2, 0)
@@ -165,7 +159,7 @@ def _metadata(data: bytes, image: Any) -> dict[str, Any]:
     """What libvips and Pillow find; Pillow does not know every layout of TIFF that libvips reads."""
 
     def field(name: str) -> Any:
-        return image.get(name) if image.get_typeof(name) else None
+        return image.get(name) if image is not None and image.get_typeof(name) else None
 
     found: dict[str, Any] = {"icc": field("icc-profile-data") or None, "iptc": field("iptc-data") or None}
     found["xmp"] = field("xmp-data") or None
