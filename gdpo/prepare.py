@@ -30,12 +30,11 @@ from tqdm import tqdm
 
 from engine.io.cli import Parser, run
 from engine.io.files import atomic_path, atomic_write, sha256
-from engine.io.images import SUFFIXES, ImageError, read_image
+from engine.io.images import READABLE, ImageError, read_image
 from gdpo.photos.crops import convert, cut, difference_hash, near_duplicates
-from gdpo.photos.dataset import SPLITS, natural, read_jsonl
+from gdpo.photos.dataset import SPLITS
+from gdpo.photos.sources import Source, Sources, find_sources
 
-# Pictures that read_image refuses by name; without this list they would be passed over in silence.
-_OTHER = {".gif", ".bmp", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".mpo"}
 _WORK = ".work"  # under the output folder: a record for each photo, and crops that have not found their split yet
 
 _WRITTEN = ("manifest", "summary", "captions", "sheet")  # files beside train/ and val/
@@ -76,60 +75,6 @@ class Settings:
         for name, good, expected in checks:
             if not good:
                 raise ValueError(f"{name} must be {expected}; got {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
-class Source:
-    """A photo to work on: where it is, its name in the manifest (the folder's name and the path below it)."""
-
-    path: Path
-    name: str
-
-    @property
-    def unit(self) -> str:
-        """A short name for files: readable, and unique by a hash of the whole name."""
-        stem = "".join(c if (c.isalnum() and c.isascii()) or c in "-_" else "-" for c in self.path.stem)[:40]
-        return f"{stem}-{hashlib.blake2b(self.name.encode('utf-8', 'surrogateescape'), digest_size=4).hexdigest()}"
-
-
-def find_sources(photos: list[Path], out: Path) -> tuple[list[Source], dict[str, str]]:
-    """The photos in these folders and files, in natural order, and their captions by name.
-
-    Raises:
-        ValueError: a path that is not there, two photos of one name, captions of other photos, or an output folder
-            inside a folder of photos.
-    """
-    sources: dict[str, Source] = {}
-    captions: dict[str, str] = {}
-    for given in photos:
-        root = given.resolve()
-        if root.is_dir():
-            if out.resolve().is_relative_to(root) or root.is_relative_to(out.resolve()):
-                raise ValueError(f"--out {out} and the folder of photos {given} must not lie inside one another")
-            files = [p for p in root.rglob("*") if p.suffix.lower() in _OTHER | SUFFIXES.keys() and p.is_file()]
-            found = {f"{root.name}/{p.relative_to(root).as_posix()}": p for p in files}
-            beside = root / "captions.jsonl"
-            prefix = f"{root.name}/"
-        elif root.is_file():
-            found, beside, prefix = {root.name: root}, root.parent / "captions.jsonl", ""
-        else:
-            raise ValueError(f"{given}: no such file or folder")
-        for name, path in found.items():
-            if "/." in f"/{name}":
-                continue  # hidden: thumbnails, the trash, editors' copies
-            if name in sources and sources[name].path != path:
-                raise ValueError(f"{sources[name].path} and {path} would both be called {name}; rename a folder")
-            sources[name] = Source(path, name)
-        if beside.is_file():
-            rows = read_jsonl(beside, "file", "caption")
-            here = {n: str(r["caption"]) for r in rows if (n := f"{prefix}{r['file']}") in found}
-            if rows and not here and root.is_dir():
-                raise ValueError(
-                    f"{beside} names {rows[0]['file']} and others, none of which is a photo in {given}; "
-                    "its names must be paths below that folder"
-                )
-            captions |= here
-    return sorted(sources.values(), key=lambda s: natural(s.name)), captions
 
 
 def process(source: Source, settings: Settings, work: Path) -> None:
@@ -190,6 +135,10 @@ def process_all(todo: list[Source], settings: Settings, work: Path, workers: int
             pool.shutdown(cancel_futures=True)
 
 
+# Crops to keep by unit, photos left out as near-duplicates of another photo, units held out.
+Selection = tuple[dict[str, list[dict]], dict[str, str], set[str]]
+
+
 class Folder:
     """The output folder: records of what has been done, and the step from records to the finished folder."""
 
@@ -241,17 +190,33 @@ class Folder:
                 return file
         return None
 
-    def todo(self, sources: list[Source]) -> list[Source]:
-        """Photos without a record; when all have one, those of which a selected crop is lost.
+    def lost(self, records: dict[str, dict], kept: dict[str, list[dict]]) -> set[str]:
+        """Units of which a selected crop is lost: by hand, by a crash, or as a near-duplicate of what has changed."""
+        return {unit for unit, crops in kept.items() if not all(self.where(unit, crop) for crop in crops)}
 
-        Crops get lost by hand, by a crash, or because they were near-duplicates of a photo that has changed since.
-        """
-        records = {source.unit: self.record(source) for source in sources}
-        if missing := [source for source in sources if records[source.unit] is None]:
-            return missing
-        kept, _, _ = self.select({unit: record for unit, record in records.items() if record})
-        lost = {unit for unit, crops in kept.items() if not all(self.where(unit, crop) for crop in crops)}
-        return [source for source in sources if source.unit in lost]
+    def state(self, found: Sources) -> str:
+        """A hash of all that the finished folder depends on: photos, captions, settings, and what lies in it."""
+        digest = hashlib.blake2b(digest_size=16)
+        facts = [found.captions, found.dangling, asdict(self.settings)]
+        for source in found.photos:
+            status = source.path.stat()
+            facts.append([source.name, status.st_size, status.st_mtime_ns])
+        for folder in (self.root, *(self.root / split for split in SPLITS)):
+            with os.scandir(folder) as entries:
+                files = sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in entries if e.is_file())
+            facts.append([folder.name, files])
+        for part in facts:
+            digest.update(json.dumps(part, sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def finished(self, found: Sources) -> dict | None:
+        """The summary of the last run where nothing has changed since, else None."""
+        try:
+            if (self.work / "finished").read_text() == self.state(found):
+                return json.loads((self.root / "summary.json").read_text())
+        except (OSError, ValueError):
+            pass
+        return None
 
     def check_strangers(self, sources: list[Source]) -> None:
         """Refuse to go on without photos that were here before: their crops would have to be deleted."""
@@ -267,8 +232,8 @@ class Folder:
                 )
             file.unlink()  # it was skipped, and the user has taken it away
 
-    def select(self, records: dict[str, dict]) -> tuple[dict[str, list[dict]], dict[str, str], set[str]]:
-        """-> (crops to keep by unit, photos left out as near-duplicates of another photo, units held out)."""
+    def select(self, records: dict[str, dict]) -> Selection:
+        """What of all that was cut goes into train/ and val/."""
         usable = [unit for unit, record in records.items() if record["crops"]]
         twins = near_duplicates([records[unit]["hash"] for unit in usable], self.settings.dedupe)
         same = {unit: usable[twin] for unit, twin in zip(usable, twins) if twin >= 0}
@@ -285,10 +250,9 @@ class Folder:
         order = sorted(kept, key=lambda unit: (records[unit]["sha256"], unit))
         return kept, same, set(order[:held])
 
-    def finish(self, sources: list[Source], captions: dict[str, str]) -> dict:
+    def finish(self, found: Sources, records: dict[str, dict], selected: Selection) -> dict:
         """Move the selected crops into train/ and val/, and write manifest, captions, summary and sheet."""
-        records = {source.unit: record for source in sources if (record := self.record(source))}
-        kept, same, held_out = self.select(records)
+        captions, (kept, same, held_out) = found.captions, selected
         manifest, places = [], []
         for split in SPLITS:
             for unit, crops in kept.items():
@@ -307,20 +271,21 @@ class Folder:
             _update(self.root / "captions.jsonl", _jsonl(texts))
         names = {unit: record["source"] for unit, record in records.items()}
         summary = {
-            "photos": {"found": len(sources), "used": len(kept), "val": len(held_out)},
+            "photos": {"found": len(found.photos) + len(found.dangling), "used": len(kept), "val": len(held_out)},
             "crops": {split: sum(row["file"].startswith(f"{split}/") for row in manifest) for split in SPLITS},
             "near_duplicate_crops": sum(len(records[u]["crops"]) for u in records.keys() - same.keys()) - len(manifest),
             "settings": asdict(self.settings),
             "converted": {r["source"]: r["converted"] for r in records.values() if r.get("converted")},
             "near_duplicate_photos": {names[unit]: names[twin] for unit, twin in same.items()},
-            "skipped": {r["source"]: r["skipped"] for r in records.values() if r["skipped"]},
-            "broken": [r["source"] for r in records.values() if r["broken"]],
+            "skipped": {r["source"]: r["skipped"] for r in records.values() if r["skipped"]} | found.dangling,
+            "broken": [*(r["source"] for r in records.values() if r["broken"]), *found.dangling],
             "without_caption": [names[unit] for unit in kept if captions and names[unit] not in captions],
         }
         _update(self.root / "summary.json", json.dumps(summary, indent=2) + "\n")
         if manifest and (changed or not (self.root / "sheet.png").exists()):
             _sheet(self.root, manifest)
         _update(self.root / "manifest.jsonl", _jsonl(manifest))  # last: it says that all is there
+        _update(self.work / "finished", self.state(found))
         return summary
 
     def _place(self, places: list[tuple[Path | None, Path]], manifest: str) -> bool:
@@ -378,15 +343,25 @@ def prepare(photos: list[Path], out: Path, settings: Settings, workers: int = 1,
     settings.validate()
     if workers < 1:
         raise ValueError(f"workers must be at least 1; got {workers}")
-    sources, captions = find_sources(photos, out)
-    if not sources:
-        raise ValueError(f"no pictures ({' '.join(SUFFIXES)}) in {', '.join(map(str, photos))}")
+    found = find_sources(photos, out)
+    if not found.photos:
+        raise ValueError(f"no pictures ({' '.join(sorted(READABLE))}) in {', '.join(map(str, photos))}")
     folder = Folder(out, settings)
     with folder.locked():
-        folder.check_strangers(sources)
-        while todo := folder.todo(sources):
+        folder.check_strangers(found.photos)
+        if summary := folder.finished(found):
+            return summary
+        records = {source.unit: folder.record(source) for source in found.photos}
+        todo = [source for source in found.photos if records[source.unit] is None]
+        while True:
             process_all(todo, settings, folder.work, workers, progress)
-        return folder.finish(sources, captions)
+            records |= {source.unit: folder.record(source) for source in todo}
+            whole = {unit: record for unit, record in records.items() if record}
+            selected = folder.select(whole)
+            lost = folder.lost(whole, selected[0])
+            todo = [source for source in found.photos if records[source.unit] is None or source.unit in lost]
+            if not todo:
+                return folder.finish(found, whole, selected)
 
 
 def main() -> int:

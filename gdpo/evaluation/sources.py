@@ -11,6 +11,7 @@ import numpy as np
 
 from engine.io.images import SUFFIXES, read_image
 from engine.runtime.resample import resize
+from gdpo.model.parts import refuse_checkpoint
 
 
 def read_rgb(path: Path) -> np.ndarray:
@@ -106,6 +107,7 @@ class Model:
     def __init__(self, name: str, folder: Path, device: str | None, color: str) -> None:
         from engine import Upscaler
 
+        refuse_checkpoint(folder)
         built = (folder / "manifest.json").is_file()
         self.name, self.color = name, color
         self.seconds: list[float] = []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -16,6 +18,9 @@ from gdpo.scores.luma import BT601
 
 _LUMA = np.array(BT601, np.float32)
 _BATCH = 32  # crops whose texture is measured at a time
+_MAX_BANDS = 7  # of a distance; beyond, bands are so narrow that nearly all hashes agree in one
+_BLOCK = 4096  # hashes that are compared with those kept before, and then with each other
+_AT_ONCE = 1 << 22  # pairs
 
 
 @dataclass(frozen=True)
@@ -141,14 +146,58 @@ def near_duplicates(hashes: list[int], distance: int) -> list[int]:
     """For each hash, the index of the first kept one within `distance` bits, or -1 where it is kept itself.
 
     Args:
+        hashes: of 64 bits.
         distance: 0 finds equal hashes; negative finds none.
     """
-    kept = np.zeros(len(hashes), np.uint64)
-    origin = np.zeros(len(hashes), np.int64)
-    count, found = 0, []
-    for index, value in enumerate(hashes):
-        near = np.flatnonzero(np.bitwise_count(kept[:count] ^ np.uint64(value)) <= distance)
-        found.append(int(origin[near[0]]) if near.size else -1)
-        if not near.size:
-            kept[count], origin[count], count = value, index, count + 1
-    return found
+    if distance < 0 or not hashes:
+        return [-1] * len(hashes)
+    everything, first, place = np.unique(np.array(hashes, np.uint64), return_index=True, return_inverse=True)
+    order = np.argsort(first)  # distinct values as they come; equal ones share what becomes of the first of them
+    values, first = everything[order], first[order]
+    origin = np.full(len(values), -1)  # the position in `values` of the kept one that stands for each
+    kept = np.zeros(0, np.int64)
+    done = 0
+    while done < len(values):
+        block = np.arange(done, min(len(values), done + max(_BLOCK, len(kept) // 4)))
+        done += len(block)
+        best = np.full(len(block), len(values))
+        for mine, theirs in _near_pairs(values[block], values[kept], distance):
+            np.minimum.at(best, mine, kept[theirs])
+        origin[block] = np.where(best < len(values), best, -1)
+        fresh = block[origin[block] < 0]
+        pairs = [(i[i < j], j[i < j]) for i, j in _near_pairs(values[fresh], values[fresh], distance)]
+        i, j = (np.concatenate(side) for side in zip(*pairs))
+        for earlier, later in zip(fresh[i[s := np.lexsort((i, j))]].tolist(), fresh[j[s]].tolist()):
+            if origin[later] < 0 and origin[earlier] < 0:
+                origin[later] = earlier
+        kept = np.concatenate([kept, fresh[origin[fresh] < 0]])
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    of_value = rank[place]
+    twin = np.where(origin[of_value] < 0, first[of_value], first[origin[of_value]])
+    return np.where(twin == np.arange(len(hashes)), -1, twin).tolist()
+
+
+def _near_pairs(a: np.ndarray, b: np.ndarray, distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Index arrays (i, j), a pair perhaps more than once, such that a[i] and b[j] differ in at most `distance` bits.
+
+    Such hashes agree in one of distance + 1 bands of bits, so only those that do are compared.
+    """
+    edges = [64 * i // (distance + 1) for i in range(distance + 2)] if distance <= _MAX_BANDS else [0, 0]
+    for low, high in pairwise(edges):
+        band = np.uint64((1 << (high - low)) - 1)
+        keys_a, keys_b = (x >> np.uint64(low) & band for x in (a, b))
+        order = np.argsort(keys_b, kind="stable")
+        keys_b, sorted_b = keys_b[order], b[order]
+        start = np.searchsorted(keys_b, keys_a, "left")
+        count = np.searchsorted(keys_b, keys_a, "right") - start
+        ends = np.cumsum(count)
+        from_ = 0
+        while from_ < len(a):
+            before = ends[from_ - 1] if from_ else 0
+            to = max(from_ + 1, int(np.searchsorted(ends, before + _AT_ONCE, "right")))
+            i = np.repeat(np.arange(from_, to), count[from_:to])
+            j = np.arange(len(i)) + np.repeat(start[from_:to] - (ends - count)[from_:to] + before, count[from_:to])
+            near = np.bitwise_count(a[i] ^ sorted_b[j]) <= distance
+            yield i[near], order[j[near]]
+            from_ = to

@@ -6,35 +6,44 @@ and workers changes nothing about what each of them sees, and a resumed run goes
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
 import os
-import re
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from engine.io.images import MAX_PIXELS, SUFFIXES, ImageError, read_image
+from engine.io.images import READABLE, ImageError, read_image
+from gdpo.photos.folder import listing, picture_sizes, refuse_pairs
 from gdpo.randomness import generator_for
 
 SPLITS = ("train", "val")
 
 
 class Batch(NamedTuple):
-    """What the loader yields: file names, captions or None, global sample numbers, hr [B,3,crop,crop] in [0,1]."""
+    """What the loader yields: file names, captions or None, global sample numbers, hr [B,3,crop,crop] in [0,1], and
+    a line for each picture that could not be read and was replaced."""
 
     names: list[str]
     captions: list[str] | None
     samples: list[int]
     hr: Tensor
+    skipped: tuple[str, ...] = ()
+
+
+class Found(NamedTuple):
+    """A picture of the folder: its name there, bytes, and (width, height), or why it cannot be read."""
+
+    name: str
+    bytes: int
+    size: Any
 
 
 class CropDataset:
@@ -42,20 +51,34 @@ class CropDataset:
 
     Args:
         folder: made by `python -m gdpo.prepare` (train/, val/, manifest.jsonl), or any folder of pictures, searched
-            recursively, in natural order. Pictures may be of any shape that holds a crop.
+            recursively, links followed, in natural order. Pictures may be of any shape that holds a crop.
         split: "train": random part, flips and quarter turns, in an order drawn anew for each epoch. "val": the centre,
             in the folder's order; a folder without held-out crops gives its training crops instead.
         crop_size: side of the crops.
+        skip_small: leave out pictures smaller than the crop.
+        skip_broken: leave out files that are no pictures.
+        progress: show a bar while many headers are read.
 
     Attributes:
         files: the pictures. `names`: the same relative to `folder`. `captions`: one for each, or None.
         fingerprint: a hash of names and file sizes; two datasets with the same one give the same samples.
+        notes: what was left out, a line each.
 
     Raises:
-        ValueError: no such folder, no pictures, a file that is no picture, or one smaller than the crop; named.
+        ValueError: no such folder, no pictures, files that are no pictures, or pictures smaller than the crop; counted,
+            and the first one named. LR pictures beside HR ones.
     """
 
-    def __init__(self, folder: str | Path, split: str, crop_size: int) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str,
+        crop_size: int,
+        *,
+        skip_small: bool = False,
+        skip_broken: bool = False,
+        progress: bool = True,
+    ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
         if crop_size < 1:
@@ -63,21 +86,44 @@ class CropDataset:
         self.folder, self.split, self.crop_size = Path(folder), split, crop_size
         if not self.folder.is_dir():
             raise ValueError(f"{folder} is not a folder; make one of crops with: python -m gdpo.prepare")
-        sized: list[tuple[str, tuple[int, int] | None]] = _from_manifest(self.folder, split) or [
-            (name, None) for name in _listed(self.folder, split)
-        ]
-        if not sized:
-            raise ValueError(f"{folder} holds no pictures ({' '.join(SUFFIXES)})")
-        self.names = [name for name, _ in sized]
-        self.files = [self.folder / name for name in self.names]
+        self.notes: list[str] = []
+        self._found = _prepared(self.folder) or _plain(self.folder, self.notes, progress)
+        self._take(skip_small, skip_broken)
+
+    def held_out(self) -> CropDataset:
+        """The val split of the same folder, without looking into it again; what is too small is left out."""
+        other = copy.copy(self)
+        other._found = self._found  # what is copied is what a worker gets, and that is without it
+        other.split, other.notes = "val", []
+        other._take(skip_small=True, skip_broken=True)
+        return other
+
+    def _take(self, skip_small: bool, skip_broken: bool) -> None:
+        """Check the pictures of the split, and keep those that hold a crop."""
+        mine = [picture for picture in self._found if picture.name.startswith(f"{self.split}/")]
+        found, side = mine or self._found, self.crop_size
+        unreadable = [picture.size for picture in found if isinstance(picture.size, str)]
+        if unreadable:
+            more = f", and {len(unreadable) - 1} more such file(s)" if len(unreadable) > 1 else ""
+            if not skip_broken or len(unreadable) == len(found):
+                raise ValueError(f"{unreadable[0]}{more}; take such files away, or --data.on_error skip")
+            self.notes.append(f"left out: {unreadable[0]}{more}")
+            found = [picture for picture in found if not isinstance(picture.size, str)]
+        small = [picture for picture in found if min(picture.size) < side]
+        if small:
+            width, height = small[0].size
+            line = f"{self.folder / small[0].name} is {width}x{height}, smaller than the crop size {side}"
+            line += f", as are {len(small) - 1} more of {len(found)} pictures" if len(small) > 1 else ""
+            if not skip_small or len(small) == len(found):
+                remedy = "" if skip_small else "; to leave them out: --data.skip_small true"
+                raise ValueError(f"{line}{remedy}")
+            self.notes.append(f"left out: {line}")
+        kept = [picture for picture in found if min(picture.size) >= side]
+        self.names = [picture.name for picture in kept]
+        self.files = [self.folder / picture.name for picture in kept]
         digest = hashlib.blake2b(digest_size=16)
-        for file, (name, size) in zip(self.files, sized):
-            if not file.is_file():
-                raise ValueError(f"{file} is missing, though the folder's manifest lists it; run gdpo.prepare again")
-            width, height = size or _header_size(file)
-            if min(width, height) < crop_size:
-                raise ValueError(f"{file} is {width}x{height}, smaller than the crop size {crop_size}")
-            digest.update(f"{name}\0{file.stat().st_size}\0".encode())
+        for picture in kept:
+            digest.update(f"{picture.name}\0{picture.bytes}\0".encode("utf-8", "surrogateescape"))
         self.fingerprint = digest.hexdigest()
         self.captions = _captions(self.folder, self.names)
         self._order = functools.lru_cache(maxsize=2)(self._permutation)
@@ -114,20 +160,36 @@ class CropDataset:
         return {"name": self.names[index], "hr": hr, "caption": self.captions and self.captions[index]}
 
     def __getstate__(self) -> dict:  # workers that are not forked get a pickle; a cached method has none
-        return {k: v for k, v in self.__dict__.items() if k != "_order"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_order", "_found")}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._order = functools.lru_cache(maxsize=2)(self._permutation)
 
 
-def loader(dataset: CropDataset, sample_lists: Iterable[list[int]], seed: int, num_workers: int = 0) -> Iterator[Batch]:
+_TRIES = 10  # pictures that a sample may take, one after the other, before the run ends all the same
+
+
+def loader(
+    dataset: CropDataset,
+    sample_lists: Iterable[list[int]],
+    seed: int,
+    num_workers: int = 0,
+    on_error: str = "stop",
+) -> Iterator[Batch]:
     """Load one batch for each list of global sample numbers, ahead of time in `num_workers` processes.
 
     The batches do not depend on `num_workers`.
+
+    Args:
+        on_error: for a picture that cannot be read: "stop", or "skip": another takes its place, which one is a
+            function of (seed, sample), and the sample keeps its number.
+
+    Raises:
+        ImageError: a picture that cannot be read; or ten in a row.
     """
     batches = DataLoader(
-        _Samples(dataset, seed),
+        _Samples(dataset, seed, on_error),
         batch_sampler=sample_lists,  # type: ignore[arg-type]  # any iterable of lists will do
         num_workers=num_workers,
         collate_fn=_collate,
@@ -144,15 +206,22 @@ def loader(dataset: CropDataset, sample_lists: Iterable[list[int]], seed: int, n
 class _Samples(Dataset):
     """Indexed by global sample number."""
 
-    def __init__(self, dataset: CropDataset, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
+    def __init__(self, dataset: CropDataset, seed: int, on_error: str) -> None:
+        self.dataset, self.seed, self.tries = dataset, seed, 1 if on_error == "stop" else _TRIES
 
     def __getitem__(self, sample: int) -> dict | ImageError:
         index = self.dataset.index_of(sample, seed=self.seed)
-        try:
-            return self.dataset.item(index, seed=self.seed, sample=sample) | {"sample": sample}
-        except ImageError as error:  # raised in a worker, it would come back as a page of its traceback
-            return error
+        skipped: list[str] = []
+        for again in range(self.tries):
+            try:
+                item = self.dataset.item(index, seed=self.seed, sample=sample)
+                return item | {"sample": sample, "skipped": skipped}
+            except ImageError as error:
+                failure = error
+                skipped.append(str(error))
+                draw = generator_for(self.seed, "instead", sample, again)
+                index = int(torch.randint(len(self.dataset), (), generator=draw))
+        return failure  # raised in a worker, it would come back as a page of its traceback
 
 
 def _collate(samples: list[dict | ImageError]) -> Batch | ImageError:
@@ -162,26 +231,14 @@ def _collate(samples: list[dict | ImageError]) -> Batch | ImageError:
             return sample
         items.append(sample)
     captions = None if items[0]["caption"] is None else [i["caption"] for i in items]
-    return Batch(
-        [i["name"] for i in items], captions, [i["sample"] for i in items], torch.stack([i["hr"] for i in items])
-    )
+    skipped = tuple(line for i in items for line in i["skipped"])
+    pictures = torch.stack([i["hr"] for i in items])
+    return Batch([i["name"] for i in items], captions, [i["sample"] for i in items], pictures, skipped)
 
 
 def _leave_group(worker: int) -> None:
     """Ctrl-C and a launcher's SIGTERM go to the process group: the main process saves, then ends its workers itself."""
     os.setsid()
-
-
-def natural(name: str) -> list:
-    """A sort key by which crop9 comes before crop10; ties of case and zeros are broken by the name itself."""
-    words = re.split(r"(\d+)", name)
-    return [*((int(w), w) if w.isdigit() and w.isascii() else (0, w.lower()) for w in words), (0, name)]
-
-
-def pictures(folder: Path) -> list[str]:
-    """Names, relative to `folder`, of the pictures in it and below it, in natural order; hidden ones are left out."""
-    names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-    return sorted((n for n in names if not n.startswith(".") and "/." not in n), key=natural)
 
 
 def read_jsonl(path: Path, *keys: str) -> list[dict]:
@@ -209,32 +266,40 @@ def read_jsonl(path: Path, *keys: str) -> list[dict]:
     return rows
 
 
-def _from_manifest(folder: Path, split: str) -> list[tuple[str, tuple[int, int] | None]]:
-    """(name, size) of the crops of a split that `gdpo.prepare` made, or nothing where it did not make this folder."""
+def _prepared(folder: Path) -> list[Found]:
+    """The crops that `gdpo.prepare` made, or nothing where it did not make this folder."""
     if not (folder / "manifest.jsonl").is_file():
         return []
-    rows = read_jsonl(folder / "manifest.jsonl", "file", "size")
-    found: list[tuple[str, tuple[int, int] | None]] = [(str(r["file"]), (r["size"], r["size"])) for r in rows]
-    return [row for row in found if row[0].startswith(f"{split}/")] or found
+    found = []
+    for row in read_jsonl(folder / "manifest.jsonl", "file", "size"):
+        name = str(row["file"])
+        try:
+            found.append(Found(name, os.stat(folder / name).st_size, (row["size"], row["size"])))
+        except FileNotFoundError:
+            raise ValueError(
+                f"{folder / name} is missing, though the folder's manifest lists it; run gdpo.prepare again"
+            ) from None
+    return found
 
 
-def _listed(folder: Path, split: str) -> list[str]:
-    """Pictures below the subfolder of the split where there is one, else all."""
-    names = pictures(folder)
-    return [n for n in names if n.startswith(f"{split}/")] or names
-
-
-def _header_size(path: Path) -> tuple[int, int]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow, about large pictures: their size is judged here
-            with Image.open(path, formats=sorted(set(SUFFIXES.values()))) as image:
-                width, height = image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a picture that can be read ({error})") from None
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{path} is {width}x{height}; pictures of at most {MAX_PIXELS / 1e6:.0f} megapixels are read")
-    return width, height
+def _plain(folder: Path, notes: list[str], progress: bool) -> list[Found]:
+    """The pictures of any folder. What is left out is added to the notes."""
+    found = listing(folder)
+    if found.dangling:
+        name, target = next(iter(found.dangling.items()))
+        more = f", and {len(found.dangling) - 1} more such link(s)" if len(found.dangling) > 1 else ""
+        raise ValueError(f"{folder / name} is a link to {target}, which is not there{more}; mend or remove it")
+    if found.others:
+        suffixes = " ".join(sorted({Path(name).suffix.lower() for name in found.others}))
+        notes.append(f"left out: {len(found.others)} file(s) of formats that are not read ({suffixes}), such as "
+                     f"{folder / found.others[0]}; gdpo.prepare names them all")  # fmt: skip
+    if not found.names:
+        raise ValueError(
+            f"{folder} holds no pictures ({' '.join(sorted(READABLE))}){'; ' + notes[-1] if notes else ''}"
+        )
+    refuse_pairs(folder, found.names)
+    sizes = picture_sizes(found, progress=progress)
+    return [Found(name, facts[0], size) for name, facts, size in zip(found.names, found.stats, sizes)]
 
 
 def _captions(folder: Path, names: list[str]) -> list[str] | None:

@@ -74,9 +74,8 @@ def train(method: str, config: TrainConfig) -> None:
     import torch
     from accelerate import Accelerator
 
-    from gdpo.photos.dataset import CropDataset
     from gdpo.train.loop import train_loop
-    from gdpo.train.setup import precision, tracker, validation_batch
+    from gdpo.train.setup import dataset_of, precision, tracker, validation_batch
 
     torch.manual_seed(config.seed)
     config.mixed_precision = precision(config)  # the run's record says what "auto" was
@@ -86,10 +85,10 @@ def train(method: str, config: TrainConfig) -> None:
         log_with=tracker(config),
         project_dir=config.output_dir,
     )
-    dataset = CropDataset(config.data.folder, "train", config.data.crop_size)
+    dataset = dataset_of(config, accelerator)
     if config.data.captions and dataset.captions is None:
         raise ValueError(f"data.captions is set, but {config.data.folder} has no captions.jsonl")
-    validation = validation_batch(config)
+    validation = validation_batch(config, dataset)
     module, _, name = METHODS[method].method.partition(":")
     train_loop(config, accelerator, getattr(import_module(module), name)(config, accelerator), dataset, validation)
 

@@ -57,13 +57,18 @@ class DataConfig:
     Args:
         folder: a folder made by `python -m gdpo.prepare`, or any folder of pictures.
         crop_size: side of the square HR crops.
+        skip_small: leave out pictures smaller than a crop, instead of refusing the folder.
         num_workers: data loader processes (0: in this process).
+        on_error: a picture that cannot be read ends the run after saving the steps before it ("stop"), or is named and
+            counted (`skipped` in metrics.jsonl), and another takes its place ("skip").
         captions: use the captions.jsonl of the folder as prompts instead of the fixed prompt.
     """
 
     folder: str = "data/crops"
     crop_size: int = 512
+    skip_small: bool = resumable(False)
     num_workers: int = resumable(0)
+    on_error: Literal["stop", "skip"] = resumable("stop")
     captions: bool = False
 
 

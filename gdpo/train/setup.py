@@ -155,14 +155,31 @@ def save_trained(generator: OneStepGenerator, config: TrainConfig, folder: Path)
     base.save_pretrained(folder)
 
 
-def validation_batch(config: TrainConfig) -> Batch | None:
+def dataset_of(config: TrainConfig, accelerator: Accelerator) -> CropDataset:
+    """The training pictures; what was left out of the folder is said. One process looks into a new folder first."""
+    data = config.data
+    with accelerator.local_main_process_first():
+        dataset = CropDataset(
+            data.folder,
+            "train",
+            data.crop_size,
+            skip_small=data.skip_small,
+            skip_broken=data.on_error == "skip",
+            progress=accelerator.is_local_main_process,
+        )
+    for note in dataset.notes if accelerator.is_main_process else ():
+        print(note, file=sys.stderr)
+    return dataset
+
+
+def validation_batch(config: TrainConfig, dataset: CropDataset) -> Batch | None:
     """The held-out pictures of the before/after sheets, spread over the folder's val split."""
     if not config.validation_images:
         return None
-    dataset = CropDataset(config.data.folder, "val", config.data.crop_size)
+    dataset = dataset.held_out()
     n = min(config.validation_images, len(dataset))
     samples = [i * len(dataset) // n for i in range(n)]
-    return next(iter(loader(dataset, [samples], seed=0, num_workers=0)))
+    return next(iter(loader(dataset, [samples], seed=0, on_error=config.data.on_error)))
 
 
 def lora_targets(generator: OneStepGenerator) -> str:

@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 
 from engine.io.images import ImageError
-from gdpo.photos.dataset import CropDataset, loader, natural
+from gdpo.photos import folder as folder_of_pictures
+from gdpo.photos.dataset import CropDataset, loader
+from gdpo.photos.folder import listing, natural, picture_sizes
 
 NAMES = ["crop1.png", "crop2.png", "crop10.png", "wide.png", "deep/tall.png"]
 
@@ -152,6 +154,11 @@ def test_bad_folders_say_what_is_wrong(tmp_path):
     (tmp_path / "small.png").write_text("a text file")
     with pytest.raises(ValueError, match=r"small\.png is not a picture"):
         CropDataset(tmp_path, "train", 32)
+    with pytest.raises(ValueError, match=r"small\.png is not a picture"):
+        CropDataset(tmp_path, "train", 32, skip_broken=True)  # nothing would be left
+    Image.new("RGB", (64, 64)).save(tmp_path / "whole.png")
+    data = CropDataset(tmp_path, "train", 32, skip_broken=True)
+    assert data.names == ["whole.png"] and re.search(r"small\.png is not a picture", *data.notes)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -169,3 +176,119 @@ def test_a_captions_file_that_is_no_text_is_named(tmp_path):
     (tmp_path / "captions.jsonl").write_bytes(b'{"file": "a.png", "caption": "caf\xe9"}\n')
     with pytest.raises(ValueError, match=r"captions\.jsonl is not UTF-8 text"):
         CropDataset(tmp_path, "train", 32)
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A store of three pictures, and a folder of links."""
+    for name in ("store/a.png", "store/b.png", "store/deep/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((40, 40), 50).convert("RGB").save(tmp_path / name)
+    (tmp_path / "links").mkdir()
+    return tmp_path
+
+
+def test_links_are_followed_each_file_once_and_loops_end(store):
+    links = store / "links"
+    (links / "all").symlink_to(store / "store")
+    (links / "again").symlink_to(store / "store" / "deep")  # below what "all" leads to
+    (links / "one.png").symlink_to(store / "store" / "a.png")
+    (links / "circle").symlink_to(links)
+    (store / "store" / "deep" / "up").symlink_to(store / "store")
+    Image.effect_noise((40, 40), 50).save(links / "own.png")
+    names = CropDataset(links, "train", 32).names
+    assert len(names) == 4
+    real = {(links / name).resolve() for name in names}
+    assert real == {store / "store/a.png", store / "store/b.png", store / "store/deep/c.png", links / "own.png"}
+
+
+@pytest.mark.parametrize("name", ["gone.png", "gone"])
+def test_a_dangling_link_is_named_with_where_it_leads(name, store):
+    Image.effect_noise((40, 40), 50).save(store / "links" / "own.png")
+    (store / "links" / name).symlink_to("/nowhere/x")
+    with pytest.raises(ValueError, match=rf"{name} is a link to /nowhere/x, which is not there; mend or remove it"):
+        CropDataset(store / "links", "train", 32)
+
+
+def test_small_pictures_are_counted_at_once_and_left_out_when_asked(tmp_path):
+    for i, side in enumerate((40, 20, 30, 64)):
+        Image.effect_noise((side, 64), 50).save(tmp_path / f"{i}.png")
+    line = r"1\.png is 20x64, smaller than the crop size 32, as are 1 more of 4 pictures"
+    with pytest.raises(ValueError, match=rf"{line}; to leave them out: --data\.skip_small true"):
+        CropDataset(tmp_path, "train", 32)
+    data = CropDataset(tmp_path, "train", 32, skip_small=True)
+    assert data.names == ["0.png", "3.png"] and re.search(line, *data.notes)
+    for name in ("1.png", "2.png"):
+        (tmp_path / name).unlink()
+    assert CropDataset(tmp_path, "train", 32).fingerprint == data.fingerprint
+    with pytest.raises(ValueError, match="smaller than the crop size 100"):
+        CropDataset(tmp_path, "train", 100, skip_small=True)  # nothing would be left
+
+
+PAIRS = {
+    "folders": ["HR/1.png", "LR/1.png"],
+    "folders below": ["Canon/Test/hr/1.png", "Canon/Test/lr_x4/1.png"],
+    "DIV2K": ["DIV2K_train_HR/0001.png", "DIV2K_train_LR_bicubic/X4/0001x4.png"],
+    "names": ["Canon_001_HR.png", "Canon_001_LR4.png"],
+    "GT": ["GT/1.png", "LQ/1.png"],
+}
+ALONE = [
+    ["HR/1.png", "more/1.png"],
+    ["lrs/1.png", "hrs/2.png"],
+    ["1_HR.png", "2_LR4.png"],
+    ["a/HR/1.png", "b/LR/1.png"],
+]
+
+
+@pytest.mark.parametrize("names", [*PAIRS.values(), *ALONE], ids=str)
+def test_lr_pictures_are_never_taken_for_hr_ones(names, tmp_path):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((40, 40), 50).save(tmp_path / name)
+    if names in ALONE:
+        assert len(CropDataset(tmp_path, "train", 32)) == len(names)
+    else:
+        with pytest.raises(ValueError, match="the LR pictures would be taken for HR ones; name a folder that holds"):
+            CropDataset(tmp_path, "train", 32)
+
+
+def test_formats_that_are_only_read_are_trained_on(tmp_path):
+    Image.effect_noise((40, 40), 50).convert("RGB").save(tmp_path / "a.bmp")
+    data = CropDataset(tmp_path, "val", 32)
+    assert data.names == ["a.bmp"] and data.item(0, seed=0, sample=0)["hr"].shape == (3, 32, 32)
+
+
+def test_formats_that_are_not_read_are_said(tmp_path):
+    Image.effect_noise((40, 40), 50).save(tmp_path / "a.png")
+    (tmp_path / "b.nef").write_bytes(b"of a camera")
+    (tmp_path / "note.txt").write_text("no picture")
+    data = CropDataset(tmp_path, "train", 32)
+    assert data.names == ["a.png"] and re.search(r"1 file\(s\) of formats that are not read \(\.nef\)", *data.notes)
+
+
+def test_headers_are_read_once_and_what_changed_again(tmp_path, monkeypatch):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    opened = []
+    real = folder_of_pictures.picture_size
+    monkeypatch.setattr(folder_of_pictures, "picture_size", lambda path: (opened.append(path.name), real(path))[1])
+    for i in range(5):
+        Image.effect_noise((40 + i, 40), 50).save(folder / f"{i}.png")
+    expected = picture_sizes(listing(folder))
+    assert expected == [(40 + i, 40) for i in range(5)] and opened == [f"{i}.png" for i in range(5)]
+    opened.clear()
+    data = CropDataset(folder, "train", 32)
+    assert data.held_out().names == data.names and not opened
+    Image.effect_noise((50, 50), 50).save(folder / "3.png")
+    Image.effect_noise((60, 60), 50).save(folder / "5.png")
+    assert picture_sizes(listing(folder)) == [*expected[:3], (50, 50), expected[4], (60, 60)]
+    assert opened == ["3.png", "5.png"]
+
+    [cache] = (tmp_path / "cache").rglob("*.npz")
+    for damage in (b"", cache.read_bytes()[:-20], b"PK" + bytes(99)):  # never believed, never fatal
+        cache.write_bytes(damage)
+        opened.clear()
+        assert len(picture_sizes(listing(folder))) == 6 and len(opened) == 6
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    assert len(picture_sizes(listing(folder))) == 6

@@ -247,7 +247,7 @@ def hostile(folder):
     whole = (folder / "rotated.jpg").read_bytes()
     (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     good.save(folder / "moving.webp", save_all=True, append_images=[good.rotate(90)])
-    good.save(folder / "film.gif")
+    good.save(folder / "film.gif", save_all=True, append_images=[good.rotate(90)])
     bomb = bytearray((folder / "good.png").read_bytes())
     bomb[16:24] = (60000).to_bytes(4, "big") * 2
     (folder / "bomb.png").write_bytes(bomb)
@@ -365,6 +365,70 @@ def test_the_texture_filter_keeps_what_is_textured():
     crops, seen = cut(photo, 64, 64, 0.5)
     assert seen == 3 and [(c.y, c.x, c.texture) for c in crops] == [(0, 128, 1.0)]
     assert [c.texture for c in cut(photo, 64, 64, 0.0)[0]] == [0.0, 0.0, 1.0]
+
+
+def one_by_one(hashes, distance):
+    """The definition: each hash against all that were kept before."""
+    kept, found = [], []
+    for index, value in enumerate(hashes):
+        near = [i for i in kept if (hashes[i] ^ value).bit_count() <= distance]
+        found.append(near[0] if near else -1)
+        kept += [] if near else [index]
+    return found
+
+
+@pytest.mark.parametrize("distance", [0, 1, 3, 7, 8, 63])
+def test_near_duplicates_are_those_of_the_definition(distance, monkeypatch):
+    monkeypatch.setattr("gdpo.photos.crops._BLOCK", 16)
+    monkeypatch.setattr("gdpo.photos.crops._AT_ONCE", 50)
+    rng = np.random.default_rng(distance)
+    centres = rng.integers(0, 1 << 63, 12).tolist()
+    hashes = []
+    for _ in range(300):
+        value = int(centres[rng.integers(12)])
+        for bit in rng.integers(0, 64, rng.integers(0, 2 * min(distance, 8) + 1)).tolist():
+            value ^= 1 << bit
+        hashes.append(value)
+    expected = one_by_one(hashes, distance)
+    assert 0 < sum(i >= 0 for i in expected) < 300 and near_duplicates(hashes, distance) == expected
+
+
+def test_near_duplicates_of_many_hashes_take_seconds():
+    """60 times the hashes take about 60 times as long, not 3600 times: a million of them well under a minute."""
+    hashes = np.random.default_rng(0).integers(0, 1 << 63, 120_000).tolist()
+
+    def seconds(count):
+        start = time.process_time()
+        near_duplicates(hashes[:count], 3)
+        return time.process_time() - start
+
+    few = min(seconds(2_000) for _ in range(3))
+    assert seconds(120_000) < 60 * 8 * few
+
+
+def test_links_are_followed_and_dangling_ones_are_named(photos, tmp_path):
+    prepare([photos], tmp_path / "straight", SMALL)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "photos").symlink_to(photos)
+    (tmp_path / "links" / "gone.png").symlink_to("/nowhere/x.png")
+    summary = prepare([tmp_path / "links"], tmp_path / "out", SMALL)
+    straight = json.loads((tmp_path / "straight" / "summary.json").read_text())
+    assert summary["crops"] == straight["crops"] and summary["photos"]["found"] == straight["photos"]["found"] + 1
+    assert summary["broken"] == ["links/gone.png"]
+    assert summary["skipped"]["links/gone.png"] == "a link to /nowhere/x.png, which is not there"
+
+
+def test_nothing_to_do_looks_at_no_record(photos, tmp_path, monkeypatch):
+    """A finished folder is recognised by one hash; whatever changes it is seen."""
+    out = tmp_path / "out"
+    first = prepare([photos], out, SMALL)
+    monkeypatch.setattr(module, "near_duplicates", None)
+    monkeypatch.setattr(module.Folder, "record", None)
+    assert prepare([photos], out, SMALL) == first
+    monkeypatch.undo()
+    victim = next((out / "train").iterdir())
+    victim.unlink()
+    assert prepare([photos], out, SMALL) == first and victim.is_file()
 
 
 def test_near_duplicates_are_found_by_distance():
