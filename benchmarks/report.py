@@ -26,6 +26,7 @@ _COLUMNS = {  # key -> (heading, digits)
     "piqe": ("PIQE", 1),
     "grid_artefact": ("grid", 3),
     "lattice_artefact": ("dots", 2),
+    "flat_hatch": ("hatch", 1),
     "oversharpening": ("oversharpening", 2),
 }
 _SHIPPED = "GDPO"

@@ -1,6 +1,7 @@
 """Metrics against independent computations: scikit-image, scipy, a plain loop, and published values."""
 
 import csv
+import math
 import os
 import re
 from itertools import pairwise
@@ -14,7 +15,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from gdpo.scores.metrics import grid_artefact, lattice_artefact, load_niqe, niqe, oversharpening, piqe, psnr_y, ssim_y
+from gdpo.scores.metrics import (
+    flat_hatch,
+    grid_artefact,
+    lattice_artefact,
+    load_niqe,
+    niqe,
+    oversharpening,
+    piqe,
+    psnr_y,
+    ssim_y,
+)
 from gdpo.scores.metrics.fit import blur, low_octaves, pattern
 from gdpo.scores.metrics.niqe_model import niqe_features
 
@@ -233,6 +244,17 @@ def test_dots_in_texture_are_found_where_the_grid_figure_is_blind(photos, g):
     assert (lattice_artefact(dotted, photos) > 1).all()
     assert (grid_artefact(dotted, photos) < 0.5).all()
     assert torch.equal(lattice_artefact(photos, photos), torch.zeros(4))
+
+
+def test_a_hatch_in_flat_areas_is_found_in_any_direction_and_grain_is_none(photos, g):
+    soft = blur(photos, 2.0)
+    grain = (soft + 0.01 * torch.randn(photos.shape, generator=g)).clamp(0, 1)
+    y, x = torch.meshgrid(torch.arange(photos.shape[2]), torch.arange(photos.shape[3]), indexing="ij")
+    for wave in (x + y, x, x - y):
+        hatched = grain + 1.5 / 255 * torch.cos(math.pi / 2 * wave)
+        assert (flat_hatch(hatched, soft) > flat_hatch(grain, soft) + 5).all()
+    assert (flat_hatch(grain, soft) < 5).all()
+    assert torch.equal(flat_hatch(soft, soft), torch.zeros(4))
 
 
 def test_neither_blur_nor_noise_makes_dots(photos, g):

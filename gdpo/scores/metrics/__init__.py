@@ -5,13 +5,14 @@ work without one).
 Without: niqe, piqe, naturalness. The VGG16 distance is in gdpo.scores.features.
 """
 
-from gdpo.scores.metrics.artefacts import grid_artefact, lattice_artefact, oversharpening
+from gdpo.scores.metrics.artefacts import flat_hatch, grid_artefact, lattice_artefact, oversharpening
 from gdpo.scores.metrics.fidelity import psnr_y, ssim_y
 from gdpo.scores.metrics.natural_scene import naturalness
 from gdpo.scores.metrics.niqe_model import load_niqe, niqe
 from gdpo.scores.metrics.piqe_blocks import piqe
 
 __all__ = [
+    "flat_hatch",
     "grid_artefact",
     "lattice_artefact",
     "load_niqe",
