@@ -51,7 +51,7 @@ class ComparePage:
 @contextmanager
 def compare_page(path: str | Path) -> Iterator[ComparePage]:
     """Write a page, whole or not at all."""
-    with atomic_path(path) as staged, open(staged, "w", encoding="utf-8") as f:
+    with atomic_path(path) as staged, open(staged, "w", encoding="utf-8", errors="backslashreplace") as f:
         yield ComparePage(f)
         f.write("</html>\n")
 

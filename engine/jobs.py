@@ -11,11 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from engine.io import images
-from engine.io.images import SUFFIXES
+from engine.io.images import READABLE, SUFFIXES
 from engine.io.notices import say
-
-READABLE = getattr(images, "READABLE", frozenset(SUFFIXES))
 
 
 @dataclass(frozen=True)

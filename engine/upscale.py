@@ -21,7 +21,6 @@ from engine.runtime import color
 from engine.runtime.upscaler import Upscaler, default_model, output_size
 from engine.worker import Settings, Worker, model_identity
 
-COLOR = getattr(color, "DEFAULT", "adain")
 STREAM = "-"  # as input: standard input; as output: standard output
 
 
@@ -50,7 +49,9 @@ def parser() -> cli.Parser:
         "-t", "--tile", type=int, default=0, help="longest tile side in input pixels; 0: the model's choice"
     )
     work.add_argument("--batch", type=int, help="number of tiles that go through the model at once")
-    work.add_argument("--color", default=COLOR, choices=color.METHODS, help="alignment of the colours to the input's")
+    work.add_argument(
+        "--color", default=color.DEFAULT, choices=color.METHODS, help="alignment of the colours to the input's"
+    )
     work.add_argument("--background", metavar="COLOUR", help="colour under transparent pixels (white, #ff8800): "
                       "the result is opaque")  # fmt: skip
     work.add_argument(
@@ -65,6 +66,7 @@ def parser() -> cli.Parser:
     files.add_argument(
         "--quality", type=int, default=95, help="quality of lossy formats, 1 to 100 (default: %(default)s)"
     )
+    files.add_argument("--lossless", action="store_true", help="lossless WebP and JPEG XL (PNG and TIFF always are)")
     files.add_argument("--recursive", action="store_true", help="sub-folders too; the output mirrors their tree")
     files.add_argument(
         "--overwrite", action="store_true", help="finished outputs are made again, foreign files replaced"
@@ -133,9 +135,7 @@ def main() -> int:
         )
         code = worker.run(jobs)
         if output == STREAM and code == 0:
-            with open(jobs[0].target, "rb") as picture:
-                shutil.copyfileobj(picture, sys.stdout.buffer)
-            sys.stdout.buffer.flush()
+            _write_stdout(jobs[0].target)
         return code
 
 
@@ -171,6 +171,7 @@ def _settings(options: Any) -> Settings:
         background=options.background,
         wrap="both" if options.wrap else "horizontal" if options.wrap_x else "none",
         quality=options.quality,
+        lossless=options.lossless,
         strip_metadata=options.strip_metadata,
         max_pixels=options.max_pixels,
     )
@@ -217,6 +218,17 @@ def _read_stdin(file: Path) -> None:
             f.write(chunk)
 
 
+def _write_stdout(file: Path) -> None:
+    try:
+        with open(file, "rb") as picture:
+            shutil.copyfileobj(picture, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from None
+
+
 def _check_stdout(inputs: list[str], options: Any) -> None:
     if len(inputs) != 1 or Path(inputs[0]).is_dir():
         raise ValueError("output -: standard output takes one picture; give one input file")
@@ -238,21 +250,14 @@ def _writable(folder: Path) -> None:
 
 
 def _load(options: Any) -> Upscaler:
-    up = Upscaler.load(
+    return Upscaler.load(
         options.model,
         options.backend,
         options.device,
         threads=options.threads,
         trust_plan=options.trust_plan,
-        bf16=options.precision == "bf16" and options.backend in ("openvino", "torch"),
+        precision=options.precision,
         compiled=options.compile,
-    )
-    own = up.manifest.precision
-    if options.precision in ("auto", own) or (options.precision == "bf16" and up.backend in ("openvino", "torch")):
-        return up
-    raise ValueError(
-        f"precision {options.precision}: this folder is {own}; precision is chosen at export (python -m engine.export "
-        "--precision), and bf16 also by --backend openvino or torch"
     )
 
 

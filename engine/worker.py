@@ -15,17 +15,18 @@ from typing import Any, Literal
 import numpy as np
 
 from engine.compare_page import ComparePage, compare_page
-from engine.io.images import MAX_PIXELS, SUFFIXES, Picture, check_writable, picture_size, read_image, write_image
+from engine.io.formats import BY_SUFFIX
+from engine.io.images import MAX_PIXELS, Picture, check_writable, picture_size, read_image, write_image
 from engine.io.journal import FileState, Finding, Journal
 from engine.io.notices import say
 from engine.io.progress import Progress, print_event
 from engine.jobs import Job, numbered
 from engine.pictures import upscale_picture
+from engine.runtime import color
 from engine.runtime.upscaler import MAX_OUTPUT_PIXELS, Upscaler, output_size
 from engine.wrap import upscale_wrapped
 
 _FAILURES = (ValueError, OSError, RuntimeError, FloatingPointError, MemoryError)  # of one picture; the others go on
-_LOSSY = ("JPEG", "WEBP", "AVIF", "JXL", "HEIF")
 _MEMORY = ("bad_alloc", "failed to allocate", "out of memory", "unable to allocate", "cannot allocate")
 
 
@@ -40,10 +41,11 @@ class Settings:
     longest: int | None = None
     tile: int = 0
     batch: int | None = None
-    color: str | None = None
+    color: str = color.DEFAULT
     background: str | None = None
     wrap: Literal["none", "both", "horizontal"] = "none"
     quality: int = 95
+    lossless: bool = False
     strip_metadata: bool = False
     max_pixels: int = MAX_PIXELS
 
@@ -56,7 +58,7 @@ class Settings:
     def recipe(self, up: Upscaler, model: str) -> dict[str, Any]:
         """Every option on which the bytes of a result depend; `model` says which one it is."""
         size = {k: v for k in ("width", "height", "longest") if (v := getattr(self, k))} or {"scale": self.scale}
-        kept = ("seed", "color", "background", "wrap", "quality", "strip_metadata")
+        kept = ("seed", "color", "background", "wrap", "quality", "lossless", "strip_metadata")
         tile = up.check_tiling(self.tile, self.batch)[0]
         return (
             {"version": _version(), "model": model, "backend": up.backend, "precision": up.manifest.precision}
@@ -96,6 +98,7 @@ class Worker:
         self.failed: list[str] = []
         self.again: list[str] = []
         self.written = self.skipped = 0
+        self._limit = max(MAX_OUTPUT_PIXELS, 16 * settings.max_pixels)  # of the x4 and of results
         self._recipe = settings.recipe(up, model)
         self._journal = functools.cache(Journal)
 
@@ -106,17 +109,18 @@ class Worker:
             The exit code: 1 if some failed.
         """
         jobs = [self._renamed(job, {job.target for job in jobs}) for job in jobs] if self.rename else jobs
-        sizes = [self._pixels_to_do(job) for job in jobs]
-        progress = Progress(
-            len(jobs), sum(sizes), quiet=self.quiet, event=print_event if self.events and not self.quiet else None
-        )
+        finished = [self._is_finished(job) for job in jobs]
+        sizes = [0 if done else _pixels(job.source) for job, done in zip(jobs, finished)]
+        event = print_event if self.events and not self.quiet else None
+        progress = Progress(len(jobs), sum(sizes), quiet=self.quiet, event=event)
         with compare_page(self.page) if self.page else contextlib.nullcontext() as slider, progress:
-            for job, pixels in zip(jobs, sizes):
+            for job, done, pixels in zip(jobs, finished, sizes):
                 begin = time.perf_counter()
                 row: dict[str, Any] = {"event": "picture", "input": job.name, "output": str(job.target)}
                 progress.begin(pixels, input=job.name, output=str(job.target))
                 try:
-                    row |= self._one(job, slider, progress)
+                    finding = Finding("finished") if done else self._look(job)
+                    row |= self._one(job, finding, slider, progress)
                 except _FAILURES as error:
                     reason = self._reason(job, error)
                     self.failed.append(reason)
@@ -127,13 +131,12 @@ class Worker:
         self._report()
         return 1 if self.failed else 0
 
-    def _one(self, job: Job, slider: ComparePage | None, progress: Progress) -> dict[str, Any]:
+    def _one(self, job: Job, finding: Finding, slider: ComparePage | None, progress: Progress) -> dict[str, Any]:
         s = self.settings
-        finding = self._look(job)
         if finding.kind == "finished":
             if slider is not None:  # the page shows every picture, whenever it was finished
                 before = read_image(job.source, max_pixels=s.max_pixels)
-                after = read_image(job.target, max_pixels=max(MAX_OUTPUT_PIXELS, s.max_pixels))
+                after = read_image(job.target, max_pixels=self._limit)
                 slider.add(Path(job.name).name, before.pixels, after.pixels, before.icc)
             self.skipped += 1
             return {"status": "skipped"}
@@ -151,8 +154,9 @@ class Worker:
             job.target,
             done,
             quality=s.quality,
+            lossless=s.lossless and _lossless(job.target) != "always",
             sealed=lambda staged: journal.record(
-                staged, job.target, self._origin(job, journal), source, self._recipe_of(job)
+                staged, job.target, job.source, source, self._recipe_of(job), origin=job.label
             ),
         )
         self.written += 1
@@ -169,11 +173,12 @@ class Worker:
         s = self.settings
         height, width = picture.pixels.shape[:2]
         scale = s.factor(height, width)
-        size = output_size(height, width, scale)
+        size = output_size(height, width, scale, self._limit)
         transparent = (
             picture.alpha is not None and s.background is None and bool((picture.alpha != _full(picture)).any())
         )
-        check_writable(job.target, size[1], size[0], alpha=transparent)
+        lossless = s.lossless and _lossless(job.target) != "always"
+        check_writable(job.target, size[1], size[0], alpha=transparent, lossless=lossless)
 
         def upscale(picture: Picture, scale: float) -> Picture:
             return upscale_picture(
@@ -185,6 +190,7 @@ class Worker:
                 color=s.color,
                 batch=s.batch,
                 background=s.background,
+                max_pixels=self._limit,
                 progress=progress.tile,
             )
 
@@ -198,7 +204,7 @@ class Worker:
         if self.overwrite or not job.target.exists():
             return Finding("absent")
         journal = self._journal(job.target.parent)
-        return journal.look(job.target, job.source, self._origin(job, journal), self._recipe_of(job))
+        return journal.look(job.target, job.source, self._recipe_of(job), origin=job.label)
 
     def _renamed(self, job: Job, taken: set[Path]) -> Job:
         """The job with a target that is free, or holds an earlier result of this input."""
@@ -209,21 +215,17 @@ class Worker:
                 candidate = replace(job, target=numbered(job.target, number))
         return candidate
 
-    def _pixels_to_do(self, job: Job) -> int:
-        """Pixels of the input, 0 where nothing is to be done; 1 where that cannot be told: it fails in its turn."""
-        with contextlib.suppress(OSError, ValueError):
-            if self._look(job).kind in ("finished", "foreign"):
-                return 0
-            size = picture_size(job.source)
-            return size[0] * size[1] if size else 1
-        return 1
-
-    def _origin(self, job: Job, journal: Journal) -> str:
-        return job.label or journal.origin_of(job.source)
+    def _is_finished(self, job: Job) -> bool:
+        with contextlib.suppress(OSError):  # of the input: it fails in its turn
+            return self._look(job).kind == "finished"
+        return False
 
     def _recipe_of(self, job: Job) -> Mapping[str, Any]:
-        lossy = SUFFIXES.get(job.target.suffix.lower()) in _LOSSY
-        return self._recipe if lossy else self._recipe | {"quality": None}
+        """Without the options that the output's format does not have."""
+        choice = _lossless(job.target)
+        lossless = self.settings.lossless and choice == "option"
+        without: dict[str, Any] = {} if choice == "option" else {"lossless": None}
+        return {**self._recipe, **without, **({"quality": None} if lossless or choice == "always" else {})}
 
     def _reason(self, job: Job, error: Exception) -> str:
         """One line that names the picture and, where memory lacked, what helps."""
@@ -234,6 +236,8 @@ class Worker:
             reason = f"{error.filename or job.target}: {error.strerror}"
         if isinstance(error, MemoryError) or any(word in reason.lower() for word in _MEMORY):
             reason = f"{job.name}: not enough memory{self._smaller_tile()}"
+        if "megapixels; at most" in reason:
+            reason += "; --max-pixels raises the limit"
         return reason if job.name in reason else f"{job.name}: {reason}"
 
     def _smaller_tile(self) -> str:
@@ -261,6 +265,18 @@ class Worker:
 
 
 _SHOWN = 10  # of the pictures that were made again
+
+
+def _lossless(target: Path) -> str:
+    """Whether the output's format is lossless: "always", "option" or "never"."""
+    row = BY_SUFFIX.get(target.suffix.lower())
+    return row.lossless if row else "always"
+
+
+def _pixels(source: Path) -> int:
+    """Pixels of a picture from its header; 1 where that cannot be read: it fails in its turn."""
+    size = picture_size(source)
+    return size[0] * size[1] if size else 1
 
 
 def _full(picture: Picture) -> int:

@@ -77,14 +77,14 @@ class Journal:
         self._records: dict[str, list[Record]] = {}
         self._read = 0  # bytes
 
-    def look(self, target: Path, source: Path, origin: str, recipe: Recipe) -> Finding:
+    def look(self, target: Path, source: Path, recipe: Recipe, *, origin: str = "") -> Finding:
         """Whether `target`, in this folder, is what would be made from `source` now.
 
         Args:
             target: the output.
             source: the input, as it can be opened.
-            origin: where the input is, as `origin_of` gives it.
             recipe: every option on which the output's bytes depend.
+            origin: what the input is called here where it is no file of the user's, such as "standard input".
 
         Raises:
             OSError: the input cannot be read.
@@ -102,24 +102,33 @@ class Journal:
         quick = (now.st_size, now.st_mtime_ns, now.st_ctime_ns)
         before = record.source
         if quick != (before.size, before.mtime_ns, before.ctime_ns):
+            origin = origin or self._origin_of(source)
             if now.st_size != before.size or sha256(source) != before.sha256:
                 if origin != record.origin:
                     return Finding("foreign", f"was made from another picture, {record.origin}")
                 return Finding("stale", "the input has changed")
             record = Record(record.output, record.made, origin, FileState(*quick, before.sha256), record.recipe)
             self._append(record)  # so that the next look need not read the input
+        if record.recipe == recipe:
+            return Finding("finished")
         changed = [
             f"{name} {_text(record.recipe.get(name))} -> {_text(recipe.get(name))}"
             for name in sorted({*record.recipe, *recipe})
             if record.recipe.get(name) != recipe.get(name)
         ]
-        return Finding("stale", f"other options: {', '.join(changed)}") if changed else Finding("finished")
+        return Finding("stale", f"other options: {', '.join(changed)}")
 
-    def record(self, staged: Path, target: Path, origin: str, source: FileState, recipe: Recipe) -> None:
-        """Write down what `staged` is about to be renamed to; durable when this returns."""
-        self._append(Record(target.name, FileState.of(staged), origin, source, dict(recipe)))
+    def record(
+        self, staged: Path, target: Path, source: Path, state: FileState, recipe: Recipe, *, origin: str = ""
+    ) -> None:
+        """Write down that `staged`, about to be renamed to `target`, was made from `source` in this state.
 
-    def origin_of(self, source: Path) -> str:
+        It is on the disk when this returns.
+        """
+        where = origin or self._origin_of(source)
+        self._append(Record(target.name, FileState.of(staged), where, state, dict(recipe)))
+
+    def _origin_of(self, source: Path) -> str:
         """Where an input is: relative to this folder, so that both can move together."""
         try:
             return os.path.relpath(os.path.realpath(source), os.path.realpath(self._folder))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-from engine.io.notices import say
+from engine.io.notices import say, warn_once
 
 LINE_SECONDS = 30.0  # between two lines where stderr is no terminal
 _EVENT_SECONDS = 0.1  # between two events of one picture, at least
@@ -25,8 +26,10 @@ def print_event(event: dict[str, Any]) -> None:
     """Print one JSON object to stdout. When its reader has left, the work goes on: results matter more than reports."""
     try:
         print(json.dumps(event), flush=True)
-    except BrokenPipeError:
-        sys.stdout = open("/dev/null", "w")  # noqa: SIM115 (for the rest of the process)
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            warn_once("stdout", f"standard output: {error.strerror}; no more events are printed")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Progress:
@@ -59,7 +62,13 @@ class Progress:
         self._begin = self._last_event = time.monotonic()
         on_terminal = sys.stderr is not None and sys.stderr.isatty()
         self._bar = tqdm(
-            total=self._work, bar_format=_BAR, miniters=0, disable=quiet or not on_terminal, file=sys.stderr
+            total=self._work,
+            bar_format=_BAR,
+            miniters=0,
+            disable=quiet or not on_terminal,
+            file=sys.stderr,
+            ncols=_columns() if on_terminal else None,
+            nrows=20,  # a terminal of no size would get no bar
         )
         self._stop = threading.Event()
         self._lines = None if quiet or on_terminal else threading.Thread(target=self._print_lines, daemon=True)
@@ -125,6 +134,14 @@ class Progress:
             left = self.seconds_left()
             estimate = "" if left is None else f", about {_clock(left)} left"
             say(f"{self.fraction():4.0%} {self._names.get('input', '')}: {self._place()}{estimate}")
+
+
+def _columns() -> int:
+    """Columns of the terminal; one that does not tell (a recorder, a container) has 80."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except OSError:
+        return 80
 
 
 def _clock(seconds: float) -> str:

@@ -1,6 +1,8 @@
 """Models and pictures of the engine's tests. Exports are made once for all workers of a run."""
 
 import fcntl
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,3 +90,24 @@ def photo() -> np.ndarray:
 def own_plans(tmp_path, monkeypatch):
     """Plans that tests build are not written into the user's list."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "xdg"))
+
+
+@pytest.fixture
+def run(tiny_engine, monkeypatch, capsys):
+    """Run the command in this process: (exit code, stdout, stderr)."""
+
+    from engine import upscale
+
+    def call(*arguments, model=True):
+        extra = ["--model", str(tiny_engine), "--no-progress"] if model else []
+        monkeypatch.setattr(sys, "argv", ["upscale", *map(str, arguments), *extra])
+        previous = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as end:
+                upscale.console()
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+        out, err = capsys.readouterr()
+        return end.value.code, out, err
+
+    return call

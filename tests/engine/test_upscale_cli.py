@@ -17,36 +17,12 @@ from PIL import Image, ImageCms
 
 from engine import upscale
 from engine.io import journal
-from engine.io.images import Picture, read_image, write_image
+from engine.io.images import read_image
 from engine.jobs import plan
 from engine.runtime.backends import tensorrt as trt_backend
+from tests.support.pictures import save
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-
-
-def save(path: Path, pixels: np.ndarray, **more) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_image(path, Picture(np.ascontiguousarray(pixels), **more))
-    return path
-
-
-@pytest.fixture
-def run(tiny_engine, monkeypatch, capsys):
-    """Run the command in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments, model=True):
-        extra = ["--model", str(tiny_engine), "--no-progress"] if model else []
-        monkeypatch.setattr(sys, "argv", ["upscale", *map(str, arguments), *extra])
-        previous = signal.getsignal(signal.SIGTERM)
-        try:
-            with pytest.raises(SystemExit) as end:
-                upscale.console()
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-        out, err = capsys.readouterr()
-        return end.value.code, out, err
-
-    return call
 
 
 def test_one_picture_to_one_file(run, photo, tmp_path):
