@@ -14,8 +14,10 @@ import numpy as np
 from PIL import ImageColor
 
 from engine.io.metadata import scaled_panorama
-from engine.io.picture import Picture
+from engine.io.picture import Picture, to_8_bit
 from engine.io.profiles import as_srgb
+from engine.runtime.color import Moments, adain_tables
+from engine.runtime.resample import resize
 from engine.runtime.upscaler import Upscaler
 
 Progress = Callable[[int, int], None]
@@ -47,7 +49,10 @@ def upscale_picture(
     passes = 1 if picture.alpha is None else 2
     pixels = picture.pixels if picture.alpha is None else fill_hidden(picture.pixels, picture.alpha)
     neutral = picture.gray or is_neutral(pixels)
-    result = up.upscale(pixels, progress=_part(progress, 0, passes), **options)
+    if picture.alpha is not None and options.get("color") == "adain":
+        result = _adain_of_visible(up, pixels, picture.alpha, _part(progress, 0, passes), options)
+    else:
+        result = up.upscale(pixels, progress=_part(progress, 0, passes), **options)
     if neutral:
         make_neutral(result)
     alpha = None
@@ -151,6 +156,28 @@ def _doubled(plane: np.ndarray) -> np.ndarray:
         out[1::2] += padded[2:] * np.float32(0.25)
         plane = out.T
     return plane
+
+
+def _adain_of_visible(
+    up: Upscaler, pixels: np.ndarray, alpha: np.ndarray, progress: Progress | None, options: dict[str, Any]
+) -> np.ndarray:
+    """AdaIN whose statistics leave out the pixels that cannot be seen."""
+    deep = pixels if pixels.dtype == np.uint16 else pixels * np.uint16(257)
+    result = up.upscale(deep, progress=progress, **(options | {"color": "none"}))
+    height, width = result.shape[:2]
+    target, made, wanted = resize(deep, (height, width)), Moments(), Moments()
+    columns = np.arange(width) * alpha.shape[1] // width
+    bands = [slice(top, min(top + _ROWS, height)) for top in range(0, height, _ROWS)]
+    for band in bands:
+        rows = np.arange(band.start, band.stop) * alpha.shape[0] // height
+        seen = alpha[np.ix_(rows, columns)] > 0
+        for moments, samples in ((made, result), (wanted, target)):
+            moments.add(samples[band][seen].T[:, None])
+    if made.count:
+        tables = adain_tables(made, wanted)
+        for band in bands:
+            result[band] = np.stack([tables[c][result[band][..., c]] for c in range(3)], axis=2)
+    return result if pixels.dtype == np.uint16 else to_8_bit(result)
 
 
 def _upscale_mask(up: Upscaler, alpha: np.ndarray, progress: Progress | None, options: dict[str, Any]) -> np.ndarray:
