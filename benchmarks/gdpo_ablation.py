@@ -58,7 +58,8 @@ def curve(name: str, out: Path, crops: int) -> list[dict[str, Any]]:
     data, preset = config["data"], config["degradation"]["preset"]
     options = Options(
         str(out / name / "model"), data=data["folder"], crop_size=data["crop_size"], crops=crops, preset=preset,
-        reward_funcs=tuple(config["reward_funcs"]),
+        reward_funcs=tuple(config["reward_funcs"]), reward_weights=config.get("reward_weights"),
+        reward_normalization=config.get("reward_normalization", "group"), texture_threshold=config["texture_threshold"],
     )  # fmt: skip
     measured = []
     for folder in sorted((out / name).glob("checkpoint-*")):

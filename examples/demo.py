@@ -52,7 +52,7 @@ def main() -> None:
 
     say("4/5 what GDPO changed, on crops of photos that it was not tuned on")
     run(
-        "gdpo.evaluation.before_after", gdpo / "model", "--data", RUNS / "crops", "--out", RUNS / "gain",
+        "gdpo.evaluate", "--before-after", gdpo / "model", "--data", RUNS / "crops", "--out", RUNS / "gain",
         "--preset", "light", "--crops", 32,
     )  # fmt: skip
 

@@ -2,6 +2,9 @@
 
 Runs the models, scores every picture against its HR, and writes per_image.csv, results.json, table.md, sheet.png and
 (for two models) compare.png to the output folder, with the pictures that the models made.
+
+`python -m gdpo.evaluate --before-after MODEL` shows what GDPO changed in a model, on held-out crops; it has
+options of its own (add --help).
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from tqdm import tqdm
 from engine.io.cli import Parser, run
 from engine.io.files import atomic_write
 from engine.io.images import Picture, write_image
-from gdpo.evaluation import report
+from gdpo.evaluation import before_after, report
 from gdpo.evaluation.columns import NAMES, Metric, build_metrics
 from gdpo.evaluation.compare import bootstrap, compare
 from gdpo.evaluation.sources import Source, build_sources, check_pairs, list_pictures, read_pair
@@ -28,6 +31,7 @@ _SEED_METRICS = ("psnr_y", "ssim_y", "naturalness")  # cheap enough for many noi
 
 def parser() -> Parser:
     p = Parser(prog="python -m gdpo.evaluate", description=__doc__)
+    p.add_argument("--before-after", metavar="MODEL", help=f"{before_after.HELP}; has options of its own")
     p.add_argument("--lr", required=True, metavar="DIR", help="low-resolution pictures")
     p.add_argument("--hr", required=True, metavar="DIR", help="their originals, under the same names")
     p.add_argument("--sr", action="append", default=[], metavar="[NAME=]DIR", help="finished pictures; repeatable")
@@ -73,7 +77,15 @@ def _device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def main() -> None:
+def main() -> int:
+    if any(word.partition("=")[0] == "--before-after" for word in sys.argv[1:]):
+        return before_after.main()
+    evaluate()
+    return 0
+
+
+def evaluate() -> None:
+    """Score pictures and models against HR pictures."""
     args = parser().parse_args()
     for name in ("seeds", "seed_images", "every", "bootstrap", "sheet_images", "sheet_crop", "sheet_zoom"):
         if getattr(args, name) < 1:

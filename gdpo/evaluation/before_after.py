@@ -1,6 +1,6 @@
 """What GDPO changed: a tuned model against the one it started from, on held-out crops with fixed noise.
 
-    python -m gdpo.evaluation.before_after runs/tiny-gdpo/model --data data/crops --out runs/gain
+    python -m gdpo.evaluate --before-after runs/tiny-gdpo/model --data data/crops --out runs/gain
 
 Both are the same folder: "before" is the model with its LoRA off. For every crop, N noises are drawn once and given to
 both; the 2N samples form one group, scored as in training (min-max inside the group, weighted by the smooth and the
@@ -12,18 +12,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from engine.io import rows
-from engine.io.cli import Parser, run
+from engine.io.cli import Parser
 from engine.io.files import atomic_write
 from gdpo.degradation import Degradation, DegradationConfig
 from gdpo.generator import OneStepGenerator
 from gdpo.photos.dataset import CropDataset, loader, read_jsonl
-from gdpo.scores.group import GroupReward
+from gdpo.scores.group import GroupReward, Normalization
 from gdpo.scores.metrics import grid_artefact, lattice_artefact, oversharpening
 from gdpo.scores.rewards import build_rewards
 from gdpo.train.gain import compare
@@ -40,7 +41,11 @@ class Options:
         crops: how many held-out crops, at most as many as there are.
         crop_size: side of the crops.
         noises: samples of each model per crop.
-        reward_funcs: as in training.
+        reward_funcs: as in training; so are the next four.
+        reward_weights: a number for each of reward_funcs.
+        reward_normalization: what the weights mean.
+        rho: "auto", or the share by which fidelity counts.
+        texture_threshold: complexity above which a patch counts as texture.
         preset: of the degradation.
         seed: of degradation and noise; not a training seed.
         write_rows: append the result to benchmarks/results/gdpo_gain.jsonl.
@@ -53,6 +58,10 @@ class Options:
     crop_size: int = 128
     noises: int = 4
     reward_funcs: tuple[str, ...] = ("psnr_y", "naturalness")
+    reward_weights: tuple[float, ...] | None = None
+    reward_normalization: Normalization = "group"
+    rho: float | Literal["auto"] = "auto"
+    texture_threshold: float = 50.0
     preset: str = "realesrgan"
     seed: int = 20_000
     write_rows: bool = False
@@ -71,7 +80,8 @@ def measure(generator: OneStepGenerator, o: Options) -> dict[str, float]:
     if o.crops < 2:
         raise ValueError(f"crops must be at least 2; got {o.crops}")
     degrade = Degradation(DegradationConfig(preset=o.preset))  # type: ignore[arg-type]
-    reward = GroupReward(build_rewards(list(o.reward_funcs)))
+    rewards = build_rewards(list(o.reward_funcs))
+    reward = GroupReward(rewards, o.reward_weights, o.reward_normalization, o.rho, o.texture_threshold)
     dataset = CropDataset(o.data, "val", o.crop_size)
     if o.crops > len(dataset):
         raise ValueError(f"crops must be at most {len(dataset)}, the held-out crops of {o.data}; got {o.crops}")
@@ -140,10 +150,20 @@ def table(result: dict[str, float]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def parser() -> Parser:
+    """The command line of `gdpo.evaluate --before-after`."""
+    p = Parser(prog="python -m gdpo.evaluate", description=__doc__)
+    p.add_argument("--before-after", dest="model", required=True, metavar="MODEL", help=HELP)
+    p.add_class_arguments(Options, None, skip={"model"})
+    return p
+
+
+HELP = "a model that gdpo.train gdpo made: compare it with what it was before"
+
+
 def main() -> int:
-    parser = Parser(prog="python -m gdpo.evaluation.before_after", description=__doc__)
-    parser.add_class_arguments(Options, None, as_positional=True)
-    options = Options(**vars(parser.parse_args()))
+    """Measure, print the table, write table.md and sheet.png."""
+    options = Options(**vars(parser().parse_args()))
     if options.write_rows:
         rows.require_clean()
     result = measure(OneStepGenerator.from_pretrained(options.model), options)
@@ -153,7 +173,3 @@ def main() -> int:
     if options.write_rows:
         rows.append_row("gdpo_gain", model=Path(options.model).parent.name, preset=options.preset, **result)
     return 0
-
-
-if __name__ == "__main__":
-    run(main)

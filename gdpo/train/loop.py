@@ -56,7 +56,7 @@ def train_loop(
     if record.sheet_is_due(state.step):
         record.sheet(state, method)  # a run that was stopped at this step saved it and drew none
     samples = sample_lists(config, accelerator, state.step)
-    batches = loader(dataset, samples, config.seed, config.data.num_workers)
+    batches = loader(dataset, samples, config.seed, config.data.num_workers, config.data.on_error)
 
     # Train.
     with Stop(record.say) as stop, record.bar:

@@ -8,11 +8,13 @@ follow, and what is trained is small.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
 from torch import nn
+from tqdm import tqdm
 
 from engine.io.images import ImageError
 from gdpo.photos.dataset import Batch
@@ -76,6 +78,11 @@ def _micro_batches(
             batch = next(batches)
             current = batch.names
             names += current
+            for line in batch.skipped:
+                tqdm.write(f"skipped, and another picture taken in its place: {line}", file=sys.stderr)
+            if config.data.on_error == "skip":  # a mean over micro-batches and processes, as all figures are
+                share = torch.tensor(float(len(batch.skipped) * accelerator.num_processes), device=accelerator.device)
+                total["skipped"] = total.get("skipped", 0) + share
             batch = batch._replace(hr=batch.hr.to(accelerator.device, non_blocking=True))
             metrics = method.step(batch, state.step, lambda loss: accelerator.backward(loss / count))
             for key, value in metrics.items():

@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import gdpo_ablation
+from gdpo import evaluate
 from gdpo.evaluation import before_after as gdpo_gain
 from gdpo.generator import OneStepGenerator
 from gdpo.model import lora
+from gdpo.scores.group import GroupReward
 from gdpo.train import checkpoint as checkpoints
 
 
@@ -64,6 +66,19 @@ def gain(trained, folder, out, crops: int) -> str:
         preset="light",
     )  # fmt: skip
     return gdpo_gain.table(gdpo_gain.measure(OneStepGenerator.from_pretrained(trained), options))
+
+
+def test_the_command_takes_what_training_took(tmp_path, crops, trained, monkeypatch, capsys):
+    shutil.copytree(crops, tmp_path / "crops" / "val")
+    out, seen = tmp_path / "out", []
+    monkeypatch.setattr(gdpo_gain, "GroupReward", lambda *a: seen.append(a[1:]) or GroupReward(*a))
+    words = ["--before-after", trained, "--data", tmp_path / "crops", "--out", out, "--crops", 2, "--crop_size", 64]
+    words += ["--noises", 1, "--preset", "light", "--reward_funcs=[psnr_y,region_detail]", "--reward_weights=[9,1]"]
+    words += ["--reward_normalization", "weighted", "--rho", "0.5", "--texture_threshold", "40"]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, words)])
+    assert evaluate.main() == 0
+    assert seen == [((9.0, 1.0), "weighted", 0.5, 40.0)]
+    assert capsys.readouterr().out.strip() == (out / "table.md").read_text().strip() and (out / "sheet.png").is_file()
 
 
 def test_a_crop_is_counted_once_and_its_photo_is_told(tmp_path, crops, trained):
