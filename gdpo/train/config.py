@@ -164,6 +164,8 @@ class NAOSDConfig(TrainConfig):
     Args:
         pixel: the pixel loss (the released code uses l2, the paper says l1).
         pixel_weight, perceptual_weight, vsd_weight: weights of the three losses; 0 switches one off.
+        pixel_relative: above 0, the pixel loss of a sample without a teacher is divided by its input's own error and
+            multiplied by this, a usual error: clean, easy pictures count as much as hard ones (not in the paper).
         perceptual: "lpips" (package lpips), "vgg" (see python -m gdpo.assets vgg16) or "auto": LPIPS when installed.
         perceptual_size: side of a random crop on which the perceptual distance is computed; 0 is the whole picture.
         perceptual_blocks: VGG blocks that are compared, 1 to 5; fewer are cheaper.
@@ -181,6 +183,7 @@ class NAOSDConfig(TrainConfig):
 
     pixel: Literal["l2", "l1"] = "l2"
     pixel_weight: float = 1.0
+    pixel_relative: float = 0.0
     perceptual: Literal["auto", "lpips", "vgg"] = "auto"
     perceptual_weight: float = 2.0
     perceptual_size: int = 0
@@ -200,7 +203,7 @@ class NAOSDConfig(TrainConfig):
     def validate(self) -> None:
         super().validate()
         _at_least(0, self, "pixel_weight", "perceptual_weight", "vsd_weight", "diversity", "perceptual_size")
-        _at_least(0, self, "grid_weight", "lattice_weight")
+        _at_least(0, self, "grid_weight", "lattice_weight", "pixel_relative")
         _at_least(1, self, "num_noises", "vsd_lora_rank")
         _above_0(self, "vsd_learning_rate")
         _require(1 <= self.perceptual_blocks <= 5, "perceptual_blocks", "1 to 5", self.perceptual_blocks)

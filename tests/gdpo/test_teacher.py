@@ -158,8 +158,9 @@ def config_of(world: Path, **changes) -> NAOSDConfig:
     )
 
 
-def test_the_loss_of_a_taught_sample_is_shared_between_teacher_and_hr(world):
-    config = config_of(world)
+@pytest.mark.parametrize("relative", [0.0, 0.06])
+def test_the_loss_of_a_taught_sample_is_shared_between_teacher_and_hr(world, relative):
+    config = config_of(world, pixel_relative=relative)
     config.validate()
     method = NAOSD(config, Accelerator(cpu=True))
     samples = list(range(8))
@@ -175,7 +176,7 @@ def test_the_loss_of_a_taught_sample_is_shared_between_teacher_and_hr(world):
     drawn = image * 2 - 1  # an untrained TinyUNet returns its input
     of_hr = (drawn - (hr * 2 - 1)).abs().mean((1, 2, 3))
     of_teacher = (drawn[taught] - (windows.picture * 2 - 1)).abs().mean((1, 2, 3))
-    expected = of_hr.clone()
+    expected = of_hr * relative / (of_hr + 0.003) if relative else of_hr.clone()
     expected[taught] = 0.3 * of_hr[taught] + 0.7 * of_teacher
     assert torch.allclose(metrics["loss"], expected.mean(), atol=1e-5)
     assert (of_hr.mean() - expected.mean()).abs() > 1e-3  # teeth

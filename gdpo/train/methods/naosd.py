@@ -27,6 +27,8 @@ from gdpo.train.methods.base import Backward, Columns, Method, Metrics
 from gdpo.train.setup import group_noise, lora_targets
 from gdpo.train.teacher import Targets, upsampled, with_grain
 
+_EASIEST = 0.003  # of [-1,1]: an input with less error than this counts as one that has it
+
 
 class Taught(NamedTuple):
     """The samples of a batch that a teacher has drawn, by position, and its pictures [N,3,H,W] in [-1,1]."""
@@ -95,7 +97,7 @@ class NAOSD(Method):
             many_text = None if text is None else text.repeat_interleave(config.num_noises, dim=0)
             x0 = generator.predict(latents, noise, many_text).x0
             restored = generator.decode(x0)
-            loss, metrics = self._losses(restored.float(), hr, batch.samples, taught)
+            loss, metrics = self._losses(restored.float(), hr, batch.samples, taught, image.float())
             if self.vsd is not None:
                 vsd = self.vsd.loss(x0.float(), many_text, batch.samples)
                 loss = loss + config.vsd_weight * vsd
@@ -109,17 +111,32 @@ class NAOSD(Method):
             metrics["vsd_fake"] = fake
         return {"loss": loss.detach(), **{k: v.detach() for k, v in metrics.items()}}
 
-    def _losses(self, restored: torch.Tensor, hr: torch.Tensor, samples: list[int], taught: Taught | None):
-        """Pixel and perceptual distance of restored [B*K,3,H,W] to hr [B,3,H,W], with the spread of the K noises."""
+    def _losses(
+        self,
+        restored: torch.Tensor,
+        hr: torch.Tensor,
+        samples: list[int],
+        taught: Taught | None,
+        image: torch.Tensor,
+    ):
+        """Pixel and perceptual distance of restored [B*K,3,H,W] to hr [B,3,H,W], with the spread of the K noises.
+
+        image [B,3,H,W] is the input, against whose error that of `restored` may be weighed.
+        """
         config, k = self.config, self.config.num_noises
         target = hr.repeat_interleave(k, dim=0)
         distance = F.mse_loss if config.pixel == "l2" else F.l1_loss
         if taught is None:
             pixel, shown = distance(restored, target), target
+            if config.pixel_relative:
+                each = distance(restored, target, reduction="none").mean((1, 2, 3))
+                pixel = (each * self._ease(image, hr).repeat_interleave(k)).mean()
         else:
             shown = target.clone()
             shown[taught.rows] = taught.pictures
             of_hr = distance(restored, target, reduction="none").mean((1, 2, 3))
+            plain = [i for i in range(len(samples)) if i not in taught.rows]
+            of_hr[plain] = of_hr[plain] * self._ease(image[plain], hr[plain])
             of_teacher = distance(restored[taught.rows], taught.pictures, reduction="none").mean((1, 2, 3))
             pixel = self._shared(of_hr, taught, of_teacher).mean()
         loss, metrics = config.pixel_weight * pixel, {str(config.pixel): pixel}
@@ -147,6 +164,13 @@ class NAOSD(Method):
             loss = loss + config.perceptual_weight * perceptual
             metrics["perceptual"] = perceptual
         return loss, metrics
+
+    def _ease(self, image: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
+        """What the pixel loss of each sample is multiplied by, [B]: the less its input errs, the more it counts."""
+        if not self.config.pixel_relative:
+            return torch.ones(len(hr), device=hr.device)
+        distance = F.mse_loss if self.config.pixel == "l2" else F.l1_loss
+        return self.config.pixel_relative / (distance(image, hr, reduction="none").mean((1, 2, 3)) + _EASIEST)
 
     def _shared(self, of_hr: torch.Tensor, taught: Taught, of_teacher: torch.Tensor) -> torch.Tensor:
         """Distances [B] to the HR and [N] to the teacher's pictures -> [B], weighed for the samples that have both."""
