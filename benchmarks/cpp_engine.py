@@ -22,7 +22,7 @@ from engine.runtime.core import library
 
 CASES = [  # height and width of the input, options
     ((128, 128), {}),
-    ((128, 128), {"color": "wavelet"}),
+    ((128, 128), {"color": "adain"}),
     ((256, 384), {"tile": 128}),
     ((512, 768), {}),
 ]

@@ -33,10 +33,12 @@ class Upscaler:
         seed: int = 0,
         tile: int = 0,
         scale: float = 4.0,
-        color: str = "adain",
+        color: str = "wavelet",
         batch: int = 0,
         progress: Callable[[int, int], object] | None = None,
         timing: dict[str, float] | None = None,
+        sink: Callable[[int, np.ndarray], object] | None = None,
+        max_pixels: int = 1_000_000_000,
     ) -> Any:
         """Upscale one picture without copying it in or out.
 
@@ -46,6 +48,9 @@ class Upscaler:
             out: written and returned where given: like `image`, of the result's size; else a numpy array is made.
             seed, tile, scale, color, batch, progress: as engine.Upscaler.upscale; 0 stands for None.
             timing: gets the seconds "total" and "backend".
+            sink: called with (first row, finished rows [n,W,3]) from the top to the bottom, on the calling thread; the
+                result is then never in memory whole and None is returned. What it raises ends the picture.
+            max_pixels: of the result and of the model's x4; more is refused.
         """
     @property
     def backend(self) -> str: ...

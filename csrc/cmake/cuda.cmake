@@ -56,6 +56,6 @@ set_source_files_properties(src/devices/cuda/launch.cpp PROPERTIES OBJECT_DEPEND
 add_library(gdpo_cuda INTERFACE)
 target_include_directories(gdpo_cuda SYSTEM INTERFACE ${GDPO_CUDA_INCLUDE})
 target_compile_definitions(gdpo_cuda INTERFACE GDPO_CUDA_KERNELS)
-set(GDPO_CUDA_SOURCES devices/cuda/cuda devices/cuda/launch devices/cuda/restore_cuda)
+set(GDPO_CUDA_SOURCES devices/cuda/cuda devices/cuda/launch devices/cuda/device)
 string(REPLACE ";" " sm_" shown "sm_${architectures}")
 message(STATUS "CUDA kernels: ${GDPO_NVCC} for ${shown}")

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstring>
 #include <gdpo/upscaler.hpp>
 #include <limits>
 #include <optional>
@@ -61,12 +62,19 @@ Upscaler load(const std::string& folder, const std::string& backend, const std::
 
 py::object upscale(const Upscaler& up, const py::object& image, const py::object& out, std::uint64_t seed,
                    std::int64_t tile, double scale, const std::string& color, std::int64_t batch,
-                   const py::object& progress, const py::object& timing) {
+                   const py::object& progress, const py::object& timing, const py::object& sink,
+                   std::int64_t max_pixels) {
   const Borrowed in(image, "image", false);
   const ImageView view = in.view();
-  const py::object result = out.is_none() ? blank(output_size(view.size, scale), view.sample) : out;
-  const Borrowed target(result, "out", true);
+  if (!sink.is_none() && !out.is_none()) throw py::value_error("out and sink exclude each other");
+  py::object result = out;
+  std::optional<Borrowed> target;
+  if (sink.is_none()) {
+    if (out.is_none()) result = blank(output_size(view.size, scale, max_pixels), view.sample);
+    target.emplace(result, "out", true);
+  }
   Request request;
+  request.max_pixels = max_pixels;
   request.seed = seed;
   request.tile = clamped(tile);
   request.scale = scale;
@@ -80,9 +88,20 @@ py::object upscale(const Upscaler& up, const py::object& image, const py::object
     if (!progress.is_none()) progress(done, total);
     return true;
   };
+  const BandSink hand_on = [&sink](std::int64_t first, const ImageView& rows) {
+    const py::gil_scoped_acquire held;
+    const py::object band = blank(rows.size, rows.sample);
+    const Borrowed copy(band, "band", true);
+    std::copy_n(static_cast<const char*>(rows.data), rows.bytes, static_cast<char*>(copy.span().data));
+    sink(first, band);
+  };
   {
     const py::gil_scoped_release released;
-    up.upscale(view, target.span(), request);
+    if (target) {
+      up.upscale(view, target->span(), request);
+    } else {
+      up.upscale(view, hand_on, request);
+    }
   }
   if (!timing.is_none()) {
     timing["total"] = seconds.total;
@@ -129,19 +148,26 @@ std::tuple<std::vector<std::int64_t>, std::int64_t, py::array_t<float>> cover(st
   return {axis.starts, axis.tile, result};
 }
 
+/// A path or a name in a message need not be UTF-8.
+void raise(PyObject* type, const char* message) {
+  const py::object words = py::reinterpret_steal<py::object>(
+      PyUnicode_DecodeUTF8(message, static_cast<py::ssize_t>(std::strlen(message)), "backslashreplace"));
+  PyErr_SetObject(type, words.ptr());
+}
+
 /// Exceptions of the library become those that Python's engine raises for the same reason.
 void translate(std::exception_ptr pointer) {
   try {
     if (pointer) std::rethrow_exception(pointer);
   } catch (const InvalidArgument& error) {
-    PyErr_SetString(PyExc_ValueError, error.what());
+    raise(PyExc_ValueError, error.what());
   } catch (const FolderError& error) {
     const py::object type = py::module_::import("engine.runtime.manifest").attr("FolderError");
-    PyErr_SetString(type.ptr(), error.what());
+    raise(type.ptr(), error.what());
   } catch (const NotFinite& error) {
-    PyErr_SetString(PyExc_FloatingPointError, error.what());
+    raise(PyExc_FloatingPointError, error.what());
   } catch (const Error& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
+    raise(PyExc_RuntimeError, error.what());
   }
 }
 
@@ -155,7 +181,8 @@ PYBIND11_MODULE(_core, m) {
       .def(py::init(&load), "folder"_a, py::kw_only(), "backend"_a = "auto", "device"_a = py::none(), "threads"_a = 0,
            "trust_plan"_a = false, "library"_a = py::none(), "concurrency"_a = 0)
       .def("upscale", &upscale, "image"_a, "out"_a = py::none(), py::kw_only(), "seed"_a = 0, "tile"_a = 0,
-           "scale"_a = 4.0, "color"_a = "adain", "batch"_a = 0, "progress"_a = py::none(), "timing"_a = py::none())
+           "scale"_a = 4.0, "color"_a = "wavelet", "batch"_a = 0, "progress"_a = py::none(), "timing"_a = py::none(),
+           "sink"_a = py::none(), "max_pixels"_a = kMaxPixels)
       .def_property_readonly("backend", &Upscaler::backend)
       .def_property_readonly("backend_version", &Upscaler::backend_version);
   m.def(

@@ -36,6 +36,14 @@ std::string text(const Parts&... parts) {
   return stream.str();
 }
 
+/// Somebody else's words for a message of ours: one line of printable ASCII.
+inline std::string one_line(std::string words) {
+  for (char& c : words) {
+    if (c < ' ' || c > '~') c = c == '\n' || c == '\t' ? ' ' : '?';
+  }
+  return words;
+}
+
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 /// The product of sizes, none negative.

@@ -16,7 +16,7 @@
 namespace {
 
 constexpr const char* kUsage =
-    "usage: gdpo-upscale-cpp FOLDER IN OUT [--seed N] [--tile N] [--scale X] [--color adain|wavelet|none]\n"
+    "usage: gdpo-upscale-cpp FOLDER IN OUT [--seed N] [--tile N] [--scale X] [--color wavelet|adain|none]\n"
     "                        [--threads N] [--device cpu|cuda|cuda:N] [--trust-plan] [--no-progress]\n"
     "FOLDER was written by engine.export or engine.build; pictures are PPM (8 and 16 bit)"
 #ifdef GDPO_PNG

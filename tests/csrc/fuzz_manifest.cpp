@@ -1,6 +1,6 @@
 /// Any bytes as a manifest: a manifest whose picture can be planned, or a FolderError.
 #include "folder/manifest.hpp"
-#include "picture/restore.hpp"
+#include "picture/plan.hpp"
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   using namespace gdpo;

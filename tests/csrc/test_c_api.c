@@ -19,6 +19,19 @@ static int count_to_one(void* user, int64_t done, int64_t total) {
   return 0;
 }
 
+struct rows {
+  unsigned char* data;
+  int64_t next, stop;
+};
+
+static int append(void* user, int64_t first, const gdpo_image* band) {
+  struct rows* rows = user;
+  if (first != rows->next || first >= rows->stop) return 0;
+  memcpy(rows->data + first * band->row_stride, band->data, band->bytes);
+  rows->next += band->height;
+  return 1;
+}
+
 int main(int count, char** values) {
   enum { H = 40, W = 40 };
   static unsigned char in[H * W * 3], out[16 * H * W * 3], again[16 * H * W * 3];
@@ -59,6 +72,20 @@ int main(int count, char** values) {
   request.progress = count_to_one, request.user = &seen;
   expect(gdpo_upscale(up, &source, &target, &request) == GDPO_CANCELLED && seen == 1, "cancel");
   expect(strstr(gdpo_last_error(), "cancelled after 1 of") != NULL, "its message");
+  request = gdpo_request_default();
+  struct rows rows = {again, 0, 4 * H};
+  memset(again, 0, sizeof again);
+  expect(gdpo_upscale_bands(up, &source, append, &rows, &request) == GDPO_OK && rows.next == 4 * H &&
+             memcmp(out, again, sizeof out) == 0,
+         "bands");
+  rows = (struct rows){again, 0, 0};
+  expect(gdpo_upscale_bands(up, &source, append, &rows, &request) == GDPO_CANCELLED, "a band that cancels");
+  expect(gdpo_upscale_bands(up, &source, NULL, NULL, &request) == GDPO_INVALID_ARGUMENT, "no sink");
+  request.struct_size = offsetof(gdpo_request, max_pixels);
+  expect(gdpo_upscale(up, &source, &other, &request) == GDPO_OK, "a caller of an older header");
+  request = gdpo_request_default();
+  request.max_pixels = 16 * H * W - 1;
+  expect(gdpo_upscale(up, &source, &target, &request) == GDPO_INVALID_ARGUMENT, "more pixels than asked for");
   gdpo_free(up);
   gdpo_free(NULL);
   printf("%s %d failures\n", gdpo_version(), failures);

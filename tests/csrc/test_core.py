@@ -1,7 +1,14 @@
 """engine._core against Python: the same bits from every piece, the same bytes from the whole, and its arrays."""
 
+import hashlib
+import json
+import os
+import re
 import shutil
+import signal
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,6 +82,34 @@ def test_sixteen_bit_has_the_same_bytes(options, folders):
     rgb = np.random.default_rng(0).integers(0, 65536, (37, 45, 3)).astype(np.uint16)
     cpp, python = (Upscaler.load(folders / "plain", core=core).upscale(rgb, 5, **options) for core in (True, False))
     assert cpp.dtype == np.uint16 and np.array_equal(cpp, python)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_bands_are_the_rows_of_the_whole(folders, dtype):
+    up = _core.Upscaler(str(folders / "plain"), library=str(library()))
+    rgb = np.random.default_rng(0).integers(0, np.iinfo(dtype).max + 1, (80, 50, 3)).astype(dtype)
+    for options in ({"color": "wavelet"}, {"color": "none", "scale": 2.5}):
+        bands = []
+        assert up.upscale(rgb, tile=24, sink=lambda *band, to=bands: to.append(band), **options) is None
+        whole = up.upscale(rgb, tile=24, **options)
+        assert [first for first, _ in bands] == np.cumsum([0, *(len(rows) for _, rows in bands[:-1])]).tolist()
+        assert np.array_equal(np.concatenate([rows for _, rows in bands]), whole) and len(bands) > 2
+
+    def full(first, rows):
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        up.upscale(rgb, sink=full)
+    with pytest.raises(ValueError, match="exclude each other"):
+        up.upscale(rgb, np.zeros((320, 200, 3), dtype), sink=full)
+
+
+def test_the_largest_picture_is_the_callers_choice(folders):
+    up = _core.Upscaler(str(folders / "plain"), library=str(library()))
+    rgb = np.zeros((8, 8, 3), np.uint8)
+    with pytest.raises(ValueError, match="megapixels; at most"):
+        up.upscale(rgb, max_pixels=16 * 64 - 1)
+    assert up.upscale(rgb, max_pixels=16 * 64).shape == (32, 32, 3)
 
 
 def test_weights_beside_the_model_are_hashed_and_used(folders, tmp_path):
@@ -157,12 +192,164 @@ def test_the_gil_is_released_and_threads_share_one_object(folders):
     up = _core.Upscaler(str(folders / "plain"), library=str(library()), concurrency=2)
     rgb = np.random.default_rng(0).integers(0, 256, (100, 120, 3), dtype=np.uint8)
     expected, results = up.upscale(rgb, seed=3, tile=32), []
-    threads = [threading.Thread(target=lambda: results.append(up.upscale(rgb, seed=3, tile=32))) for _ in range(5)]
+    threads = [threading.Thread(target=lambda: results.append(up.upscale(rgb, seed=3, tile=32))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(results) == 5 and all(np.array_equal(r, expected) for r in results)
+    assert len(results) == 8 and all(np.array_equal(r, expected) for r in results)
+
+
+def seal(folder, manifest) -> None:
+    """Write a manifest with the hash that belongs to it."""
+    content = manifest if isinstance(manifest, bytes) else json.dumps(manifest).encode()
+    (folder / "manifest.json").write_bytes(content)
+    (folder / "manifest.sha256").write_text(f"{hashlib.sha256(content).hexdigest()}  manifest.json\n")
+
+
+def paths(value, at=()):
+    """The way to every value of a manifest."""
+    if at:
+        yield at
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from paths(part, (*at, key))
+
+
+def test_a_manifest_that_is_wrong_under_its_right_hash_is_refused_when_it_is_loaded(folders, tmp_path):
+    """Each value in turn becomes another one, or is left out: one line, or a folder that works."""
+    folder = tmp_path / "folder"
+    shutil.copytree(folders / "plain", folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    rgb = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    expected = Upscaler.load(folders / "plain", core=True).upscale(rgb)
+    wrong = [
+        None,
+        True,
+        -1,
+        0,
+        1,
+        7,
+        65537,
+        2**64,
+        1e300,
+        0.5,
+        "",
+        "a\nb\x1b[31m",
+        "../x",
+        [],
+        {},
+        [1, 2, 3],
+        {"a": [[]]},
+    ]
+    refused = 0
+    for way in paths(manifest):
+        for value in [*wrong, KeyError]:  # KeyError: left out
+            mutant = json.loads(json.dumps(manifest))
+            place = mutant
+            for key in way[:-1]:
+                place = place[key]
+            if value is KeyError:
+                del place[way[-1]]
+            else:
+                place[way[-1]] = value
+            seal(folder, mutant)
+            try:
+                up = _core.Upscaler(str(folder), library=str(library()))
+            except FolderError as error:
+                assert str(error).isprintable(), repr(str(error))
+                refused += 1
+                continue
+            made = up.upscale(rgb)  # what loads runs
+            assert made.shape == expected.shape
+            if way[0] not in ("geometry", "profile"):
+                assert np.array_equal(made, expected), way
+    assert refused > 600
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "not a manifest"),
+        (b"[]", "no format"),
+        (b"null", "no format"),
+        (b'{"format": ' + b"[" * 300_000 + b"]" * 300_000 + b"}", "deep"),
+        (b'{"format": "\xff"}', "not a manifest"),
+        (b'{"format": 1e999}', "not a manifest"),
+        (b'{"format": 2}', "its format is 2, this version reads 1"),
+    ],
+    ids=["empty", "list", "null", "deep", "utf8", "huge", "newer"],
+)
+def test_json_that_is_no_manifest_is_one_line(folders, tmp_path, content, message):
+    folder = tmp_path / "folder"
+    shutil.copytree(folders / "plain", folder)
+    seal(folder, content)
+    with pytest.raises(FolderError, match=message) as error:
+        _core.Upscaler(str(folder), library=str(library()))
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "where, value, message",
+    [
+        (("geometry", "scale"), 99, "geometry.scale must be 1 to 16; got 99"),
+        (("geometry", "factor"), 2**40, "geometry.factor must be 1 to 64; got 1099511627776"),
+        (("profile", "batch"), [1, 1, 4096], "profile.batch must be 1 to 1024; got 4096"),
+        (("profile", "tile"), [512, 64, 1024], "profile.tile must rise from least to usual to largest; got"),
+        (("precision",), "int3", "precision must be one of fp32, fp16, bf16"),
+        (("extras",), {"../x": "0" * 64}, "is not a plain file name"),
+    ],
+    ids=str,
+)
+def test_numbers_of_a_manifest_have_ranges(folders, tmp_path, where, value, message):
+    folder = tmp_path / "folder"
+    shutil.copytree(folders / "plain", folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    place = manifest
+    for key in where[:-1]:
+        place = place[key]
+    place[where[-1]] = value
+    seal(folder, manifest)
+    with pytest.raises(FolderError, match=re.escape(message)):
+        _core.Upscaler(str(folder), library=str(library()))
+
+
+def test_loading_again_and_again_leaves_nothing_behind(folders):
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    rgb = np.zeros((16, 16, 3), np.uint8)
+    for count in range(200):
+        _core.Upscaler(str(folders / "plain"), library=str(library())).upscale(rgb)
+        if count == 40:
+            before = resident()
+    assert resident() < before + 4e6
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # Python's own, of forks beside threads
+def test_a_forked_child_is_told_to_load_again(folders):
+    up = _core.Upscaler(str(folders / "plain"), library=str(library()))
+    rgb = np.zeros((60, 60, 3), np.uint8)
+    expected = up.upscale(rgb)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            up.upscale(rgb)
+        except RuntimeError as error:
+            code = int("load it here again" not in str(error))
+            del up  # must not wait for the parent's threads
+        finally:
+            os._exit(code)
+    for _ in range(100):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child hangs")
+    assert os.waitstatus_to_exitcode(status) == 0 and np.array_equal(up.upscale(rgb), expected)
 
 
 @pytest.mark.parametrize("name", ["generator.onnx", "manifest.json", "manifest.sha256"])

@@ -9,7 +9,7 @@
 
 #include "api/upscaler.hpp"
 #include "check.hpp"
-#include "devices/cuda/restore_cuda.hpp"
+#include "devices/cuda/device.hpp"
 
 using namespace gdpo;
 using namespace gdpo::detail;
@@ -25,9 +25,9 @@ std::atomic<std::int64_t> distinct{0};  // tiles of a batch that are not the one
 
 /// A model of three graphs or of one. What it makes of a sample depends on the sample's place in its tile, so that
 /// tiles disagree where they overlap and every weight of the blending counts.
-class Model : public Session, public DeviceSession {
+class FakeSession : public Session, public DeviceSession {
  public:
-  Model(std::string name, std::int64_t factor, std::int64_t least, std::shared_ptr<Gpu> gpu)
+  FakeSession(std::string name, std::int64_t factor, std::int64_t least, std::shared_ptr<Gpu> gpu)
       : name_(std::move(name)), factor_(factor), least_(least), gpu_(std::move(gpu)) {}
 
   void run(const std::vector<Feed>& inputs, float* output, const Shape& shape) override {
@@ -111,22 +111,22 @@ class Model : public Session, public DeviceSession {
 /// @param staged encoder, unet and decoder, 13 latent channels at an eighth; else a generator, 48 at a quarter
 /// @param batch of the profile: least, usual, largest
 Upscaler upscaler(bool staged, std::shared_ptr<Gpu> gpu, int bad_call = 0, Span batch = {1, 2, 8}) {
-  Manifest manifest;
+  detail::Model model;
+  Manifest& manifest = model.manifest;
   manifest.geometry = staged ? Geometry{4, 8, 13, 16, 32} : Geometry{4, 4, 48, 16, 32};
   manifest.batch = batch;
   manifest.tile = {64, 96, 1024};
-  Upscaler::Impl::Sessions sessions;
   for (const char* const name : {"generator", "encoder", "unet", "decoder"}) {
     if ((std::string(name) == "generator") == staged) continue;
     manifest.graphs[name] = {};
-    auto model = std::make_unique<Model>(name, manifest.geometry.factor, batch[0], gpu);
-    if (std::string(name) == (staged ? "unet" : "generator")) model->bad_call = bad_call;
-    sessions[name] = std::move(model);
+    auto session = std::make_unique<FakeSession>(name, manifest.geometry.factor, batch[0], gpu);
+    if (std::string(name) == (staged ? "unet" : "generator")) session->bad_call = bad_call;
+    model.sessions[name] = std::move(session);
   }
   Options options;
   options.threads = 2;
-  return Upscaler::Impl::wrap(std::make_shared<const Upscaler::Impl>(
-      std::move(manifest), std::move(sessions), "tensorrt", "0", options, gpu ? cuda_accelerator(gpu) : nullptr));
+  return Upscaler::Impl::wrap(std::make_shared<const Upscaler::Impl>(std::move(model), "tensorrt", "0", options,
+                                                                     gpu ? cuda_accelerator(gpu) : nullptr));
 }
 
 std::vector<std::uint8_t> noise_bytes(std::size_t count) {
@@ -188,6 +188,24 @@ TEST(every_request_has_the_bytes_of_the_cpu) {
       }
     }
   }
+}
+
+TEST(bands_from_the_gpu_are_the_rows_of_the_whole) {
+  const Upscaler cuda = upscaler(true, gpu());
+  const auto in = noise_bytes(elements(61, 83, 3));
+  const auto view = ImageView::packed(in.data(), {61, 83});
+  Request request;
+  request.color = Color::wavelet;
+  request.scale = 7;  // more than the pinned memory holds at once
+  std::vector<std::uint8_t> whole(elements(61 * 7, 83 * 7, 3)), rows;
+  cuda.upscale(view, ImageSpan::packed(whole.data(), {61 * 7, 83 * 7}), request);
+  const BandSink sink = [&](std::int64_t first, const ImageView& band) {
+    CHECK(first * band.row_stride == static_cast<std::int64_t>(rows.size()));
+    const auto* const data = static_cast<const std::uint8_t*>(band.data);
+    rows.insert(rows.end(), data, data + band.size.height * band.row_stride);
+  };
+  cuda.upscale(view, sink, request);
+  CHECK(rows == whole);
 }
 
 TEST(a_static_batch_is_filled_up) {

@@ -179,4 +179,11 @@ TEST(the_low_pass_keeps_what_is_flat_and_quantising_is_exact) {
   CHECK(to_8_bit(65535) == 255 && to_8_bit(128) == 0 && to_8_bit(129) == 1);
 }
 
+TEST(a_manifest_nested_deeply_is_refused_before_it_is_printed) {
+  const std::string deep = std::string(200000, '[') + std::string(200000, ']');
+  for (const std::string& text : {deep, "{\"format\": " + deep + "}", std::string(400000, '[')}) {
+    THROWS(FolderError, "deep", parse_manifest(text.data(), text.data() + text.size()));
+  }
+}
+
 int main() { return check::main(); }

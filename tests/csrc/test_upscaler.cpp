@@ -44,11 +44,11 @@ TEST(pictures_are_those_of_python) {
   const auto up = Upscaler::load(root + "/plain");
   CHECK(up.backend() == "onnx" && !up.backend_version().empty());
   const Picture in = photo();
-  Request wavelet = tiled();
-  wavelet.color = Color::wavelet;
+  Request adain = tiled();
+  adain.color = Color::adain;
   Request other = tiled();
   other.scale = 2.5;
-  for (const auto& [name, request] : {std::pair("tiled", tiled()), {"wavelet", wavelet}, {"other", other}}) {
+  for (const auto& [name, request] : {std::pair("tiled", tiled()), {"adain", adain}, {"other", other}}) {
     CHECK(upscaled(up, in, request).bytes == read_ppm(root + "/expected-" + name + ".ppm").bytes);
   }
 }
@@ -68,6 +68,107 @@ TEST(any_layout_in_memory_gives_the_same) {
   up.upscale(view, span);
   for (std::size_t i = 0; i < planes.size(); ++i)
     CHECK(planes[i] == expected.bytes[i % (16 * h * w) * 3 + i / (16 * h * w)]);
+}
+
+TEST(bands_are_the_rows_of_the_whole_from_the_top_to_the_bottom) {
+  const auto up = Upscaler::load(root + "/plain");
+  const Picture in = photo();
+  for (const Color color : {Color::wavelet, Color::adain, Color::none}) {
+    for (const double scale : {4.0, 2.5, 0.6, 7.0}) {
+      Request request = tiled();
+      request.color = color;
+      request.scale = scale;
+      const Picture whole = upscaled(up, in, request);
+      std::vector<std::uint8_t> rows;
+      int bands = 0;
+      const BandSink sink = [&](std::int64_t first, const ImageView& band) {
+        CHECK(first * whole.size.width * 3 == static_cast<std::int64_t>(rows.size()));
+        CHECK(band.size.width == whole.size.width && band.row_stride == 3 * band.size.width);
+        const auto* const data = static_cast<const std::uint8_t*>(band.data);
+        rows.insert(rows.end(), data, data + band.size.height * band.row_stride);
+        ++bands;
+      };
+      up.upscale(in.view(), sink, request);
+      CHECK(rows == whole.bytes);
+      CHECK(bands > 1 || color == Color::adain || scale < 1);
+    }
+  }
+  THROWS(InvalidArgument, "sink must be a function", up.upscale(in.view(), BandSink(), tiled()));
+  const BandSink full = [](std::int64_t, const ImageView&) { throw std::out_of_range("disk full"); };
+  THROWS(std::out_of_range, "disk full", up.upscale(in.view(), full, tiled()));
+  CHECK(upscaled(up, in, tiled()).bytes == read_ppm(root + "/expected-tiled.ppm").bytes);
+}
+
+TEST(a_neutral_picture_stays_neutral) {
+  const auto up = Upscaler::load(root + "/plain");
+  for (const Sample sample : {Sample::u8, Sample::u16}) {
+    Picture in({30, 40}, sample);
+    const std::size_t item = sample == Sample::u8 ? 1 : 2;
+    for (std::size_t i = 0; i < in.bytes.size(); ++i) in.bytes[i] = static_cast<std::uint8_t>(i / (3 * item) * 37);
+    const auto colourful = [&](const Picture& picture) {
+      std::size_t count = 0;
+      for (std::size_t i = 0; i < picture.bytes.size(); i += 3 * item) {
+        for (std::size_t k = item; k < 3 * item; ++k) count += picture.bytes[i + k] != picture.bytes[i + k % item];
+      }
+      return count;
+    };
+    for (const Color color : {Color::wavelet, Color::adain, Color::none}) {
+      for (const double scale : {4.0, 3.0}) {
+        Request request = tiled();
+        request.color = color;
+        request.scale = scale;
+        CHECK(colourful(upscaled(up, in, request)) == 0);
+        std::vector<std::uint8_t> rows;
+        const BandSink sink = [&](std::int64_t, const ImageView& band) {
+          const auto* const data = static_cast<const std::uint8_t*>(band.data);
+          rows.insert(rows.end(), data, data + band.size.height * band.row_stride);
+        };
+        up.upscale(in.view(), sink, request);
+        CHECK(rows == upscaled(up, in, request).bytes);
+      }
+    }
+    in.bytes[7 * item] ^= 1;  // one sample, and it is a picture in colour
+    CHECK(colourful(upscaled(up, in, tiled())) > 100);
+  }
+}
+
+TEST(flat_areas_keep_their_colours_by_default) {
+  const auto up = Upscaler::load(root + "/plain");
+  Picture in({64, 64}, Sample::u8);
+  for (std::int64_t i = 0; i < 64 * 64; ++i) {
+    const bool line = i % 64 < 20 && i % 2 == 0;  // fine lines beside three flat areas
+    const std::uint8_t flat = i / 64 < 32 ? 40 : 200;
+    in.bytes[3 * i] = line ? 255 : flat, in.bytes[3 * i + 1] = line ? 0 : 128, in.bytes[3 * i + 2] = line ? 0 : 60;
+  }
+  const auto moved = [&](Color color) {
+    Request request;
+    request.color = color;
+    const Picture out = upscaled(up, in, request);
+    double most = 0;
+    for (const std::int64_t top : {40, 176}) {
+      for (int c = 0; c < 3; ++c) {
+        double sum = 0;
+        for (std::int64_t y = top; y < top + 32; ++y) {
+          for (std::int64_t x = 180; x < 212; ++x) sum += out.bytes[(y * 256 + x) * 3 + c];
+        }
+        const double wanted = c == 0 ? (top < 128 ? 40 : 200) : c == 1 ? 128 : 60;
+        most = std::max(most, std::abs(sum / 1024 - wanted));
+      }
+    }
+    return most;
+  };
+  CHECK(Request().color == Color::wavelet && moved(Color::wavelet) <= 2);
+}
+
+TEST(the_largest_picture_is_the_callers_choice) {
+  const auto up = Upscaler::load(root + "/plain");
+  const Picture in = photo();
+  Request request = tiled();
+  request.max_pixels = in.size.height * in.size.width * 16 - 1;
+  THROWS(InvalidArgument, "megapixels; at most", upscaled(up, in, request));
+  THROWS(InvalidArgument, "megapixels; at most", output_size(in.size, 4, request.max_pixels));
+  ++request.max_pixels;
+  upscaled(up, in, request);
 }
 
 TEST(a_batch_gives_what_single_calls_give) {
@@ -153,11 +254,10 @@ TEST(what_is_missing_is_named_with_its_remedy) {
 }
 
 TEST(a_value_that_is_not_finite_names_its_tile) {
-  auto manifest = detail::load_manifest(root + "/plain");
-  Upscaler::Impl::Sessions sessions;
-  sessions["generator"] = std::make_unique<Faulty>();
-  const auto up = Upscaler::Impl::wrap(
-      std::make_shared<const Upscaler::Impl>(std::move(manifest), std::move(sessions), "onnx", "0", Options{}));
+  detail::Model model{detail::load_manifest(root + "/plain"), {}};
+  model.sessions["generator"] = std::make_unique<Faulty>();
+  const auto up =
+      Upscaler::Impl::wrap(std::make_shared<const Upscaler::Impl>(std::move(model), "onnx", "0", Options{}));
   const Picture in = photo();
   THROWS(NotFinite, "the generator gave a value that is not finite in the tile at row", upscaled(up, in, tiled()));
 }

@@ -11,15 +11,16 @@ pytest.importorskip("engine._core", reason="engine._core was not built (GDPO_BUI
 
 @pytest.fixture(scope="module")
 def photos() -> list[np.ndarray]:
-    """Three real photos, not of the model's multiples."""
+    """Real photos, not of the model's multiples; the last one is gray."""
     from skimage import data
 
-    return [data.astronaut()[60:151, 120:241], data.coffee()[90:187, 200:333], data.chelsea()[40:160, 80:180]]
+    gray = np.repeat(data.camera()[100:170, 200:280, None], 3, axis=2)
+    return [data.astronaut()[60:151, 120:241], data.coffee()[90:187, 200:333], data.chelsea()[40:160, 80:180], gray]
 
 
 @pytest.mark.parametrize("engine", ["tiny_engine", "tiny_split_engine"])
 @pytest.mark.parametrize(
-    "options", [{}, {"tile": 48, "batch": 3}, {"tile": 48, "color": "wavelet"}, {"scale": 3, "color": "none"}], ids=str
+    "options", [{}, {"tile": 48, "batch": 3}, {"tile": 48, "color": "adain"}, {"scale": 3, "color": "none"}], ids=str
 )
 def test_pictures_have_the_same_bytes(engine, options, request, photos):
     folder = request.getfixturevalue(engine)

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from engine import Upscaler
 from engine.runtime.manifest import Geometry, Graph, Manifest, Profile, Tensor
 
-CASES = {"tiled": {}, "wavelet": {"color": "wavelet"}, "other": {"scale": 2.5}}
+CASES = {"tiled": {}, "adain": {"color": "adain"}, "other": {"scale": 2.5}}
 
 
 def model(image: str = "image") -> bytes:

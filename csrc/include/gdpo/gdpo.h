@@ -70,6 +70,7 @@ typedef struct gdpo_request {
   gdpo_color color;
   gdpo_progress progress;
   void* user;
+  int64_t max_pixels;
 } gdpo_request;
 
 GDPO_C_API gdpo_options gdpo_options_default(void);
@@ -85,6 +86,13 @@ GDPO_C_API void gdpo_free(gdpo_upscaler* upscaler);
 /* Upscale one picture. `request` may be null. */
 GDPO_C_API gdpo_status gdpo_upscale(const gdpo_upscaler* upscaler, const gdpo_image* in, const gdpo_image* out,
                                     const gdpo_request* request);
+
+/* Takes finished rows [first, first + rows->height) of a result, which are valid during the call. Returns 0 to cancel. */
+typedef int (*gdpo_sink)(void* user, int64_t first, const gdpo_image* rows);
+
+/* Upscale one picture whose result need not be in memory whole: `sink` gets its rows from the top to the bottom. */
+GDPO_C_API gdpo_status gdpo_upscale_bands(const gdpo_upscaler* upscaler, const gdpo_image* in, gdpo_sink sink,
+                                          void* user, const gdpo_request* request);
 GDPO_C_API gdpo_status gdpo_output_size(int64_t height, int64_t width, double scale, int64_t* out_height,
                                         int64_t* out_width);
 

@@ -7,6 +7,9 @@
 
 namespace gdpo {
 
+/// Pixels of the largest result, unless a request asks for more.
+inline constexpr std::int64_t kMaxPixels = 1'000'000'000;
+
 /// What a sample is.
 enum class Sample { u8, u16 };
 

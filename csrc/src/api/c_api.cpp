@@ -75,11 +75,30 @@ Image image(const char* name, const gdpo_image* given) {
   return result;
 }
 
+gdpo::Request ours(const gdpo_request* request) {
+  const gdpo_request c = merged("request", request, gdpo_request_default());
+  gdpo::Request r;
+  r.seed = c.seed;
+  r.scale = c.scale;
+  r.tile = c.tile;
+  r.batch = c.batch;
+  r.color = static_cast<gdpo::Color>(c.color);
+  r.max_pixels = c.max_pixels;
+  if (c.progress != nullptr) {
+    r.progress = [progress = c.progress, user = c.user](std::int64_t done, std::int64_t total) {
+      return progress(user, done, total) != 0;
+    };
+  }
+  return r;
+}
+
 }  // namespace
 
 gdpo_options gdpo_options_default() { return {sizeof(gdpo_options), "auto", nullptr, nullptr, 0, 0, 0}; }
 
-gdpo_request gdpo_request_default() { return {sizeof(gdpo_request), 0, 4.0, 0, 0, GDPO_ADAIN, nullptr, nullptr}; }
+gdpo_request gdpo_request_default() {
+  return {sizeof(gdpo_request), 0, 4.0, 0, 0, GDPO_WAVELET, nullptr, nullptr, gdpo::kMaxPixels};
+}
 
 gdpo_image gdpo_image_packed(void* data, int64_t height, int64_t width, gdpo_sample sample) {
   const int64_t bytes = sample == GDPO_U16 ? 2 : 1;
@@ -118,17 +137,21 @@ gdpo_status gdpo_upscale(const gdpo_upscaler* upscaler, const gdpo_image* in, co
                          const gdpo_request* request) {
   return guarded([&] {
     if (upscaler == nullptr) throw gdpo::InvalidArgument("upscaler is null");
-    const gdpo_request c = merged("request", request, gdpo_request_default());
-    gdpo::Request r;
-    r.seed = c.seed;
-    r.scale = c.scale;
-    r.tile = c.tile;
-    r.batch = c.batch;
-    r.color = static_cast<gdpo::Color>(c.color);
-    if (c.progress != nullptr) {
-      r.progress = [&c](std::int64_t done, std::int64_t total) { return c.progress(c.user, done, total) != 0; };
-    }
-    upscaler->handle.upscale(image<gdpo::ImageView>("in", in), image<gdpo::ImageSpan>("out", out), r);
+    upscaler->handle.upscale(image<gdpo::ImageView>("in", in), image<gdpo::ImageSpan>("out", out), ours(request));
+  });
+}
+
+gdpo_status gdpo_upscale_bands(const gdpo_upscaler* upscaler, const gdpo_image* in, gdpo_sink sink, void* user,
+                               const gdpo_request* request) {
+  return guarded([&] {
+    if (upscaler == nullptr || sink == nullptr) throw gdpo::InvalidArgument("upscaler and sink must not be null");
+    const auto hand_on = [&](std::int64_t first, const gdpo::ImageView& rows) {
+      const gdpo_sample sample = rows.sample == gdpo::Sample::u8 ? GDPO_U8 : GDPO_U16;
+      const gdpo_image band =
+          gdpo_image_packed(const_cast<void*>(rows.data), rows.size.height, rows.size.width, sample);
+      if (sink(user, first, &band) == 0) throw gdpo::Cancelled(gdpo::detail::text("cancelled at row ", first));
+    };
+    upscaler->handle.upscale(image<gdpo::ImageView>("in", in), gdpo::BandSink(hand_on), ours(request));
   });
 }
 

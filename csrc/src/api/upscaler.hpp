@@ -3,30 +3,32 @@
 
 #include <condition_variable>
 #include <gdpo/upscaler.hpp>
-#include <map>
 #include <memory>
 #include <mutex>
 
 #include "backends/backend.hpp"
 #include "picture/parallel.hpp"
+#include "picture/restore.hpp"
 
 namespace gdpo {
 
 struct GDPO_HIDDEN Upscaler::Impl {
-  using Sessions = std::map<std::string, std::unique_ptr<detail::Session>>;
-
-  Impl(detail::Manifest manifest, Sessions sessions, std::string backend, std::string version, const Options& options,
+  Impl(detail::Model model, std::string backend, std::string version, const Options& options,
        std::shared_ptr<detail::Accelerator> accelerator = nullptr);
 
   /// A public handle.
-  static Upscaler wrap(std::shared_ptr<const Impl> impl) { return Upscaler(std::move(impl)); }
+  static Upscaler wrap(std::shared_ptr<const Impl> impl);
 
-  const detail::Manifest manifest;
-  const Sessions sessions;
+  /// Upscale pictures that were checked.
+  void run(const std::vector<ImageView>& in, std::vector<detail::Destination> out, const Request& request) const;
+
+  const detail::Model model;
   const std::string backend, version;
   const std::shared_ptr<detail::Accelerator> accelerator;  ///< null: the CPU does what is around the sessions
   mutable detail::Pool pool;
+  const int process;  ///< that loaded it: a fork's child has none of its threads
 
+ private:
   /// Lets at most `concurrency` calls be at work; the others wait their turn.
   class Turn {
    public:
@@ -39,7 +41,6 @@ struct GDPO_HIDDEN Upscaler::Impl {
     const Impl& impl_;
   };
 
- private:
   mutable std::mutex mutex_;
   mutable std::condition_variable free_;
   mutable int places_;

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <gdpo/upscaler.hpp>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -21,16 +21,16 @@ struct Feed {
   std::size_t count() const { return elements(shape[0], shape[1], shape[2], shape[3]); }
 };
 
+/// Where a session's inputs belong and where its output comes.
+struct Slots {
+  std::vector<float*> inputs;
+  float* output = nullptr;
+};
+
 /// A session whose inputs and output can stay in the GPU's memory. The caller holds the GPU's lock (cuda.hpp).
 class DeviceSession {
  public:
   virtual ~DeviceSession() = default;
-
-  /// Where inputs belong and where the output comes.
-  struct Slots {
-    std::vector<float*> inputs;
-    float* output;
-  };
 
   /// The slots of these shapes, valid until they are asked for again.
   virtual Slots slots(const std::vector<Shape>& inputs, const Shape& output) = 0;
@@ -52,18 +52,25 @@ class Session {
   virtual DeviceSession* on_device() { return nullptr; }
 };
 
-struct Plan;
-/// Called with the number of tiles that a backend has just done.
-using Step = std::function<void(std::int64_t)>;
+/// A loaded folder.
+struct Model {
+  Manifest manifest;
+  std::map<std::string, std::unique_ptr<Session>> sessions;  ///< by the graph's name
 
-/// Does everything around the sessions on their GPU. The bytes are those of the CPU.
+  /// Encoder, unet and decoder, not one generator.
+  bool staged() const { return sessions.count("generator") == 0; }
+};
+
+struct Job;
+class Device;
+
+/// A GPU that does all of the work on a picture, not only the sessions'.
 class Accelerator {
  public:
   virtual ~Accelerator() = default;
 
-  /// Upscale one picture. @return false: the GPU has no room for it and nothing was done
-  virtual bool upscale(const Upscaler::Impl& up, const Plan& plan, const ImageView& in, const ImageSpan& out,
-                       const Request& request, const Step& step, double* backend_seconds) = 0;
+  /// @return null: the GPU has no room for the picture
+  virtual std::unique_ptr<Device> device(const Job& job) = 0;
 };
 
 /// A backend that was found, ready to load graphs.

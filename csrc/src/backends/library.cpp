@@ -23,6 +23,11 @@ Library::~Library() {
   if (handle_ != nullptr) dlclose(handle_);
 }
 
+bool Library::no_memory() const {
+  const auto has = [&](const char* words) { return reasons_.find(words) != std::string::npos; };
+  return !found() && (has("failed to map segment") || has("annot allocate memory"));
+}
+
 void* Library::find(const char* symbol) const { return handle_ != nullptr ? dlsym(handle_, symbol) : nullptr; }
 
 std::vector<std::string> candidates(const std::string& given, const char* variable, std::vector<std::string> defaults) {

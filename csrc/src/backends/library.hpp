@@ -18,6 +18,9 @@ class Library {
   const std::string& name() const { return name_; }
   const std::string& reasons() const { return reasons_; }
 
+  /// Whether it is there and memory lacks for it.
+  bool no_memory() const;
+
   /// A symbol's address, or null.
   void* find(const char* symbol) const;
 

@@ -21,6 +21,7 @@ constexpr const char* kRemedy =
 class Runtime {
  public:
   explicit Runtime(const std::vector<std::string>& names) : library_(names) {
+    if (library_.no_memory()) throw std::bad_alloc();
     if (!library_.found()) throw BackendError(text("ONNX Runtime is not here (", library_.reasons(), "); ", kRemedy));
     const auto base = reinterpret_cast<const ort::Base* (*)()>(library_.find("OrtGetApiBase"));
     if (base == nullptr || base() == nullptr) {
@@ -31,7 +32,7 @@ class Runtime {
     const void* const* const table = older() ? nullptr : base_->GetApi(ort::kApiVersion);
     if (table == nullptr) throw BackendError(text(library_.name(), " is version ", version, "; ", kRemedy));
     bind(table, reinterpret_cast<const void*>(base));
-    check(api.CreateEnv(ort::kLogErrors, "gdpo", &env_));
+    check(api.CreateEnv(ort::kLogFatal, "gdpo", &env_));
   }
   ~Runtime() { api.ReleaseEnv(env_); }
   Runtime(const Runtime&) = delete;
@@ -39,11 +40,15 @@ class Runtime {
 
   const ort::Env* env() const { return env_; }
 
-  /// Turn a failure into an exception.
-  void check(ort::Status* status) const {
+  /// Turn a failure into an exception. @param memory where memory that cannot be had is std::bad_alloc
+  void check(ort::Status* status, bool memory = false) const {
     if (status == nullptr) return;
-    const std::string message = api.GetErrorMessage(status);
+    const std::string message = one_line(api.GetErrorMessage(status));
     api.ReleaseStatus(status);
+    const auto has = [&](const char* words) { return message.find(words) != std::string::npos; };
+    if (memory && (has("Failed to allocate memory") || has("bad_alloc") || has("bad allocation"))) {
+      throw std::bad_alloc();
+    }
     throw BackendError("ONNX Runtime: " + message);
   }
 
@@ -122,7 +127,7 @@ class Owned {
 
 class OnnxRuntimeSession : public Session {
  public:
-  OnnxRuntimeSession(std::shared_ptr<Runtime> runtime, const Graph& graph, const Bytes& model,
+  OnnxRuntimeSession(std::shared_ptr<Runtime> runtime, const Manifest& manifest, const Graph& graph, const Bytes& model,
                      std::map<std::string, Bytes> data, const ort::SessionOptions* options, bool one_by_one)
       : runtime_(std::move(runtime)),
         api_(runtime_->api),
@@ -134,7 +139,7 @@ class OnnxRuntimeSession : public Session {
     runtime_->check(api_.CreateSessionFromArray(runtime_->env(), model.data(), model.size(), options, session_.out()));
     for (const auto& input : graph.inputs) inputs_.push_back(input.name);
     output_ = graph.output.name;
-    compare(graph);
+    compare(manifest, graph);
   }
 
   void run(const std::vector<Feed>& inputs, float* output, const Shape& shape) override {
@@ -162,7 +167,8 @@ class OnnxRuntimeSession : public Session {
     }
     ort::Value* result = value(values, output, shape);
     const char* const name = output_.c_str();
-    runtime_->check(api_.Run(session_.get(), nullptr, names.data(), bound.data(), bound.size(), &name, 1, &result));
+    runtime_->check(api_.Run(session_.get(), nullptr, names.data(), bound.data(), bound.size(), &name, 1, &result),
+                    true);
   }
 
   ort::Value* value(std::vector<std::unique_ptr<Owned<ort::Value>>>& values, float* data, const Shape& shape) const {
@@ -174,7 +180,7 @@ class OnnxRuntimeSession : public Session {
   }
 
   /// The model's inputs and outputs must be what the manifest says they are.
-  void compare(const Graph& graph) const {
+  void compare(const Manifest& manifest, const Graph& graph) const {
     std::size_t inputs = 0, outputs = 0;
     runtime_->check(api_.SessionGetInputCount(session_.get(), &inputs));
     runtime_->check(api_.SessionGetOutputCount(session_.get(), &outputs));
@@ -187,18 +193,26 @@ class OnnxRuntimeSession : public Session {
     for (std::size_t i = 0; i < outputs; ++i) {
       found.push_back(describe(api_.SessionGetOutputName, api_.SessionGetOutputTypeInfo, i));
     }
+    const auto fits = [&](const Tensor& ours, const Tensor& theirs) {
+      if (ours.name != theirs.name || theirs.shape.size() != 4) return false;
+      for (std::size_t i = 0; i < 4; ++i) {
+        const std::int64_t side = std::get<std::int64_t>(theirs.shape[i]);  // -1 where it is free
+        const auto* const name = std::get_if<std::string>(&ours.shape[i]);
+        const std::int64_t wanted =
+            name != nullptr ? manifest.fixed_side(*name) : std::get<std::int64_t>(ours.shape[i]);
+        if (side >= 0 && side != wanted) return false;
+      }
+      return true;
+    };
     bool same = inputs == graph.inputs.size() && outputs == 1;
-    for (const auto& tensor : wanted) {
-      same = same && std::any_of(found.begin(), found.end(), [&](const Tensor& t) {
-               return t.name == tensor.name && t.shape.size() == 4 &&
-                      (t.shape[1] == tensor.shape[1] || std::get<std::int64_t>(t.shape[1]) < 0);
-             });
+    for (const auto& ours : wanted) {
+      same = same && std::any_of(found.begin(), found.end(), [&](const Tensor& t) { return fits(ours, t); });
     }
     if (same) return;
     std::string names, shapes;
     for (std::size_t i = 0; i < found.size(); ++i) {
-      names += (i == 0 ? "" : i == inputs ? ", outputs " : ", ") + found[i].name;
-      shapes += (i == 0 ? "" : ", ") + found[i].name + " " + found[i].describe();
+      names += (i == 0 ? "" : i == inputs ? ", outputs " : ", ") + printable(found[i].name);
+      shapes += (i == 0 ? "" : ", ") + printable(found[i].name) + " " + found[i].describe();
     }
     throw FolderError(text(graph.file, ": inputs are ", names, ", not what the manifest says (", shapes, ")"));
   }
@@ -270,7 +284,8 @@ class OnnxRuntimeBackend : public Backend {
     try {
       // A CPU gains nothing from a batch and its caches lose by it: one tile at a time.
       const bool one_by_one = device_ < 0 && manifest.batch[0] == 1;
-      return std::make_unique<OnnxRuntimeSession>(runtime_, graph, model, std::move(data), settings.get(), one_by_one);
+      return std::make_unique<OnnxRuntimeSession>(runtime_, manifest, graph, model, std::move(data), settings.get(),
+                                                  one_by_one);
     } catch (const BackendError& error) {
       throw FolderError(text(folder, "/", graph.file, ": ONNX Runtime refuses it (", error.what(), ")"));
     }
@@ -299,7 +314,7 @@ class OnnxRuntimeBackend : public Backend {
     runtime_->check(api.CreateSessionOptions(settings.out()));
     runtime_->check(api.SetIntraOpNumThreads(settings.get(), threads_));
     runtime_->check(api.SetInterOpNumThreads(settings.get(), 1));
-    runtime_->check(api.SetSessionLogSeverityLevel(settings.get(), ort::kLogErrors));
+    runtime_->check(api.SetSessionLogSeverityLevel(settings.get(), ort::kLogFatal));
     runtime_->check(api.DisableMemPattern(settings.get()));
     runtime_->check(api.AddSessionConfigEntry(settings.get(), "session.intra_op.allow_spinning", "0"));
     if (device_ < 0) return;

@@ -23,7 +23,7 @@ struct Value;
 
 constexpr std::uint32_t kApiVersion = 16;       // 1.16
 constexpr std::uint32_t kExternalVersion = 18;  // 1.18: weights in memory beside the model
-constexpr int kLogErrors = 3, kFloat = 1, kDeviceAllocator = 0, kDefaultMemory = 0;
+constexpr int kLogFatal = 4, kFloat = 1, kDeviceAllocator = 0, kDefaultMemory = 0;
 
 // X(slot, result, name, parameters)
 #define GDPO_ORT_FUNCTIONS(X)                                                                                      \

@@ -14,7 +14,7 @@
 #include "backends/library.hpp"
 #include "devices/cuda/cuda.hpp"
 #ifdef GDPO_CUDA_KERNELS
-#include "devices/cuda/restore_cuda.hpp"
+#include "devices/cuda/device.hpp"
 #endif
 
 namespace gdpo::detail {
@@ -245,21 +245,15 @@ class TensorRtSession : public Session, public DeviceSession {
 class TensorRtBackend : public Backend {
  public:
   explicit TensorRtBackend(const Options& options)
-      : trusted_(options.trust_plan),
-        index_(gpu_index(options.device.empty() ? "cuda" : options.device)),
-        options_(options) {
+      : index_(gpu_index(options.device.empty() ? "cuda" : options.device)), options_(options) {
     if (index_ < 0) throw InvalidArgument("device must be cuda or cuda:N for tensorrt; got 'cpu'");
   }
 
-  /// Hashed, trusted, of this version, of this GPU, in this order, before TensorRT sees a byte.
+  /// Hashed, of this version, of this GPU, in this order, before TensorRT sees a byte. `load` asked whether it is
+  /// trusted.
   std::unique_ptr<Session> open(const Manifest& manifest, const std::string& folder, const std::string& name) override {
     const Graph& graph = manifest.graphs.at(name);
     const Bytes plan = read_file(folder, graph.file, graph.sha256);
-    if (!trusted_ && !built_here(graph.sha256)) {
-      throw FolderError(text(folder, "/", graph.file,
-                             ": a plan is executable code and this one was not built by you here; build it (python -m "
-                             "engine.build) or, if you trust its source, set Options::trust_plan"));
-    }
     if (nvinfer_ == nullptr) {
       const std::string soname = text("libnvinfer.so.", NV_TENSORRT_MAJOR);
       nvinfer_ = std::make_shared<Nvinfer>(candidates(options_.library, "GDPO_TENSORRT", {soname, "libnvinfer.so"}));
@@ -287,7 +281,6 @@ class TensorRtBackend : public Backend {
 #endif
 
  private:
-  bool trusted_;
   int index_;
   Options options_;
   std::shared_ptr<Nvinfer> nvinfer_;

@@ -4,6 +4,7 @@
 #include <nlohmann/json.hpp>
 #include <set>
 
+#include "backends/registry.hpp"
 #include "folder/files.hpp"
 #include "folder/sha256.hpp"
 #include "picture/noise.hpp"
@@ -15,7 +16,8 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr int kFormat = 1;
-const std::set<std::string> kBackends = {"onnx", "onnxruntime", "tensorrt", "tensorrt-rtx"};
+constexpr std::int64_t kMostSide = 1 << 16;
+constexpr int kDeepest = 32;  // of nested arrays and objects
 const std::set<std::string> kFields = {"backend", "backend_version", "precision", "geometry", "profile",
                                        "graphs",  "model",           "source",    "parity",   "options",
                                        "extras",  "resampler",       "noise",     "format"};
@@ -62,21 +64,20 @@ std::string hash(const Json& value) {
   throw FolderError(shown(value) + " is not a SHA-256");
 }
 
-std::int64_t count(const Json& value) {
+std::int64_t number(const Json& value, const std::string& name, std::int64_t most) {
   if (value.is_number_integer()) {
-    const bool fits = !value.is_number_unsigned() || value.get<std::uint64_t>() <= 1 << 16;
-    if (fits && value.get<std::int64_t>() >= 1 && value.get<std::int64_t>() <= 1 << 16)
-      return value.get<std::int64_t>();
+    const bool fits = !value.is_number_unsigned() || value.get<std::uint64_t>() <= static_cast<std::uint64_t>(most);
+    if (fits && value.get<std::int64_t>() >= 1 && value.get<std::int64_t>() <= most) return value.get<std::int64_t>();
   }
-  throw FolderError(shown(value) + " is not a count");
+  throw FolderError(text(name, " must be 1 to ", most, "; got ", shown(value)));
 }
 
-Span span(const Json& value, const char* name) {
+Span span(const Json& value, const std::string& name, std::int64_t most) {
   if (!value.is_array() || value.size() != 3)
     throw FolderError(text(name, " must be three numbers; got ", shown(value)));
-  const Span result = {count(value[0]), count(value[1]), count(value[2])};
+  const Span result = {number(value[0], name, most), number(value[1], name, most), number(value[2], name, most)};
   if (result[0] > result[1] || result[1] > result[2]) {
-    throw FolderError("least, usual and largest must rise; got " + shown(value));
+    throw FolderError(text(name, " must rise from least to usual to largest; got ", shown(value)));
   }
   return result;
 }
@@ -93,7 +94,7 @@ Tensor tensor(const Json& value) {
     if (side.is_string()) {
       result.shape.emplace_back(side.get<std::string>());
     } else {
-      result.shape.emplace_back(count(side));
+      result.shape.emplace_back(number(side, "a side of " + shown(value.at("name")), kMostSide));
     }
   }
   return result;
@@ -113,7 +114,7 @@ Graph graph(const Json& value) {
 }
 
 /// Whether a graph takes and gives what its role says: planes named `first`, and noise where it has a step.
-void check_role(const std::string& name, const Graph& graph, const Geometry& geometry) {
+void check_role(const std::string& name, const Graph& graph, const Manifest& manifest) {
   struct Role {
     const char *input, *output;
     bool picture_in, noise, picture_out;
@@ -124,31 +125,32 @@ void check_role(const std::string& name, const Graph& graph, const Geometry& geo
                                                     {"decoder", {"x0", "output", false, false, true}}};
   const auto planes = [&](const char* of, bool picture) {
     const auto prefix = std::string(picture ? "" : "latent_");
-    return Tensor{of, {"batch", picture ? 3 : geometry.channels, prefix + "height", prefix + "width"}};
+    return Tensor{of, {"batch", picture ? 3 : manifest.geometry.channels, prefix + "height", prefix + "width"}};
   };
-  const auto same = [](const Tensor& found, const Tensor& wanted) {
+  const auto same = [&](const Tensor& found, const Tensor& wanted) {
     if (found.name != wanted.name || found.shape.size() != 4) return false;
     for (std::size_t i = 0; i < 4; ++i) {  // a static plan has numbers where a dynamic one has names
-      const bool free = i != 1 && std::holds_alternative<std::int64_t>(found.shape[i]);
-      if (!free && found.shape[i] != wanted.shape[i]) return false;
+      const auto* const number = std::get_if<std::int64_t>(&found.shape[i]);
+      const auto* const name = std::get_if<std::string>(&wanted.shape[i]);
+      const bool fits = number != nullptr && name != nullptr && *number == manifest.fixed_side(*name);
+      if (!fits && found.shape[i] != wanted.shape[i]) return false;
     }
     return true;
   };
+  const auto described = [](const Tensor& tensor) { return printable(tensor.name) + " " + tensor.describe(); };
   const auto& role = roles.at(name);
   std::vector<Tensor> wanted = {planes(role.input, role.picture_in)};
   if (role.noise) wanted.push_back(planes("noise", false));
   for (std::size_t i = 0; i < std::max(wanted.size(), graph.inputs.size()); ++i) {
     if (i >= wanted.size() || i >= graph.inputs.size() || !same(graph.inputs[i], wanted[i])) {
-      throw FolderError(
-          text("input ", i + 1, " of ", name, " must be ",
-               i < wanted.size() ? wanted[i].name + " " + wanted[i].describe() : "absent", "; got ",
-               i < graph.inputs.size() ? graph.inputs[i].name + " " + graph.inputs[i].describe() : "none"));
+      throw FolderError(text("input ", i + 1, " of ", name, " must be ",
+                             i < wanted.size() ? described(wanted[i]) : "absent", "; got ",
+                             i < graph.inputs.size() ? described(graph.inputs[i]) : "none"));
     }
   }
   const auto result = planes(role.output, role.picture_out);
   if (!same(graph.output, result)) {
-    throw FolderError(text("the output of ", name, " must be ", result.name, " ", result.describe(), "; got ",
-                           graph.output.name, " ", graph.output.describe()));
+    throw FolderError(text("the output of ", name, " must be ", described(result), "; got ", described(graph.output)));
   }
 }
 
@@ -164,20 +166,24 @@ Manifest checked(const Json& content) {
   }
   Manifest result;
   const auto& geometry = content["geometry"];
-  result.geometry = {count(field(geometry, "scale")), count(field(geometry, "factor")),
-                     count(field(geometry, "channels")), count(field(geometry, "multiple")),
-                     count(field(geometry, "overlap"))};
+  const auto part = [&](const char* name, std::int64_t most) {
+    return number(field(geometry, name), std::string("geometry.") + name, most);
+  };
+  result.geometry = {part("scale", 16), part("factor", 64), part("channels", 4096), part("multiple", 4096),
+                     part("overlap", 4096)};
   if (geometry.size() != 5) throw FolderError("geometry has unknown fields: " + shown(geometry));
   if (result.geometry.multiple % result.geometry.factor != 0) {
     throw FolderError(
         text("multiple ", result.geometry.multiple, " must be a multiple of factor ", result.geometry.factor));
   }
-  result.batch = span(field(content["profile"], "batch"), "batch");
-  result.tile = span(field(content["profile"], "tile"), "tile");
+  const auto& profile = content["profile"];
+  result.batch = span(field(profile, "batch"), "profile.batch", 1024);
+  result.tile = span(field(profile, "tile"), "profile.tile", kMostSide);
+  if (profile.size() != 2) throw FolderError("profile has unknown fields: " + shown(profile));
   for (const std::int64_t side : result.tile) {
     if (side % result.geometry.multiple != 0) {
       throw FolderError(
-          text("tile sides ", shown(content["profile"]["tile"]), " must be multiples of ", result.geometry.multiple));
+          text("tile sides ", shown(profile["tile"]), " must be multiples of ", result.geometry.multiple));
     }
   }
   if (!content["graphs"].is_object()) throw FolderError("graphs must be an object");
@@ -188,18 +194,22 @@ Manifest checked(const Json& content) {
   }
   if (names != std::set<std::string>{"generator"} && names != std::set<std::string>{"encoder", "unet", "decoder"}) {
     std::string found;
-    for (const auto& name : names) found += (found.empty() ? "" : ", ") + name;
+    for (const auto& name : names) found += (found.empty() ? "" : ", ") + printable(name);
     throw FolderError(
         text("graphs must be generator, or encoder, unet and decoder; got ", found.empty() ? "none" : found));
   }
-  for (const auto& [name, entry] : result.graphs) check_role(name, entry, result.geometry);
+  for (const auto& [name, entry] : result.graphs) check_role(name, entry, result);
   result.backend = string(content["backend"], "backend");
   result.backend_version = string(content["backend_version"], "backend_version");
   if (content.contains("architecture") && !content["architecture"].is_null()) {
     result.architecture = string(content["architecture"], "architecture");
   }
-  if (kBackends.count(result.backend) == 0) {
-    throw FolderError("backend must be one of onnx, onnxruntime, tensorrt, tensorrt-rtx; got " + shown(result.backend));
+  if (find_backend(result.backend) == nullptr) {
+    throw FolderError("backend must be one of " + backend_names() + "; got " + shown(result.backend));
+  }
+  const auto& precision = content["precision"];
+  if (precision != "fp32" && precision != "fp16" && precision != "bf16") {
+    throw FolderError("precision must be one of fp32, fp16, bf16; got " + shown(precision));
   }
   const Json noise = {{"generator", kGenerator}, {"table", kTableSha256}};
   for (const auto& [name, ours] : {std::pair<const char*, Json>("resampler", kResampler), {"noise", noise}}) {
@@ -211,6 +221,7 @@ Manifest checked(const Json& content) {
   for (const auto* const name : {"model", "source", "parity", "options", "extras"}) {
     if (!content[name].is_object()) throw FolderError(text(name, " must be an object"));
   }
+  for (const auto& [name, digits] : content["extras"].items()) static_cast<void>(file_name(name) + hash(digits));
   const auto& options = content["options"];
   result.version_compatible = options.contains("version_compatible") && options["version_compatible"] == true;
   return result;
@@ -222,17 +233,34 @@ std::string Tensor::describe() const {
   std::string result;
   for (const auto& side : shape) {
     result += result.empty() ? "[" : ",";
-    result += std::holds_alternative<std::string>(side) ? std::get<std::string>(side)
+    result += std::holds_alternative<std::string>(side) ? printable(std::get<std::string>(side))
                                                         : std::to_string(std::get<std::int64_t>(side));
   }
   return result.empty() ? "[]" : result + "]";
 }
 
+std::string printable(const std::string& name) {
+  const bool plain = !name.empty() && name.size() <= 40 &&
+                     std::all_of(name.begin(), name.end(), [](char c) { return c > ' ' && c < 127; });
+  return plain ? name : shown(name);
+}
+
+std::int64_t Manifest::fixed_side(const std::string& dimension) const {
+  const bool latent = dimension.rfind("latent_", 0) == 0;
+  const Span& range = dimension == "batch" ? batch : tile;
+  return range[0] != range[2] ? 0 : latent ? range[0] / geometry.factor : range[0];
+}
+
 Manifest parse_manifest(const char* begin, const char* end) {
   try {
-    return checked(Json::parse(begin, end));
+    // Printing what is nested would need a stack as deep.
+    const auto shallow = [](int depth, Json::parse_event_t, Json&) {
+      if (depth > kDeepest) throw FolderError(text("nested more than ", kDeepest, " deep"));
+      return true;
+    };
+    return checked(Json::parse(begin, end, shallow));
   } catch (const Json::exception& error) {
-    throw FolderError(text("not a manifest of an engine folder (", error.what(), ")"));
+    throw FolderError(text("not a manifest of an engine folder (", one_line(error.what()), ")"));
   }
 }
 

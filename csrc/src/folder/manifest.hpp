@@ -44,7 +44,13 @@ struct Manifest {
   bool version_compatible = false;  ///< a plan that other versions of its backend load too
 
   bool fixed() const { return tile[0] == tile[2]; }
+
+  /// The length of a dimension by its name where the profile leaves no choice, else 0.
+  std::int64_t fixed_side(const std::string& dimension) const;
 };
+
+/// A name from a file, for messages: as it stands there where it is a plain word, else escaped and shortened.
+std::string printable(const std::string& name);
 
 /// The bytes of a file that is read once.
 using Bytes = Buffer<char>;

@@ -55,6 +55,11 @@ GDPO_BOTH std::uint8_t to_8_bit(std::uint32_t sample) {
   return static_cast<std::uint8_t>((sample * 255 + 32767) / 65535);
 }
 
+/// BT.601, rounded.
+GDPO_BOTH std::uint32_t luma(std::uint32_t red, std::uint32_t green, std::uint32_t blue) {
+  return (299 * red + 587 * green + 114 * blue + 500) / 1000;
+}
+
 /// [1 2 1]/4 of three samples.
 GDPO_BOTH float mixed(float before, float here, float after) { return here * 0.5f + (before + after) * 0.25f; }
 

@@ -13,8 +13,6 @@ namespace {
 
 using detail::text;
 
-constexpr std::int64_t kMaxPixels = 1'000'000'000;
-
 [[noreturn]] void fail(const std::string& path) { throw std::system_error(errno, std::generic_category(), path); }
 
 /// The header of a PPM: numbers between white space and comments.

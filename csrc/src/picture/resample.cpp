@@ -141,9 +141,9 @@ void Resampler::band(Range rows, const Columns& columns, float* planes) const {
   for (int channel = 0; channel < 3; ++channel) {
     for (std::int64_t row = 0; row < source; ++row) {
       if (picture_.sample == Sample::u8) {
-        load<std::uint8_t>(picture_, needed.first + row, columns.needed, channel, line.data());
+        load<std::uint8_t>(picture_, needed.first - first_row_ + row, columns.needed, channel, line.data());
       } else {
-        load<std::uint16_t>(picture_, needed.first + row, columns.needed, channel, line.data());
+        load<std::uint16_t>(picture_, needed.first - first_row_ + row, columns.needed, channel, line.data());
       }
       filter_line(line.data(), columns.first.data(), columns.weights.data(), across_.count, width,
                   filtered.data() + row * width);

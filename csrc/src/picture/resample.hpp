@@ -1,6 +1,7 @@
 /// Separable bicubic, a = -0.5, antialiased when it shrinks: see engine/runtime/resample.py, which has the same bits.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <gdpo/image.hpp>
 #include <vector>
@@ -35,6 +36,17 @@ class Resampler {
   /// order, from several threads.
   void window(Range rows, Range columns, Pool& pool, const Sink& sink) const;
 
+  /// Rows of the picture from `first` on, packed, where it is not in memory whole.
+  void source(const void* rows, std::int64_t first) {
+    picture_.data = rows;
+    first_row_ = first;
+  }
+
+  /// The rows of the picture that a row of the result needs.
+  Range needed(std::int64_t row) const {
+    return {down_.first[row], std::min(down_.first[row] + down_.count, picture_.size.height)};
+  }
+
   const Size size;
 
  private:
@@ -42,6 +54,7 @@ class Resampler {
   void band(Range rows, const Columns& columns, float* planes) const;
 
   ImageView picture_;
+  std::int64_t first_row_ = 0;  // what lies at picture_.data
   Taps down_, across_;
 };
 

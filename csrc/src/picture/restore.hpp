@@ -1,32 +1,19 @@
-/// One picture on its way through the model.
+/// One picture on its way through the model, on any device.
 #pragma once
 
 #include <functional>
 
-#include "api/upscaler.hpp"
-#include "picture/resample.hpp"
-#include "picture/tiles.hpp"
+#include "picture/device.hpp"
 
 namespace gdpo::detail {
 
-/// How a picture is cut into tiles.
-struct Plan {
-  /// @throws InvalidArgument: a tile or a batch that the model does not take, or a picture too large
-  Plan(const Manifest& manifest, Size in, const Request& request);
+/// Called with the number of tiles that are done now.
+using Step = std::function<void(std::int64_t)>;
 
-  Size size;  ///< of the upsampled picture
-  Axis rows, columns;
-  std::int64_t batch = 1;
-  std::int64_t calls = 0;  ///< tiles times stages
-};
-
-/// The restored picture [H,W,3], colours not aligned yet.
-/// @param in the input on its way to plan.size
-/// @param full the largest value of an input sample
-Buffer<std::uint16_t> restore(const Upscaler::Impl& up, const Plan& plan, const Resampler& in, float full,
-                              const Request& request, const Step& step, double* backend_seconds);
-
-/// Say which tile of a graph's output is not finite. @throws NotFinite, always
-[[noreturn]] void throw_not_finite(const Upscaler::Impl& up, const Plan& plan, const char* graph, const Place& place);
+/// Upscale a picture: LR -> resampled x4, mirrored beyond its edges -> tiles -> encode -> one step with noise from
+/// (seed, position) -> decode -> blended -> colours aligned -> the caller's samples.
+/// @param seconds in the backend, added up
+/// @throws NotFinite, and what `step` throws
+void restore(const Job& job, Device& device, const Step& step, double* seconds);
 
 }  // namespace gdpo::detail

@@ -2,11 +2,9 @@
 /// pixels.
 #pragma once
 
-#include <functional>
 #include <vector>
 
 #include "common.hpp"
-#include "picture/parallel.hpp"
 
 namespace gdpo::detail {
 
@@ -27,25 +25,5 @@ struct Axis {
 /// Cover an axis with tiles, each at most `tile` long; `fixed`: each exactly.
 /// @throws InvalidArgument: tiles so short that the overlap leaves nothing
 Axis cover(std::int64_t size, std::int64_t tile, std::int64_t overlap, std::int64_t multiple, bool fixed);
-
-/// A tile's upper left corner.
-struct Place {
-  std::int64_t top, left;
-};
-
-/// Planes of floats, [channels, rows, columns].
-struct Planes {
-  const float* data;
-  std::int64_t rows, columns, row_stride, plane_stride;  // strides in floats
-};
-
-/// Results of tiles in one row, [places, channels, tile, tile], valid until the next call.
-using RunTiles = std::function<const float*(const std::vector<Place>&)>;
-/// A finished band: its first row and the planes, cropped to the axes' sizes.
-using TakeBand = std::function<void(std::int64_t first, const Planes& band)>;
-
-/// Run every tile and hand on finished bands, from the top to the bottom.
-void blend(const Axis& rows, const Axis& columns, int channels, std::int64_t resolution, std::int64_t batch, Pool& pool,
-           const RunTiles& run, const TakeBand& take);
 
 }  // namespace gdpo::detail

@@ -7,7 +7,8 @@
 
 #include "devices/cuda/cuda.hpp"
 #include "devices/cuda/kernels.hpp"
-#include "picture/restore.hpp"
+#include "picture/device.hpp"
+#include "picture/resample.hpp"
 
 namespace gdpo::detail {
 
@@ -54,38 +55,35 @@ inline std::int64_t most_places(const Plan& plan) { return std::min(plan.batch, 
 
 /// What a picture takes of the device's memory.
 struct Memory {
-  Memory(Parts parts, const Upscaler::Impl& up, const Plan& plan, const ImageView& from, const ImageSpan& to,
-         Color color)
+  Memory(Parts parts, const Job& job)
       : in{nullptr,
-           from.sample == Sample::u16,
-           from.size.height,
-           from.size.width,
-           plan.size.height,
-           plan.size.width,
-           parts.filter({from.size.height, plan.size.height}),
-           parts.filter({from.size.width, plan.size.width})} {
-    const auto& geometry = up.manifest.geometry;
+           job.in.sample == Sample::u16,
+           job.in.size.height,
+           job.in.size.width,
+           job.plan.size.height,
+           job.plan.size.width,
+           parts.filter({job.in.size.height, job.plan.size.height}),
+           parts.filter({job.in.size.width, job.plan.size.width})} {
+    const Plan& plan = job.plan;
+    const auto& geometry = job.model.manifest.geometry;
+    const Size from = job.in.size, to = job.out.size;
     const std::int64_t h = plan.size.height, w = plan.size.width, f = geometry.factor;
-    const bool staged = up.sessions.count("generator") == 0, resized = to.size != plan.size;
+    const std::int64_t item = job.in.sample_bytes();
+    const bool staged = job.model.staged(), resized = job.resized();
+    const Color color = job.request.color;
     if (resized) {
-      out = {nullptr,
-             true,
-             h,
-             w,
-             to.size.height,
-             to.size.width,
-             parts.filter({h, to.size.height}),
-             parts.filter({w, to.size.width})};
+      out = {nullptr, true, h, w, to.height, to.width, parts.filter({h, to.height}), parts.filter({w, to.width})};
     }
     auto starts = plan.columns.starts;  // and the last one again, for a row's last batch where that is too short
-    starts.resize(starts.size() + static_cast<std::size_t>(up.manifest.batch[0]) - 1, plan.columns.starts.back());
+    starts.resize(starts.size() + static_cast<std::size_t>(job.model.manifest.batch[0]) - 1,
+                  plan.columns.starts.back());
     lefts = parts.constant(starts);
     down[0] = parts.constant(plan.rows.weights(f)), across[0] = parts.constant(plan.columns.weights(f));
     if (staged) down[1] = parts.constant(plan.rows.weights(1)), across[1] = parts.constant(plan.columns.weights(1));
     constants = parts.constants();
 
-    in.samples = source = parts.room<char>(elements(from.size.height, from.size.width, 3, from.sample_bytes()));
-    result = parts.room<char>(elements(to.size.height, to.size.width, 3, to.sample_bytes()));
+    in.samples = source = parts.room<char>(elements(from.height, from.width, 3, item));
+    result = parts.room<char>(elements(to.height, to.width, 3, item));
     picture = parts.room<std::uint16_t>(elements(h, w, 3));
     out.samples = aligned = resized && color != Color::none ? parts.room<std::uint16_t>(elements(h, w, 3)) : picture;
     band = parts.room<float>(elements(3, plan.rows.tile * f, plan.columns.end() * f));

@@ -1,4 +1,4 @@
-/// A picture's whole way on the GPU: it crosses the bus once in and once out, as the caller's samples.
+/// A GPU as a device: a picture crosses the bus once in and once out, as the caller's samples.
 #pragma once
 
 #include "backends/backend.hpp"
