@@ -22,6 +22,7 @@ from engine.io.images import Picture, write_image
 from gdpo.evaluation import before_after, report
 from gdpo.evaluation.columns import NAMES, Metric, build_metrics
 from gdpo.evaluation.compare import bootstrap, compare
+from gdpo.evaluation.score import Rows, draw, first_line, score, tensor
 from gdpo.evaluation.sources import Source, build_sources, check_pairs, list_pictures, read_pair
 from gdpo.scores.registry import FID, Unavailable, load_pyiqa
 
@@ -34,6 +35,12 @@ def parser() -> Parser:
     p.add_argument("--before-after", metavar="MODEL", help=f"{before_after.HELP}; has options of its own")
     p.add_argument("--lr", required=True, metavar="DIR", help="low-resolution pictures")
     p.add_argument("--hr", required=True, metavar="DIR", help="their originals, under the same names")
+    for side in ("lr", "hr", "sr"):
+        p.add_argument(
+            f"--{side}-name", default="{name}", metavar="TEMPLATE",
+            help=f"how --{side} names its pictures, without suffix, such as {{name}}_{side.upper()}",
+        )  # fmt: skip
+    p.add_argument("--crop-border", type=int, default=0, help="pixels at each side that full-reference metrics ignore")
     p.add_argument("--sr", action="append", default=[], metavar="[NAME=]DIR", help="finished pictures; repeatable")
     p.add_argument(
         "--model", action="append", default=[], metavar="[NAME=]DIR", help="an engine or generator folder; repeatable"
@@ -80,12 +87,11 @@ def _device(name: str | None) -> torch.device:
 def main() -> int:
     if any(word.partition("=")[0] == "--before-after" for word in sys.argv[1:]):
         return before_after.main()
-    evaluate()
-    return 0
+    return evaluate()
 
 
-def evaluate() -> None:
-    """Score pictures and models against HR pictures."""
+def evaluate() -> int:
+    """Score pictures and models against HR pictures; 1 if some could not be scored."""
     args = parser().parse_args()
     for name in ("seeds", "seed_images", "every", "bootstrap", "sheet_images", "sheet_crop", "sheet_zoom"):
         if getattr(args, name) < 1:
@@ -94,15 +100,17 @@ def evaluate() -> None:
         raise ValueError(f"--sheet-crop must be at most {_MAX_CROP}; got {args.sheet_crop}")
     if not 0 <= args.seed < 1 << 63:
         raise ValueError(f"--seed must be in [0, 2^63); got {args.seed}")
+    if args.crop_border < 0:
+        raise ValueError(f"--crop-border must be at least 0; got {args.crop_border}")
     device = _device(args.device)
     out = Path(args.out)
     for folder in (args.lr, args.hr, *(text.rpartition("=")[2] for text in [*args.sr, *args.model])):
         if out.resolve() == Path(folder).resolve():
             raise ValueError(f"--out {out} is one of the folders that are read; choose another for the results")
-    hr, lr = list_pictures(Path(args.hr)), list_pictures(Path(args.lr))
+    hr, lr = list_pictures(Path(args.hr), args.hr_name), list_pictures(Path(args.lr), args.lr_name)
     check_pairs(list(hr), Path(args.lr), lr)
     names = sorted(hr)[:: args.every]
-    sources = build_sources(args.sr, args.model, list(hr), args.device, args.color)
+    sources = build_sources(args.sr, args.model, list(hr), args.device, args.color, args.sr_name)
     rows = [s.name for s in sources]
     pair = args.compare or (rows[:-3:-1] if len(rows) > 2 else [])
     if unknown := [n for n in pair if n not in rows]:
@@ -111,27 +119,41 @@ def evaluate() -> None:
     out.mkdir(parents=True, exist_ok=True)
 
     shown = {names[i] for i in np.linspace(0, len(names) - 1, min(args.sheet_images, len(names))).astype(int)}
-    per_image: list[dict] = []
+    kept = Rows(out / "per_image.csv", columns)
     sheet: list[tuple[str, list[tuple[str, np.ndarray]]]] = []
+    whole: list[str] = []  # pictures that every source has
     for name in tqdm(names, desc="pictures", disable=args.no_progress):
-        small, target = read_pair(lr[name], hr[name])
-        pictures: list[np.ndarray] = []
-        for source in sources:
-            pictures.append(source.picture(name, small, target.shape[:2], args.seed))
-            if source.seeded or source.name == "bicubic":
-                _save(pictures[-1], out / "pictures" / source.name / f"{name}.png")
-        per_image += _score(name, rows, pictures, target, columns, device)
-        if name in shown:
-            sheet.append((name, [*zip(rows, pictures), ("hr", target)]))
+        pictures: dict[str, np.ndarray | None] = dict.fromkeys(rows)
+        target = None
+        try:
+            small, target = read_pair(lr[name], hr[name])
+        except (ValueError, OSError) as error:
+            kept.fail(first_line(error))
+        else:
+            for source in sources:
+                drawn = pictures[source.name] = draw(source, name, small, target.shape[:2], args.seed, kept)
+                if drawn is not None and (source.seeded or source.name == "bicubic"):
+                    _save(drawn, out / "pictures" / source.name / f"{name}.png")
+        score(name, pictures, target, columns, device, args.crop_border, kept)
+        cells = [(row, drawn) for row, drawn in [*pictures.items(), ("hr", target)] if drawn is not None]
+        if len(cells) == len(rows) + 1:
+            whole.append(name)
+            if name in shown:
+                sheet.append((name, cells))
+    for row in rows:
+        if not any(np.isfinite(kept.column(row, m.name)).any() for m in columns) and columns and kept.failures:
+            raise ValueError(f"no picture of {row} could be scored; the first reason: {kept.failures[0]}")
 
     result = {
         "images": len(names),
+        "crop_border": args.crop_border,
+        "failures": kept.failures,
         "seed": args.seed,
         "niqe_model": Path(args.niqe).stem if Path(args.niqe).suffix else args.niqe,
         "bootstrap": args.bootstrap,
-        "models": _means([*rows, "hr"], per_image, columns, args.bootstrap, args.seed),
+        "models": _means([*rows, "hr"], kept, columns, args.bootstrap, args.seed),
         "missing": missing,
-        "diversity": _diversity(sources, names, lr, hr, columns, device, args) if args.seeds > 1 else {},
+        "diversity": _diversity(sources, whole, lr, hr, columns, device, args) if args.seeds > 1 and whole else {},
         "comparison": {},
     }
     for source in sources:
@@ -140,18 +162,21 @@ def evaluate() -> None:
     if "fid" in args.metrics:
         _fid(result, sources, Path(args.hr), out, device, args.every)
     if pair:
-        values = {m.name: (_column(per_image, pair[0], m), _column(per_image, pair[1], m), m.better) for m in columns}
+        values = {m.name: (*(kept.column(row, m.name) for row in pair), m.better) for m in columns}
         compared = {n: compare(*v, args.bootstrap, args.seed) for n, v in values.items()}
         result["comparison"] = {"a": pair[0], "b": pair[1], "metrics": compared}
         report.write_scatter(out / "compare.png", pair[0], pair[1], values)
-    report.write_csv(out / "per_image.csv", per_image, [m.name for m in columns])
     report.write_json(out / "results.json", result)
-    report.write_sheet(out / "sheet.png", sheet, args.sheet_crop, args.sheet_zoom)
+    if sheet:
+        report.write_sheet(out / "sheet.png", sheet, args.sheet_crop, args.sheet_zoom)
     table = report.markdown(result, columns)
     atomic_write(out / "table.md", table)
     print(table, end="")
     written = sorted(p.name for p in out.iterdir() if p.is_file())
     print(f"{out}: {', '.join(written)}", file=sys.stderr)
+    if kept.failures:
+        print(f"{len(kept.failures)} failure(s) left cells empty; they are in results.json", file=sys.stderr)
+    return int(bool(kept.failures))
 
 
 def _save(pixels: np.ndarray, path: Path) -> None:
@@ -159,40 +184,14 @@ def _save(pixels: np.ndarray, path: Path) -> None:
     write_image(path, Picture(pixels))
 
 
-def _tensor(*pictures: np.ndarray, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(device).float() / 255
-
-
-@torch.inference_mode()
-def _score(
-    image: str, rows: list[str], pictures: list[np.ndarray], hr: np.ndarray, columns: list[Metric], device: torch.device
-) -> list[dict]:
-    """A row of the CSV for each model and for the HR picture itself (which has no full-reference scores)."""
-    everything, target = _tensor(*pictures, hr, device=device), _tensor(hr, device=device)
-    out = [{"image": image, "model": name} for name in [*rows, "hr"]]
-    for metric in columns:
-        scored = everything[:-1] if metric.reference else everything
-        try:
-            values = metric.score(scored, target).double().tolist()
-        except (ValueError, RuntimeError) as error:
-            raise type(error)(f"{metric.name} of {image}: {error}") from error
-        for row, value in zip(out, values):
-            row[metric.name] = value
-    return out
-
-
-def _column(per_image: list[dict], model: str, metric: Metric) -> np.ndarray:
-    return np.array([row.get(metric.name, float("nan")) for row in per_image if row["model"] == model])
-
-
-def _means(rows: list[str], per_image: list[dict], columns: list[Metric], rounds: int, seed: int) -> dict:
+def _means(rows: list[str], kept: Rows, columns: list[Metric], rounds: int, seed: int) -> dict:
     out: dict[str, dict] = {}
     for name in rows:
         out[name] = {}
         for metric in columns:
             if name == "hr" and metric.reference:
                 continue
-            mean, low, high = bootstrap(_column(per_image, name, metric), rounds, seed)
+            mean, low, high = bootstrap(kept.column(name, metric.name), rounds, seed)
             out[name][metric.name] = {"mean": mean, "low": low, "high": high}
     return out
 
@@ -213,7 +212,7 @@ def _diversity(
             size = target.shape[:2]
             pictures = [source.picture(name, small, size, args.seed + k) for k in range(args.seeds)]
             pixels.append(np.stack(pictures).astype(np.float32).std(0, ddof=1).mean())
-            x, y = _tensor(*pictures, device=device), _tensor(target, device=device)
+            x, y = tensor(*pictures, device=device), tensor(target, device=device)
             for metric in metrics:
                 scores[metric.name].append(metric.score(x, y).double().cpu().numpy())
         del source.seconds[timed:]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from pathlib import Path
@@ -16,16 +14,6 @@ from gdpo.evaluation.columns import Metric
 from gdpo.scores.registry import PLACE
 
 _DIGITS = {"ssim_y": 4, "lpips": 4, "dists": 4, "clipiqa": 4, "maniqa": 4, "maniqa-pipal": 4, "vgg": 3}
-
-
-def write_csv(path: Path, rows: list[dict], columns: list[str]) -> None:
-    """One row per picture and model: image, model, then the metrics at full precision; empty where undefined."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["image", "model", *columns], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
-    atomic_write(path, text.getvalue())
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from engine.io.images import SUFFIXES, read_image
+from engine.io.images import READABLE, read_image
 from engine.runtime.resample import resize
 from gdpo.model.parts import refuse_checkpoint
 
@@ -30,18 +30,34 @@ def read_pair(lr: Path, hr: Path) -> tuple[np.ndarray, np.ndarray]:
     return small, large
 
 
-def list_pictures(folder: Path) -> dict[str, Path]:
-    """Pictures of a folder by name without suffix. ValueError where there are none or two share a name."""
+def list_pictures(folder: Path, template: str = "{name}") -> dict[str, Path]:
+    """Pictures of a folder by name without suffix.
+
+    Args:
+        template: how the folder names them, such as "{name}_LR4"; others are of no concern.
+
+    Raises:
+        ValueError: there are none, two share a name, or the template is none.
+    """
+    if template.count("{name}") != 1 or "/" in template:
+        raise ValueError(f"a template must hold {{name}} once, such as {{name}}_LR4; got {template!r}")
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder")
+    before, _, after = template.partition("{name}")
     out: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in SUFFIXES and path.is_file():
-            if path.stem in out:
-                raise ValueError(f"{folder} holds {out[path.stem].name} and {path.name}: pictures are paired by name")
-            out[path.stem] = path
+        stem = path.stem
+        if path.suffix.lower() not in READABLE or not path.is_file() or len(stem) <= len(before) + len(after):
+            continue
+        if not (stem.startswith(before) and stem.endswith(after)):
+            continue
+        name = stem[len(before) : len(stem) - len(after)]
+        if name in out:
+            raise ValueError(f"{folder} holds {out[name].name} and {path.name}: pictures are paired by name")
+        out[name] = path
     if not out:
-        raise ValueError(f"{folder} holds no picture ({', '.join(SUFFIXES)})")
+        which = "" if template == "{name}" else f" called {template}"
+        raise ValueError(f"{folder} holds no picture{which} ({', '.join(sorted(READABLE))})")
     return out
 
 
@@ -52,7 +68,8 @@ def check_pairs(names: list[str], folder: Path, pictures: dict[str, Path]) -> No
         if which:
             more = f" and {len(which) - 3} more" if len(which) > 3 else ""
             raise ValueError(
-                f"{folder} {what} {', '.join(sorted(which)[:3])}{more}; LR, SR and HR are paired by file name"
+                f"{folder} {what} {', '.join(sorted(which)[:3])}{more}; LR, SR and HR are paired by file name "
+                "(see --lr-name, --hr-name, --sr-name)"
             )
 
 
@@ -134,12 +151,14 @@ def parse_source(text: str) -> tuple[str, Path]:
     return (name if equals else path.resolve().name), path
 
 
-def build_sources(sr: list[str], models: list[str], names: list[str], device: str | None, color: str) -> list[Source]:
+def build_sources(
+    sr: list[str], models: list[str], names: list[str], device: str | None, color: str, sr_name: str = "{name}"
+) -> list[Source]:
     """Bicubic, then the folders of finished pictures, then the models. ValueError for a repeated name."""
     sources: list[Source] = [Bicubic()]
     for text in sr:
         name, folder = parse_source(text)
-        pictures = list_pictures(folder)
+        pictures = list_pictures(folder, sr_name)
         check_pairs(names, folder, pictures)
         sources.append(Folder(name, pictures))
     for text in models:

@@ -116,6 +116,7 @@ def _pyiqa(kind: Kind, better: int, about: str, *weights: str) -> Score:
 
 SCORES: dict[str, Score] = {
     "psnr_y": Score("fidelity", 1, "PSNR of the luma, dB", _own("psnr_y", reference=True), "psnr_y"),
+    "psnr_rgb": Score("fidelity", 1, "PSNR of the three channels, dB", _own("psnr_rgb", reference=True)),
     "region_fidelity": Score("fidelity", 1, "PSNR of the luma where the photo is smooth, dB", statistic="fidelity"),
     "region_detail": Score("perceptual", 1, "as much detail as the photo where it has some", statistic="detail"),
     "ssim_y": Score("fidelity", 1, "structural similarity of the luma", _own("ssim_y", reference=True)),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from types import ModuleType
@@ -255,3 +256,82 @@ def test_the_crop_is_where_the_structure_is():
 def test_default_columns_are_known():
     columns, missing = build_metrics(["niqe", "piqe"], "photos-32", torch.device("cpu"))
     assert [c.name for c in columns] == ["niqe", "piqe"] and not missing
+
+
+# ---- pictures that fail, names, borders ----
+
+
+@pytest.fixture
+def spoilt(data, tmp_path):
+    """The scenes again: an LR picture cut, an SR picture of another size, one of 8 pixels among LR and HR."""
+    root = tmp_path / "spoilt"
+    for name in ("hr", "lr", "sr"):
+        shutil.copytree(data / name, root / name)
+    cut = root / "lr" / "scene0.png"
+    cut.write_bytes(cut.read_bytes()[:100])
+    Image.new("RGB", (64, 64)).save(root / "sr" / "scene1.png")
+    for name, side in (("hr", 8), ("lr", 2), ("sr", 8)):
+        Image.effect_noise((side, side), 50).convert("RGB").save(root / name / "tiny.png")
+    return root
+
+
+def test_what_fails_is_an_empty_cell_and_a_line(monkeypatch, spoilt, tmp_path, capsys):
+    monkeypatch.chdir(spoilt)
+    arguments = ["--lr", "lr", "--hr", "hr", "--sr", "sr", "--metrics", "psnr_y", "ssim_y", "--bootstrap", "50"]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *arguments, "--out", str(tmp_path / "out"), "--no-progress"])
+    assert evaluate.main() == 1, "the exit code says that some failed"
+    table = rows(tmp_path / "out")
+    assert len(table) == 5 * 3
+    empty = {key for key, row in table.items() if not row["psnr_y"] and key[1] != "hr"}
+    assert empty == {("scene0", "bicubic"), ("scene0", "sr"), ("scene1", "sr")}
+    assert not table["tiny", "sr"]["ssim_y"] and table["tiny", "sr"]["psnr_y"], "a window of 11 does not fit"
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    expected = np.mean([float(row["psnr_y"]) for (_, m), row in table.items() if m == "sr" and row["psnr_y"]])
+    assert result["models"]["sr"]["psnr_y"]["mean"] == pytest.approx(expected)
+    errors = capsys.readouterr().err
+    for line in ("lr/scene0.png", "sr/scene1.png must be 128x128 as its HR; got 64x64", "ssim_y of sr of tiny"):
+        assert sum(line in shown for shown in errors.splitlines()) == 1, errors
+        assert sum(line in failure for failure in result["failures"]) == 1
+
+
+def test_rows_are_written_as_they_come(monkeypatch, data, tmp_path):
+    seen = []
+
+    class Gone(BaseException):
+        pass
+
+    def picture(self, name, lr, size, seed):
+        seen.append(name)
+        if len(seen) == 3:
+            raise Gone
+        return np.zeros((*size, 3), np.uint8)
+
+    monkeypatch.setattr("gdpo.evaluation.sources.Bicubic.picture", picture)
+    with pytest.raises(Gone):
+        run_on(monkeypatch, data, tmp_path / "out", "--metrics", "psnr_y")
+    assert {name for name, _ in rows(tmp_path / "out")} == {"scene0", "scene1"}
+
+
+def test_names_by_template_and_a_border_left_out(monkeypatch, data, tmp_path):
+    """RealSR's layout: HR and LR of a scene in one folder."""
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for k in range(4):
+        for name, suffix in (("hr", "_HR"), ("lr", "_LR4"), ("sr", "_ours")):
+            shutil.copy(data / name / f"scene{k}.png", mixed / f"scene{k}{suffix}.png")
+    (mixed / "notes_LR.txt").write_text("no picture")
+    names = ["--lr-name", "{name}_LR4", "--hr-name", "{name}_HR", "--sr-name", "{name}_ours"]
+    more = ["--metrics", "psnr_rgb", "psnr_y", "naturalness", "--crop-border", "4", "--out", tmp_path / "out"]
+    command(monkeypatch, "--lr", mixed, "--hr", mixed, "--sr", f"ours={mixed}", *names, *more)
+    table = rows(tmp_path / "out")
+    x, y = (np.array(Image.open(data / f / "scene2.png")).astype(float) for f in ("sr", "hr"))
+    inner = np.s_[4:-4, 4:-4]
+    expected = 10 * np.log10(255**2 / ((x - y)[inner] ** 2).mean())
+    row = table["scene2", "ours"]
+    assert float(row["psnr_rgb"]) == pytest.approx(expected, abs=1e-3)
+    assert float(row["psnr_y"]) == pytest.approx(
+        psnr_y(*(pixels(data / f / "scene2.png")[..., 4:-4, 4:-4] for f in ("sr", "hr"))).item(), abs=1e-5
+    )
+    assert float(row["naturalness"]) == pytest.approx(naturalness(pixels(data / "sr" / "scene2.png")).item(), abs=1e-4)
+    with pytest.raises(ValueError, match=r"a template must hold \{name\} once"):
+        command(monkeypatch, "--lr", mixed, "--hr", mixed, "--lr-name", "LR4", "--out", tmp_path / "none")
