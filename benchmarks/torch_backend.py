@@ -35,7 +35,6 @@ from engine.export.optimise import DEFINITION, Plain, Steps
 from engine.export.torch_backend import TorchSession, from_generator
 from engine.io import cli
 from engine.io.rows import append_row, environment, read_rows, require_clean
-from engine.runtime.backends import Options
 from gdpo.generator import OneStepGenerator
 
 _EAGER = Steps("fp16")
@@ -75,7 +74,7 @@ class Bench:
     @functools.cached_property
     def reference(self) -> TorchSession:
         """The definition, on the model itself, which it leaves as it is."""
-        return from_generator(self.master, Options(str(self.device)), DEFINITION)[1]
+        return from_generator(self.master, str(self.device), steps=DEFINITION)[1]
 
     def refuse(self, name: str, side: int, batch: int, why: Exception | str) -> None:
         full = isinstance(why, torch.cuda.OutOfMemoryError)
@@ -83,7 +82,7 @@ class Bench:
         self.refused.append(f"{name}, {side}x{side}, batch {batch}: {reason}")
 
     def session(self, steps: Steps) -> TorchSession:
-        return from_generator(copy.deepcopy(self.master), Options(str(self.device)), steps)[1]
+        return from_generator(copy.deepcopy(self.master), str(self.device), steps=steps)[1]
 
     def inputs(self, side: int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Pictures that differ, and noise."""

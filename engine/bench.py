@@ -19,9 +19,14 @@ import numpy as np
 
 from engine.io import cli
 from engine.io.images import Picture, write_image
+from engine.runtime.align import finish
+from engine.runtime.backends.registry import BACKENDS, GENERATOR
+from engine.runtime.color import DEFAULT
 from engine.runtime.noise import noise_field
+from engine.runtime.pipeline import Pipeline
 from engine.runtime.resample import resize_window
-from engine.runtime.upscaler import Upscaler, align, quantise
+from engine.runtime.restore import quantise
+from engine.runtime.upscaler import Upscaler
 
 CONTENDERS = ("torch", "torch-compile", "torch-bf16", "onnxruntime", "openvino", "openvino-bf16", "folder")
 K = TypeVar("K", str, tuple[int, str])
@@ -40,23 +45,18 @@ def open_contender(name: str, generator: Path, engine: Path, threads: int) -> Ru
         RuntimeError: it cannot run here.
     """
     backend, _, variant = name.partition("-")
-    if backend == "torch":
-        from engine.export import torch_backend as backend_torch
-
-        up = Upscaler.load(generator, "torch", threads=threads, bf16=variant == "bf16")
-        session = up.sessions["generator"]
-        assert isinstance(session, backend_torch.TorchSession)  # what the torch backend loads
-        if variant == "compile":
-            session.compile()
-        return session
     chosen = "auto" if backend == "folder" else backend
-    up = Upscaler.load(engine, chosen, threads=threads, bf16=variant == "bf16")
-    sessions = up.sessions
-    if "generator" in sessions:
-        return sessions["generator"]
-    return lambda inputs: sessions["decoder"](
-        {"x0": sessions["unet"]({"latent": sessions["encoder"]({"image": inputs["image"]}), "noise": inputs["noise"]})}
-    )
+    model = generator if chosen in BACKENDS and GENERATOR in BACKENDS[chosen].runs else engine
+    precision = "bf16" if variant == "bf16" else "auto"
+    up = Upscaler.load(model, chosen, threads=threads, precision=precision, core=False if model is engine else None)
+    if variant == "compile":
+        from engine.export.torch_backend import TorchSession
+
+        session = up.sessions["generator"]
+        assert isinstance(session, TorchSession)  # what the torch backend loads
+        session.compile()
+    pipeline = Pipeline(up.sessions)
+    return lambda inputs: pipeline(inputs["image"], inputs["noise"])
 
 
 def inputs_for(up: Upscaler, batch: int, side: int) -> dict[str, np.ndarray]:
@@ -103,13 +103,11 @@ def stages(up: Upscaler, side: int) -> dict[str, float]:
         "noise": lambda: noise_field(0, g.channels, latent, latent),
         **graph_calls(up, inputs_for(up, 1, side)),
         "quantise": lambda: quantise(planes).transpose(1, 2, 0).copy(),
-        "color_adain": lambda: align(picture.copy(), rgb, "adain", np.dtype(np.uint8)),
-        "upscale": lambda: up.upscale(rgb, color="adain"),
+        "color": lambda: list(finish([(0, picture)], rgb, size, size, DEFAULT)),
+        "upscale": lambda: up.upscale(rgb),
     }
     with tempfile.TemporaryDirectory() as folder:
-        parts["write_png"] = lambda: write_image(
-            f"{folder}/x.png", Picture(align(picture, rgb, "none", np.dtype(np.uint8)))
-        )
+        parts["write_png"] = lambda: write_image(f"{folder}/x.png", Picture((picture >> 8).astype(np.uint8)))
         times = measure(parts, rounds=5, warmup=1)
     medians = {name: float(np.median(t)) * 1e3 for name, t in times.items()}
     together = sum(ms for name, ms in medians.items() if name != "upscale")
@@ -246,7 +244,10 @@ def _rows(options: Any, generator: Path, engine: Path):
             print(f"{name}: left out ({error})", file=sys.stderr)
     with tempfile.TemporaryDirectory() as scratch:
         yield _show({"model": generator.name, **folding(generator, Path(scratch), options.threads, options.rounds)})
-    about = {"model": up.manifest.model.get("name"), "weights_sha256": up.manifest.model["weights_sha256"][:12]}
+    about = {
+        "model": up.manifest.model.get("name"),
+        "weights_sha256": str(up.manifest.model.get("weights_sha256"))[:12],
+    }
     for side in options.sizes:
         inputs = {batch: inputs_for(up, batch, side) for batch in options.batches}
         calls: dict[tuple[int, str], Callable[[], Any]] = {

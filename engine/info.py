@@ -8,7 +8,8 @@ from pathlib import Path
 
 from engine.io import cli
 from engine.runtime import manifest as manifests
-from engine.runtime.manifest import PLANS, FolderError, Manifest
+from engine.runtime.backends.registry import PLANS
+from engine.runtime.manifest import FolderError, Manifest
 
 _BAD = "NOT USABLE"
 
@@ -27,7 +28,7 @@ def describe(folder: Path, manifest: Manifest) -> str:
     ]
     for section in ("model", "parity", "options", "source"):
         for key, value in getattr(manifest, section).items():
-            text = value[:16] + "..." if key.endswith("sha256") or section == "source" else value
+            text = f"{str(value)[:16]}..." if key.endswith("sha256") or section == "source" else value
             lines.append(f"  {section:<12} {key}: {text}")
     for name, graph in manifest.graphs.items():
         ins = ", ".join(f"{t.name} [{','.join(map(str, t.shape))}]" for t in graph.inputs)

@@ -12,8 +12,9 @@ from engine.build.tensorrt import BuildOptions, build_plan
 from engine.io.files import sha256
 from engine.io.folders import staged_folder  # imports no torch
 from engine.runtime import manifest as manifests
+from engine.runtime.backends.registry import PLANS
 from engine.runtime.backends.tensorrt import load_module
-from engine.runtime.manifest import PLANS, FolderError, Graph, Manifest, Profile
+from engine.runtime.manifest import FolderError, Graph, Manifest, Profile
 
 TARGETS = ("onnxruntime", *PLANS)
 

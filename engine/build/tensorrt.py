@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.io.files import atomic_write
+from engine.runtime.backends.registry import PLANS
 from engine.runtime.backends.tensorrt import load_module, logger
-from engine.runtime.manifest import PLANS, FolderError, Graph, Manifest, Profile
+from engine.runtime.manifest import FolderError, Graph, Manifest, Profile
 
 
 @dataclass(frozen=True)

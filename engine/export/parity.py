@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 
 from engine.export import graphs
 from engine.export.descriptors import descriptors, example_inputs
+from engine.runtime.backends.registry import BACKENDS
 from engine.runtime.manifest import Geometry, Manifest, Profile
+from engine.runtime.pipeline import Pipeline
 from gdpo.generator import OneStepGenerator
 
 # The greatest difference from torch in fp32, of values in [-1,1], that an export may show.
@@ -33,29 +35,19 @@ def parity_cases(
 
 def measure_parity(generator: OneStepGenerator, manifest: Manifest, folder: Path, cases: list) -> dict[str, Any]:
     """Compare the exported graphs with torch; bf16 compares torch's bf16, because ONNX Runtime has no bf16 Conv."""
-    from engine.runtime.backends import Options
-    from engine.runtime.backends.onnxruntime import OnnxRuntimeSession
-
-    run: Any
+    run: Callable[[np.ndarray, np.ndarray], np.ndarray]
     if manifest.precision == "bf16":
         against = "torch bf16 (ONNX Runtime's CPU has no bf16 convolution)"
         whole = graphs.Whole(generator, "bf16")
 
-        def run(image, noise):
+        def run(image: np.ndarray, noise: np.ndarray) -> np.ndarray:
             with torch.no_grad():
                 return whole(torch.from_numpy(image), torch.from_numpy(noise)).numpy()
     else:
         import onnxruntime
 
         against = f"ONNX Runtime {onnxruntime.__version__}"
-        options = Options(whole_batches=True)
-        sessions = {n: OnnxRuntimeSession(manifest, n, *manifest.read(folder, n), options) for n in manifest.graphs}
-
-        def run(image, noise):
-            if "generator" in sessions:
-                return sessions["generator"]({"image": image, "noise": noise})
-            latent = sessions["encoder"]({"image": image})
-            return sessions["decoder"]({"x0": sessions["unet"]({"latent": latent, "noise": noise})})
+        run = Pipeline(BACKENDS["onnx"].open(folder, manifest, whole_batches=True)[1])
 
     worst, total, count = 0.0, 0.0, 0
     shapes = []

@@ -20,7 +20,8 @@ import torch
 
 from engine.export.descriptors import descriptors, geometry_of, profile_of
 from engine.export.optimise import DEFINITION, Steps, fastest, prepare
-from engine.runtime.backends import Options, check_inputs
+from engine.runtime.backends import Waiting, check_inputs
+from engine.runtime.device import Device
 from engine.runtime.manifest import Manifest
 from gdpo.generator import OneStepGenerator
 
@@ -29,55 +30,72 @@ INDEXABLE = 2**31 - 1  # elements of one feature map that cuDNN and torch index 
 _WIDEST = 256  # channels at full size, in Stable Diffusion's decoder
 
 
-def open_generator(folder: Path, options: Options, steps: Steps | None = None) -> tuple[Manifest, TorchSession]:
-    """Load a generator's folder (not an engine folder) with everything an Upscaler needs."""
-    return from_generator(OneStepGenerator.from_pretrained(folder), options, steps)
+def open_generator(
+    folder: Path,
+    device: str | None = None,
+    *,
+    threads: int = 0,
+    precision: str = "fp32",
+    compiled: bool = False,
+    steps: Steps | None = None,
+) -> tuple[Manifest, TorchSession]:
+    """Load a generator's folder (not an engine folder) with everything an Upscaler needs; see `from_generator`."""
+    generator = OneStepGenerator.from_pretrained(folder)
+    return from_generator(generator, device, threads=threads, precision=precision, compiled=compiled, steps=steps)
 
 
 def from_generator(
-    generator: OneStepGenerator, options: Options | None = None, steps: Steps | None = None
+    generator: OneStepGenerator,
+    device: str | None = None,
+    *,
+    threads: int = 0,
+    precision: str = "fp32",
+    compiled: bool = False,
+    steps: Steps | None = None,
 ) -> tuple[Manifest, TorchSession]:
     """The same for a generator in memory.
 
     Args:
         generator: used as it is, or prepared in place.
-        steps: None takes the definition, and with bf16 all that is fast on the device; compiled if the options say so.
+        device: "cpu", "cuda" or "cuda:N"; None: the GPU where there is one.
+        threads: of the CPU; 0 leaves torch's own number.
+        precision: "fp32", the definition, or "bf16", made fast.
+        compiled: torch.compile, for one size of tile.
+        steps: what is done to the generator, instead of what precision and compiled ask for.
 
     Raises:
         RuntimeError: a GPU, or a compiler, that is not there.
         ValueError: an unknown device; CUDA graphs without CUDA, or of what is not folded; what `prepare` refuses.
     """
-    options = options or Options()
-    device = _device(options.device)
+    place = _device(device)
     if steps is None:
-        steps = fastest(device) if options.bf16 else DEFINITION
-        if options.compiled:
-            _require_compiler(device)
+        steps = fastest(place) if precision == "bf16" else DEFINITION
+        if compiled:
+            _require_compiler(place)
             steps = replace(steps, folded=True, compiled=True)
-    if steps.graphs and device.type != "cuda":
-        raise ValueError(f"steps.graphs needs an NVIDIA GPU (CUDA graphs); the device is {device}")
+    if steps.graphs and place.type != "cuda":
+        raise ValueError(f"steps.graphs needs an NVIDIA GPU (CUDA graphs); the device is {place}")
     if steps.graphs and not steps.folded:
         raise ValueError("steps.graphs needs steps.folded: a prompt encoded in between cannot be recorded")
     geometry = geometry_of(generator)
-    batch = 8 if device.type == "cuda" else 1  # a CPU gains nothing from a batch
+    batch = 8 if place.type == "cuda" else 1  # a CPU gains nothing from a batch
     profile = profile_of(geometry, batch=batch, max_batch=64, tile=512, max_tile=4096, static=False)
     if steps.compiled:  # one shape for pictures of any size: it is compiled once
         profile = replace(profile, batch=(1, 1, 1), tile=(profile.tile[1],) * 3)
     (_, entry), *_ = descriptors(generator, "fp32", split=False).values()
     manifest = Manifest("torch", torch.__version__, steps.precision, geometry, profile, {"generator": entry})
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    return manifest, TorchSession(generator.to(device), manifest, device, steps)
+    if threads:
+        torch.set_num_threads(threads)
+    return manifest, TorchSession(generator.to(place), manifest, place, steps)
 
 
 def _device(name: str | None) -> torch.device:
     """What `name` means here; None: the GPU where there is one."""
-    kind, _, index = (name or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise ValueError(f"device must be cpu, cuda or cuda:N; got {name!r}")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+    kinds = ("cuda", "cpu") if name is None and torch.cuda.is_available() else ("cpu", "cuda")
+    device = Device.parse(name, kinds, "torch")
+    if device.kind == "cuda" and device.index >= torch.cuda.device_count():
         raise RuntimeError(f"device {name}: torch sees {torch.cuda.device_count()} NVIDIA GPU(s); use --device cpu")
-    return torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device(kind)
+    return torch.device("cuda", device.index) if device.kind == "cuda" else torch.device("cpu")
 
 
 def _require_compiler(device: torch.device) -> None:
@@ -88,7 +106,7 @@ def _require_compiler(device: torch.device) -> None:
         raise RuntimeError(f"torch.compile needs a C++ compiler, and {name} is not here; install {own}")
 
 
-class TorchSession:
+class TorchSession(Waiting):
     """A prepared generator on a device."""
 
     def __init__(self, generator: OneStepGenerator, manifest: Manifest, device: torch.device, steps: Steps):

@@ -2,15 +2,14 @@
 
 Samples are 16-bit integers throughout, and so are the sums: they do not depend on the order of addition, so that bands,
 threads and languages agree to the bit.
-- wavelet (the default): the low frequencies (below a five-level a-trous [1 2 1]/4 wavelet) become those of the upsampled
-  input. What is flat keeps its colour, and only a band of rows is needed at a time.
-- AdaIN (the paper's): mean and deviation of each channel become those of the upsampled input; one table of 2^16 entries
-  per channel. It recolours flat areas: by 40 levels beside fine lines.
+- wavelet (the default): the low frequencies (below a five-level a-trous [1 2 1]/4 wavelet) become those of the
+  upsampled input. What is flat keeps its colour, and only a band of rows is needed at a time.
+- AdaIN (the paper's): mean and deviation of each channel become those of the upsampled input; one table of 2^16
+  entries a channel. It recolours flat areas: by 40 levels beside fine lines.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +19,7 @@ DEFAULT = "wavelet"
 FULL = 65535
 _EPSILON = 1e-5  # added to a variance of samples in [0,1], as the released code does
 _DILATIONS = (1, 2, 4, 8, 16)
+_ROWS = 128  # handled at a time
 HALO = sum(_DILATIONS)  # how many rows away the low-pass of a row reaches
 
 
@@ -60,25 +60,48 @@ def lowpass(planes: np.ndarray) -> np.ndarray:
     for dilation in _DILATIONS:
         for axis in (1, 2):
             index = np.arange(out.shape[axis])
-            before = np.take(out, np.maximum(index - dilation, 0), axis=axis)
-            before += np.take(out, np.minimum(index + dilation, len(index) - 1), axis=axis)
-            out = out * np.float32(0.5) + before * np.float32(0.25)
+            around = np.take(out, np.maximum(index - dilation, 0), axis=axis)
+            around += np.take(out, np.minimum(index + dilation, len(index) - 1), axis=axis)
+            around *= np.float32(0.25)
+            out *= np.float32(0.5)
+            out += around
     return out
 
 
-def wavelet_band(result: np.ndarray, target: Callable[[int, int], np.ndarray], rows: tuple[int, int]) -> np.ndarray:
+def wavelet_band(result: np.ndarray, target: np.ndarray, inner: tuple[int, int]) -> np.ndarray:
     """Rows of the result with the low frequencies of the target.
 
     Args:
-        result: [H,W,3] uint16, the whole restored picture.
-        target: (first, last) -> uint16 [3, rows, W], rows of the upsampled input.
-        rows: which rows to return.
+        result: [N,W,3] uint16, rows of the restored picture: those to return, and HALO more at either side where the
+            picture has them.
+        target: [3,N,W] uint16, the same rows of the upsampled input.
+        inner: which of them to return, a half-open range.
 
     Returns:
-        uint16 [rows, W, 3].
+        uint16 [n,W,3].
     """
-    first, last = max(rows[0] - HALO, 0), min(rows[1] + HALO, len(result))
-    difference = target(first, last).astype(np.int32) - result[first:last].transpose(2, 0, 1)
-    low = lowpass(difference)[:, rows[0] - first : rows[1] - first].transpose(1, 2, 0)
-    aligned = np.floor(result[rows[0] : rows[1]] + low + np.float32(0.5))
-    return np.clip(aligned, 0, FULL).astype(np.uint16)
+    rows = slice(*inner)
+    out = np.empty((inner[1] - inner[0], *result.shape[1:]), np.uint16)
+    for c, plane in enumerate(target):  # one by one: a third of the memory
+        low = lowpass((plane.astype(np.int32) - result[..., c])[None])[0, rows]
+        aligned = np.floor(result[rows, :, c] + low + np.float32(0.5))
+        out[..., c] = np.clip(aligned, 0, FULL, out=aligned)
+    return out
+
+
+def is_neutral(rgb: np.ndarray) -> bool:
+    """Whether R = G = B in every pixel of [H,W,3]."""
+    return all(
+        np.array_equal(rows[..., 0], rows[..., c])
+        for rows in (rgb[top : top + _ROWS] for top in range(0, len(rgb), _ROWS))
+        for c in (1, 2)
+    )
+
+
+def make_neutral(rows: np.ndarray) -> np.ndarray:
+    """Give every pixel of [N,W,3], uint8 or uint16, its luma (ITU-R BT.601), in place. Gray pixels stay as they are."""
+    for top in range(0, len(rows), _ROWS):
+        part = rows[top : top + _ROWS].astype(np.uint32)
+        luma = part[..., 0] * np.uint32(299) + part[..., 1] * np.uint32(587) + part[..., 2] * np.uint32(114)
+        rows[top : top + _ROWS] = ((luma + np.uint32(500)) // np.uint32(1000))[..., None]
+    return rows

@@ -6,19 +6,17 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.runtime.backends import Options
+from engine.runtime.backends.registry import IN_CPP
 from engine.runtime.manifest import Manifest
 
 if TYPE_CHECKING:
     from engine._core import Upscaler
 
-BACKENDS = ("onnx", "onnxruntime")  # TensorRT's plans run through TensorRT's own Python binding
-
 
 def unusable(manifest: Manifest, backend: str) -> str | None:
     """Why the C++ path cannot run a folder here, or None where it can."""
-    if backend not in BACKENDS:
-        return f"it runs {' and '.join(BACKENDS)}, not {backend}"
+    if backend not in IN_CPP:
+        return f"it runs {' and '.join(IN_CPP)}, not {backend}"
     if manifest.precision == "bf16":
         return "ONNX Runtime has no bf16 convolution on a CPU"
     if importlib.util.find_spec("engine._core") is None:
@@ -36,7 +34,9 @@ def library() -> Path | None:
     return next(iter(sorted((Path(spec.origin).parent / "capi").glob("libonnxruntime.so*"))), None)
 
 
-def open_core(manifest: Manifest, folder: Path, backend: str, options: Options, required: bool) -> Upscaler | None:
+def open_core(
+    manifest: Manifest, folder: Path, backend: str, device: str | None, threads: int, *, required: bool
+) -> Upscaler | None:
     """The folder on the C++ path, or None where that cannot run it.
 
     Raises:
@@ -50,6 +50,4 @@ def open_core(manifest: Manifest, folder: Path, backend: str, options: Options, 
         return None
     from engine._core import Upscaler
 
-    return Upscaler(
-        str(folder), backend=backend, device=options.device, threads=options.threads, library=str(library())
-    )
+    return Upscaler(str(folder), backend=backend, device=device, threads=threads, library=str(library()))

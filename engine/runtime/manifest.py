@@ -14,20 +14,23 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from engine.io.files import atomic_write
 from engine.runtime import noise, resample
+from engine.runtime.backends.registry import FOLDERS
 
 FORMAT = 1
-BACKENDS = ("onnx", "onnxruntime", "tensorrt", "tensorrt-rtx")  # "onnx": as exported, run by ONNX Runtime
-PLANS = ("tensorrt", "tensorrt-rtx")
 _MAX_BYTES = 1 << 20  # of a manifest
 _MAX_MODEL_BYTES = 1 << 36
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 _DTYPES = ("float32", "float16")
+PRECISIONS = ("fp32", "fp16", "bf16")
+_GEOMETRY = {"scale": (1, 16), "factor": (1, 64), "channels": (1, 4096), "multiple": (1, 4096), "overlap": (1, 4096)}
+_BATCH, _TILE = (1, 1024), (1, 1 << 16)
+_DEEPEST = 32  # objects and lists inside each other
 
 
 class FolderError(ValueError):
@@ -151,11 +154,11 @@ def load(folder: str | os.PathLike[str]) -> Manifest:
     if _regular(folder / "manifest.sha256", _MAX_BYTES) != _checksum(content):
         raise FolderError(f"{folder / 'manifest.json'}: damaged or edited (manifest.sha256 differs); build it again")
     try:
-        return _parse(json.loads(content))
+        return _parse(_decoded(content))
     except FolderError as error:
         raise FolderError(f"{folder / 'manifest.json'}: {error}") from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise FolderError(f"{folder / 'manifest.json'}: not a manifest of an engine folder ({error!r})") from None
+    except ValueError as error:  # not JSON, not UTF-8, a number of too many digits
+        raise FolderError(f"{folder / 'manifest.json'}: not a manifest of an engine folder ({error})") from None
 
 
 def check_target(out: Path) -> None:
@@ -168,43 +171,124 @@ def check_target(out: Path) -> None:
         raise FolderError(f"{out} exists and is no engine folder, so it will not be replaced; give another --out")
 
 
-def _parse(content: dict[str, Any]) -> Manifest:
-    if content["format"] != FORMAT:
-        raise FolderError(f"its format is {content['format']!r}, this version reads {FORMAT}; build the folder again")
-    graphs = {
-        name: Graph(
-            file=_name(entry["file"]),
-            sha256=_sha(entry["sha256"]),
-            inputs=tuple(_tensor(t) for t in entry["inputs"]),
-            output=_tensor(entry["output"]),
-            data={_name(n): _sha(h) for n, h in entry["data"].items()},
-        )
-        for name, entry in content["graphs"].items()
-    }
-    if set(graphs) not in ({"generator"}, {"encoder", "unet", "decoder"}):
-        raise FolderError(f"graphs must be generator, or encoder, unet and decoder; got {', '.join(graphs) or 'none'}")
-    geometry = Geometry(**{k: _count(v) for k, v in content["geometry"].items()})
-    if geometry.multiple % geometry.factor:
-        raise FolderError(f"multiple {geometry.multiple} must be a multiple of factor {geometry.factor}")
-    profile = Profile(_span(content["profile"]["batch"]), _span(content["profile"]["tile"]))
-    if any(side % geometry.multiple for side in profile.tile):
-        raise FolderError(f"tile sides {profile.tile} must be multiples of {geometry.multiple}")
-    rest = {k: v for k, v in content.items() if k not in ("graphs", "geometry", "profile")}
-    manifest = Manifest(graphs=graphs, geometry=geometry, profile=profile, **rest)
-    if manifest.backend not in BACKENDS:
-        raise FolderError(f"backend must be one of {', '.join(BACKENDS)}; got {manifest.backend!r}")
+def _decoded(content: bytes) -> Any:
+    """JSON (RFC 8259: no NaN, each name once), not nested deeply."""
+    depth = 0
+    for character in re.sub(rb'"(?:[^"\\\\]|\\\\.)*"', b"", content):
+        depth += (character in b"[{") - (character in b"]}")
+        if depth > _DEEPEST:
+            raise FolderError(f"its JSON is nested deeper than {_DEEPEST}")
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise FolderError("its JSON has a name twice")
+        return found
+
+    def refuse(name: str) -> None:
+        raise FolderError(f"{name} is no number in JSON")
+
+    return json.loads(content.decode(), object_pairs_hook=once, parse_constant=refuse)
+
+
+def _parse(content: Any) -> Manifest:
+    """Every field checked: its type, its range and that it fits the others. What passes here fails in no run time."""
+    content = _object("manifest", content, {f.name for f in fields(Manifest)})
+    if content["format"] != FORMAT or isinstance(content["format"], bool):
+        raise FolderError(f"its format is {_short(content['format'])}, this version reads {FORMAT}; build it again")
+    if content["backend"] not in FOLDERS:
+        raise FolderError(f"backend must be one of {', '.join(FOLDERS)}; got {_short(content['backend'])}")
     for key, ours in (
         ("resampler", resample.NAME),
         ("noise", {"generator": noise.GENERATOR, "table": noise.TABLE_SHA256}),
     ):
         if content[key] != ours:
-            raise FolderError(f"made for another {key} ({content[key]!r}); export it again with this version")
-    for key in ("model", "source", "parity", "options", "extras"):
-        if not isinstance(content[key], dict):
-            raise FolderError(f"{key} must be an object")
-    for name, sha in content["extras"].items():
-        _name(name), _sha(sha)
-    return manifest
+            raise FolderError(f"made for another {key} ({_short(content[key])}); export it again with this version")
+    if content["precision"] not in PRECISIONS:
+        raise FolderError(f"precision must be one of {', '.join(PRECISIONS)}; got {_short(content['precision'])}")
+    geometry, profile = _geometry(content["geometry"]), _object("profile", content["profile"], {"batch", "tile"})
+    spans = Profile(_span("profile.batch", profile["batch"], _BATCH), _span("profile.tile", profile["tile"], _TILE))
+    if any(side % geometry.multiple for side in spans.tile):
+        raise FolderError(f"profile.tile {list(spans.tile)} must be multiples of {geometry.multiple}")
+    graphs = {
+        name: _graph(f"graphs.{_text('graphs', name)}", entry)
+        for name, entry in _object("graphs", content["graphs"]).items()
+    }
+    _check_roles(graphs, geometry, spans)
+    files = [name for graph in graphs.values() for name in (graph.file, *graph.data)]
+    if len(set(files)) != len(files) or {"manifest.json", "manifest.sha256"} & set(files):
+        raise FolderError(f"graphs must have files of their own; got {', '.join(files)}")
+    for key in ("model", "parity", "options"):
+        _object(key, content[key])
+    return Manifest(
+        backend=content["backend"],
+        backend_version=_text("backend_version", content["backend_version"]),
+        precision=content["precision"],
+        geometry=geometry,
+        profile=spans,
+        graphs=graphs,
+        model=content["model"],
+        source={_text("source", k): _sha(v) for k, v in _object("source", content["source"]).items()},
+        parity=content["parity"],
+        options=content["options"],
+        extras={_name(k): _sha(v) for k, v in _object("extras", content["extras"]).items()},
+        architecture=None if content["architecture"] is None else _text("architecture", content["architecture"]),
+        resampler=content["resampler"],
+        noise=content["noise"],
+    )
+
+
+def _geometry(content: Any) -> Geometry:
+    content = _object("geometry", content, set(_GEOMETRY))
+    geometry = Geometry(**{k: _count(f"geometry.{k}", content[k], *limits) for k, limits in _GEOMETRY.items()})
+    if geometry.multiple % geometry.factor:
+        raise FolderError(f"multiple {geometry.multiple} must be a multiple of factor {geometry.factor}")
+    return geometry
+
+
+def _graph(where: str, content: Any) -> Graph:
+    content = _object(where, content, {f.name for f in fields(Graph)})
+    if not isinstance(content["inputs"], list):
+        raise FolderError(f"{where}.inputs must be a list; got {_short(content['inputs'])}")
+    return Graph(
+        file=_name(content["file"]),
+        sha256=_sha(content["sha256"]),
+        inputs=tuple(_tensor(f"{where}.inputs", t) for t in content["inputs"]),
+        output=_tensor(f"{where}.output", content["output"]),
+        data={_name(n): _sha(h) for n, h in _object(f"{where}.data", content["data"]).items()},
+    )
+
+
+def _check_roles(graphs: Mapping[str, Graph], geometry: Geometry, profile: Profile) -> None:
+    """The names, channels and sides that the run time feeds and reads."""
+    if set(graphs) not in ({"generator"}, {"encoder", "unet", "decoder"}):
+        raise FolderError(f"graphs must be generator, or encoder, unet and decoder; got {_short(list(graphs))}")
+    picture, latent = (3, "height", "width"), (geometry.channels, "latent_height", "latent_width")
+    roles = {
+        "generator": ([("image", picture), ("noise", latent)], ("output", picture)),
+        "encoder": ([("image", picture)], ("latent", latent)),
+        "unet": ([("latent", latent), ("noise", latent)], ("x0", latent)),
+        "decoder": ([("x0", latent)], ("output", picture)),
+    }
+    batch, tile = profile.batch, profile.tile
+    for name, graph in graphs.items():
+        inputs, output = roles[name]
+        if len(graph.inputs) != len(inputs):
+            wanted = " and ".join(role for role, _ in inputs)
+            raise FolderError(f"graphs.{name}.inputs must be {wanted}; got {len(graph.inputs)} inputs")
+        wanted_tensors = [*(("input", t, r) for t, r in zip(graph.inputs, inputs)), ("output", graph.output, output)]
+        for kind, tensor, (role, dims) in wanted_tensors:
+            unit = 1 if dims is picture else geometry.factor
+            # A number in place of a name must be the only value that the profile has.
+            numbers = (batch[0] if batch[0] == batch[2] else None, dims[0])
+            sides = (tile[0] // unit if profile.static else None,) * 2
+            names = ("batch", None, *dims[1:])
+            allowed = [(n, v) for n, v in zip(names, (*numbers, *sides))]
+            fits = len(tensor.shape) == 4 and all(d is not None and d in a for d, a in zip(tensor.shape, allowed))
+            if tensor.name != role or not fits:
+                shape = ",".join(map(str, ("batch", *dims)))
+                got = f"{tensor.name[:40]} {_short(tensor.shape)}"
+                raise FolderError(f"{kind} of {name} must be {role} [{shape}]; got {got}")
 
 
 def _checksum(content: bytes) -> bytes:
@@ -223,23 +307,51 @@ def _sha(value: Any) -> str:
     return value
 
 
-def _count(value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= 1 << 16:
-        raise FolderError(f"{value!r} is not a count")
+def _count(where: str, value: Any, low: int, high: int) -> int:
+    if type(value) is not int or not low <= value <= high:
+        raise FolderError(f"{where} must be {low} to {high}; got {_short(value)}")
     return value
 
 
-def _span(value: Any) -> tuple[int, int, int]:
-    low, usual, high = (_count(v) for v in value)
+def _span(where: str, value: Any, limits: tuple[int, int]) -> tuple[int, int, int]:
+    if not isinstance(value, list) or len(value) != 3:
+        raise FolderError(f"{where} must be three numbers; got {_short(value)}")
+    low, usual, high = (_count(where, v, *limits) for v in value)
     if not low <= usual <= high:
-        raise FolderError(f"least, usual and largest must rise; got {value}")
+        raise FolderError(f"{where}: least, usual and largest must rise; got {value}")
     return low, usual, high
 
 
-def _tensor(value: dict[str, Any]) -> Tensor:
-    if value["dtype"] not in _DTYPES or not all(isinstance(d, (int, str)) for d in value["shape"]):
-        raise FolderError(f"{value!r} does not describe a tensor")
-    return Tensor(str(value["name"]), tuple(value["shape"]), value["dtype"])
+def _tensor(where: str, content: Any) -> Tensor:
+    content = _object(where, content, {f.name for f in fields(Tensor)})
+    shape = content["shape"]
+    if content["dtype"] not in _DTYPES:
+        raise FolderError(f"{where}: dtype must be one of {', '.join(_DTYPES)}; got {_short(content['dtype'])}")
+    if not isinstance(shape, list) or not all(type(d) in (int, str) for d in shape):
+        raise FolderError(f"{where}: shape must be a list of numbers and names; got {_short(shape)}")
+    return Tensor(_text(where, content["name"]), tuple(shape), content["dtype"])
+
+
+def _object(where: str, value: Any, keys: set[str] | None = None) -> dict[str, Any]:
+    """A JSON object, with exactly these keys where they are given."""
+    if not isinstance(value, dict):
+        raise FolderError(f"{where} must be an object; got {_short(value)}")
+    if keys is not None and value.keys() != keys:
+        missing, unknown = sorted(keys - value.keys()), sorted(value.keys() - keys)
+        what = f"lacks {', '.join(missing)}" if missing else f"has an unknown {_short(unknown[0])}"
+        raise FolderError(f"not a manifest of an engine folder: {where} {what}")
+    return value
+
+
+def _text(where: str, value: Any) -> str:
+    if not isinstance(value, str) or len(value) > 1000 or not value.isprintable():
+        raise FolderError(f"{where} must be a line of text; got {_short(value)}")
+    return value
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _is_file(path: Path) -> bool:

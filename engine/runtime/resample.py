@@ -8,6 +8,7 @@ language can give the same bits, and so that any window of the result equals the
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -60,7 +61,12 @@ def _apply(planes: np.ndarray, first: np.ndarray, weights: np.ndarray, axis: int
 
 
 def resize_window(
-    pixels: np.ndarray, size: tuple[int, int], rows: tuple[int, int], columns: tuple[int, int]
+    pixels: np.ndarray,
+    size: tuple[int, int],
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+    *,
+    part: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """A window of the resized picture; beyond the picture it continues mirrored.
 
@@ -68,17 +74,20 @@ def resize_window(
         pixels: [H,W,C], any real dtype.
         size: (height, width) of the whole resized picture.
         rows, columns: half-open ranges of the window, within the resized picture or beyond it.
+        part: (first row of `pixels`, height of the whole picture), where `pixels` are some of its rows only: those that
+            the window reads.
 
     Returns:
         float32 [C, rows, columns] in the units of `pixels`, not clipped (a cubic overshoots).
     """
+    start, height = part or (0, pixels.shape[0])
     y = reflect(np.arange(*rows), size[0])
     x = reflect(np.arange(*columns), size[1])
-    first_y, weights_y = taps(pixels.shape[0], size[0])
+    first_y, weights_y = taps(height, size[0])
     first_x, weights_x = taps(pixels.shape[1], size[1])
-    top, bottom = int(first_y[y].min()), min(int(first_y[y].max()) + weights_y.shape[1], pixels.shape[0])
+    top, bottom = int(first_y[y].min()), min(int(first_y[y].max()) + weights_y.shape[1], height)
     left, right = int(first_x[x].min()), min(int(first_x[x].max()) + weights_x.shape[1], pixels.shape[1])
-    planes = np.ascontiguousarray(pixels[top:bottom, left:right].transpose(2, 0, 1), np.float32)
+    planes = np.ascontiguousarray(pixels[top - start : bottom - start, left:right].transpose(2, 0, 1), np.float32)
     planes = _apply(planes, first_x[x] - left, weights_x[x], axis=2)
     return _apply(planes, first_y[y] - top, weights_y[y], axis=1)
 
@@ -92,3 +101,36 @@ def resize(pixels: np.ndarray, size: tuple[int, int], *, band: int = 256) -> np.
         window = resize_window(pixels, size, rows, (0, size[1]))
         out[rows[0] : rows[1]] = np.clip(np.floor(window + np.float32(0.5)), 0, limit).transpose(1, 2, 0)
     return out
+
+
+def resize_bands(
+    bands: Iterable[tuple[int, np.ndarray]], old: tuple[int, int], size: tuple[int, int], *, most: int = 128
+) -> Iterator[tuple[int, np.ndarray]]:
+    """`resize` of a picture that comes in bands; the same values.
+
+    Args:
+        bands: (first row, [n,W,C] uint8 or uint16), from the top to the bottom.
+        old: (height, width) of the picture.
+        size: (height, width) of the result.
+        most: rows read, and made, at a time.
+
+    Yields:
+        (first row, [n,w,C]).
+    """
+    first, weights = taps(old[0], size[0])
+    ends = np.minimum(first + weights.shape[1], old[0])  # of the rows that each row of the result reads
+    step = max(min(most, most * size[0] // old[0]), 1)
+    kept: np.ndarray | None = None  # rows from `top`
+    top = done = 0
+    for _, rows in bands:
+        kept = rows if kept is None else np.concatenate([kept, rows])
+        limit = np.iinfo(kept.dtype).max
+        ready = int(np.searchsorted(ends, top + len(kept), side="right"))
+        while done < ready:
+            last = min(done + step, ready)
+            window = resize_window(kept, size, (done, last), (0, size[1]), part=(top, old[0]))
+            yield done, np.clip(np.floor(window + np.float32(0.5)), 0, limit).astype(kept.dtype).transpose(1, 2, 0)
+            done = last
+        if done < size[0]:
+            needed = min(max(int(first[done]), top), top + len(kept))
+            kept, top = kept[needed - top :], needed

@@ -79,7 +79,7 @@ def test_no_mutant_reaches_a_backend(folder, name, count, monkeypatch):
 
         rewrite(folder, to_plan)
     reached = []
-    monkeypatch.setattr(ort_backend, "OnnxRuntimeSession", lambda *a: reached.append(a))
+    monkeypatch.setattr(ort_backend, "OnnxRuntimeSession", lambda *a, **k: reached.append(a))
     monkeypatch.setattr(trt_backend, "load_module", lambda *a: reached.append(a))
     tried = 0
     for _ in mutants(folder, name, count // 3, seed=1):
@@ -109,20 +109,112 @@ def test_no_mutant_reaches_a_backend(folder, name, count, monkeypatch):
         (lambda m: m["graphs"]["generator"].update(sha256="0"), "not a SHA-256"),
         (lambda m: m.update(extras={"../../etc/passwd": "0" * 64}), "not a plain file name"),
         (lambda m: m.update(extras={"x.onnx": 5}), "not a SHA-256"),
-        (lambda m: m["geometry"].update(factor=0), "not a count"),
-        (lambda m: m["geometry"].update(factor=10**9), "not a count"),
-        (lambda m: m["geometry"].update(factor=True), "not a count"),
+        (lambda m: m["geometry"].update(factor=0), "geometry.factor must be 1 to 64; got 0"),
+        (lambda m: m["geometry"].update(scale=10**9), "geometry.scale must be 1 to 16; got 1000000000"),
+        (lambda m: m["geometry"].update(channels=True), "geometry.channels must be 1 to 4096; got true"),
+        (lambda m: m["geometry"].update(overlap=1e400), "Infinity is no number in JSON"),
         (lambda m: m["geometry"].update(factor=7), "must be a multiple of factor"),
+        (lambda m: m["geometry"].update(depth=7), 'geometry has an unknown "depth"'),
+        (lambda m: m.update(geometry=[1, 2]), "geometry must be an object"),
         (lambda m: m["profile"].update(tile=[512, 64, 1024]), "must rise"),
         (lambda m: m["profile"].update(tile=[64, 100, 1024]), "must be multiples of"),
+        (lambda m: m["profile"].update(tile=[64, 64, 1 << 17]), "profile.tile must be 1 to 65536; got 131072"),
+        (lambda m: m["profile"].update(batch=[1, 1]), "profile.batch must be three numbers"),
+        (lambda m: m["profile"].update(batch=[1, 1, 10**6]), "profile.batch must be 1 to 1024"),
         (lambda m: m.update(surprise=1), "not a manifest"),
         (lambda m: m.update(options=[]), "options must be an object"),
+        (
+            lambda m: m.update(model={"a": [[[[[[[[[]]]]]]]]]} | {"b": eval("[" * 40 + "]" * 40)}),
+            "nested deeper than 32",
+        ),
+        (lambda m: m.update(precision="fp8"), "precision must be one of fp32, fp16, bf16"),
+        (lambda m: m.update(precision=None), "precision must be one of"),
+        (lambda m: m.update(backend_version=3), "backend_version must be a line of text"),
+        (lambda m: m.update(architecture="sm\n90"), "architecture must be a line of text"),
+        (lambda m: m.update(source={"generator": "x"}), "not a SHA-256"),
+        (lambda m: m["graphs"].update(generator=3), "graphs.generator must be an object"),
+        (lambda m: m["graphs"]["generator"].update(inputs={}), "inputs must be a list"),
+        (lambda m: m["graphs"]["generator"]["inputs"].pop(), "must be image and noise; got 1 inputs"),
+        (
+            lambda m: m["graphs"]["generator"]["inputs"].reverse(),
+            r"input of generator must be image \[batch,3,height,width",
+        ),
+        (
+            lambda m: m["graphs"]["generator"]["inputs"][1]["shape"].pop(),
+            r"input of generator must be noise \[batch,48",
+        ),
+        (lambda m: m["graphs"]["generator"]["inputs"][1]["shape"].__setitem__(1, 4), r"must be noise \[batch,48"),
+        (lambda m: m["graphs"]["generator"]["output"].update(shape="abcd"), "shape must be a list"),
+        (lambda m: m["graphs"]["generator"]["output"].update(shape=[1, 3, 64, 64]), r"must be output \[batch,3,height"),
+        (lambda m: m["graphs"]["generator"]["output"].update(dtype=["float32"]), "dtype must be one of"),
+        (lambda m: m["graphs"]["generator"].update(file="manifest.json"), "files of their own"),
     ],
 )
 def test_a_manifest_that_is_wrong_is_refused_with_the_reason(folder, change, message):
     rewrite(folder, change)
     with pytest.raises(FolderError, match=message):
         Upscaler.load(folder)
+
+
+def values(content, path=()):
+    """Every place in a manifest."""
+    yield path
+    for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+        if isinstance(value, (dict, list)):
+            yield from values(value, (*path, key))
+        else:
+            yield (*path, key)
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(5000, marks=pytest.mark.slow)])
+def test_a_manifest_changed_together_with_its_hash_fails_in_load_or_describes_the_same_graph(folder, count):
+    """Whatever well-formed JSON is put anywhere: one line, or a manifest whose numbers still fit."""
+    original, rng = (folder / "manifest.json").read_text(), random.Random(5)
+    whole = json.loads(original)
+    places = [p for p in values(whole) if p]
+    strange = (
+        None,
+        True,
+        False,
+        0,
+        -1,
+        10**30,
+        0.5,
+        1e308,
+        "",
+        "x",
+        "a\nb",
+        "\ud800",
+        [],
+        {},
+        [[]],
+        {"": None},
+        [1, 2, 3],
+    )
+    refused = 0
+    for _ in range(count):
+        content, place, value = json.loads(original), rng.choice(places), rng.choice(strange)
+        inside = content
+        for key in place[:-1]:
+            inside = inside[key]
+        if rng.random() < 0.2:
+            del inside[place[-1]]
+        else:
+            inside[place[-1]] = value
+        rewrite(folder, lambda m, content=content: (m.clear(), m.update(content)))
+        try:
+            manifest = manifests.load(folder)
+        except FolderError as error:
+            refused += 1
+            assert "\n" not in str(error) and len(str(error)) < 600
+        else:
+            assert place[0] in ("model", "parity", "options", "extras", "source", "backend_version", "architecture",
+                                "profile", "geometry", "graphs"), place  # fmt: skip
+            assert 1 <= manifest.geometry.scale <= 16 and manifest.profile.tile[2] % manifest.geometry.multiple == 0
+            info.describe(folder, manifest)
+        rewrite(folder, lambda m: (m.clear(), m.update(whole)))
+    assert refused > count // 4
+    manifests.load(folder)
 
 
 def test_deep_and_large_manifests_are_refused(folder):

@@ -82,11 +82,14 @@ def test_adain_gives_the_targets_mean_and_deviation_whatever_the_order():
 def test_wavelet_bands_are_the_whole_and_take_the_low_frequencies():
     result, target = random_pair(90, 70)
 
-    def rows(first, last):
-        return target[first:last].transpose(2, 0, 1)
+    whole = color.wavelet_band(result, target.transpose(2, 0, 1), (0, 90))
 
-    whole = color.wavelet_band(result, rows, (0, 90))
-    bands = np.concatenate([color.wavelet_band(result, rows, b) for b in ((0, 1), (1, 40), (40, 90))])
+    def band(first, last):
+        top, bottom = max(first - color.HALO, 0), min(last + color.HALO, 90)
+        rows = target[top:bottom].transpose(2, 0, 1)
+        return color.wavelet_band(result[top:bottom], rows, (first - top, last - top))
+
+    bands = np.concatenate([band(*b) for b in ((0, 1), (1, 40), (40, 90))])
     assert np.array_equal(whole, bands)
 
     # Its definition, in torch: result - low(result) + low(target).

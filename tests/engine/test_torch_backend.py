@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_flatten
 from engine import Upscaler
 from engine.export import torch_backend as backend
 from engine.export.optimise import DEFINITION, Steps, fastest
-from engine.runtime.backends import Options
 from gdpo.generator import OneStepGenerator
 from gdpo.model.diffusers_patches import FusedGroupNorm, fuse_norms
 from tests.support.fused import relative_error
@@ -225,7 +224,7 @@ def test_graphs_need_a_gpu(tiny_model):
         session(tiny_model, Steps(graphs=True))
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="device cuda: torch sees 0 NVIDIA"):
-            Upscaler.load(tiny_model, "torch", "cuda", bf16=True)
+            Upscaler.load(tiny_model, "torch", "cuda", precision="bf16")
     with pytest.raises(ValueError, match="device must be cpu, cuda or cuda:N; got 'tpu'"):
         Upscaler.load(tiny_model, "torch", "tpu")
     with pytest.raises(ValueError, match="precision must be one of fp32, fp16, bf16; got 'int8'"):
@@ -239,7 +238,7 @@ def test_the_picture_is_onnx_runtimes(name, tile, bf16, limit, photo, request):
     """In tiles, with the same noise and colours."""
     model, engine = (request.getfixturevalue(f"{name}_{kind}") for kind in ("model", "engine"))
     rgb = np.ascontiguousarray(photo[100:140, 200:230])
-    up = Upscaler.load(model, "torch", "cpu", bf16=bf16)
+    up = Upscaler.load(model, "torch", "cpu", precision="bf16" if bf16 else "fp32")
     assert up.manifest.precision == ("bf16" if bf16 else "fp32")
     ours = up.upscale(rgb, seed=5, tile=tile).astype(int)
     theirs, other = (Upscaler.load(engine).upscale(rgb, seed=seed, tile=tile) for seed in (5, 6))
@@ -290,8 +289,8 @@ def test_compiling_is_refused_where_it_cannot_be_done(mini_model, mini_engine, m
 @pytest.mark.parametrize("name", ["mini_model", "tiny_model"])
 def test_on_a_gpu(name, request):
     folder = request.getfixturevalue(name)
-    plain = backend.open_generator(folder, Options("cuda"))[1]
-    fast = backend.open_generator(folder, Options("cuda", bf16=True))[1]
+    plain = backend.open_generator(folder, "cuda")[1]
+    fast = backend.open_generator(folder, "cuda", precision="bf16")[1]
     assert fast.steps == fastest(torch.device("cuda"))
     for count in range(4):
         image, noise = inputs(plain, batch=3, seed=count)

@@ -8,9 +8,11 @@ from engine import Upscaler
 from engine.export import torch_backend as backend_torch
 from engine.export.generator import export_generator
 from engine.runtime import manifest as manifests
+from engine.runtime import restore
 from engine.runtime import upscaler as module
-from engine.runtime.backends import Options, open_session
+from engine.runtime.backends import Waiting
 from engine.runtime.backends import tensorrt as trt_backend
+from engine.runtime.backends.registry import BACKENDS
 from engine.runtime.manifest import FolderError, Profile
 from engine.runtime.upscaler import default_model
 from gdpo.generator import OneStepGenerator
@@ -75,7 +77,7 @@ def test_tiles_leave_no_seam(engine, color, request, photo):
     whole = up.upscale(rgb, seed=2, color=color)
     tiled = up.upscale(rgb, seed=2, tile=64, color=color, batch=3)
     assert psnr(whole, tiled) > 45
-    run = module._Run(up, rgb, 2, 256, 3, None)
+    run = restore.Restorer(up.manifest, up.sessions, rgb, 2, 256, 3)
     assert len(run.rows.starts) > 2 and len(run.columns.starts) > 2
     for axis, line in ((0, run.rows), (1, run.columns)):
         borders = [s * 4 for s in line.starts[1:]] + [(s + line.tile) * 4 for s in line.starts[:-1]]
@@ -87,8 +89,8 @@ def test_tiles_without_a_common_noise_field_would_show(tiny_engine, photo, monke
     """The planted fault of the test above: every tile draws its own noise."""
     up, rgb = Upscaler.load(tiny_engine, core=False), np.ascontiguousarray(photo[:150, 100:290])
     whole = up.upscale(rgb, seed=2)
-    field = module.noise_field
-    monkeypatch.setattr(module, "noise_field", lambda s, c, r, k: field(s, c, (0, r[1] - r[0]), (0, k[1] - k[0])))
+    field = restore.noise_field
+    monkeypatch.setattr(restore, "noise_field", lambda s, c, r, k: field(s, c, (0, r[1] - r[0]), (0, k[1] - k[0])))
     assert psnr(whole, up.upscale(rgb, seed=2, tile=64)) < 45
 
 
@@ -155,14 +157,15 @@ def test_a_value_that_is_not_finite_names_its_tile(tiny_engine, photo):
     up = Upscaler.load(tiny_engine, core=False)
     session, calls = up.sessions["generator"], []
 
-    def faulty(inputs):
-        result = session(inputs).copy()
-        calls.append(1)
-        if len(calls) == 3:
-            result[0, 1, 5, 5] = np.inf if len(calls) % 2 else np.nan
-        return result
+    class Faulty(Waiting):
+        def __call__(self, inputs):
+            result = session(inputs).copy()
+            calls.append(1)
+            if len(calls) == 3:
+                result[0, 1, 5, 5] = np.inf
+            return result
 
-    up.sessions["generator"] = faulty
+    up.sessions["generator"] = Faulty()
     with pytest.raises(
         FloatingPointError, match=r"generator gave a value that is not finite in the tile at row 0, column"
     ):
@@ -227,7 +230,7 @@ def test_a_batch_is_its_pictures_whole_or_one_at_a_time(tiny_engine):
     inputs = {"image": rng.uniform(-1, 1, (3, 3, 64, 80)), "noise": rng.standard_normal((3, 48, 16, 20))}
     inputs = {name: array.astype(np.float32) for name, array in inputs.items()}
     apart, whole = (
-        open_session("onnxruntime", manifest, tiny_engine, "generator", Options(whole_batches=w)) for w in (False, True)
+        BACKENDS["onnxruntime"].open(tiny_engine, manifest, whole_batches=w)[1]["generator"] for w in (False, True)
     )
     expected = np.concatenate([whole({k: v[i : i + 1] for k, v in inputs.items()}).copy() for i in range(3)])
     assert np.array_equal(apart(inputs), expected)
@@ -263,7 +266,7 @@ def test_a_backend_that_is_missing_names_its_extra(tiny_engine, monkeypatch):
 def test_openvino_gives_the_same_picture(tiny_engine, photo, bf16, limit):
     pytest.importorskip("openvino")
     rgb = np.ascontiguousarray(photo[:48, :48])
-    ours = Upscaler.load(tiny_engine, backend="openvino", bf16=bf16).upscale(rgb, seed=5)
+    ours = Upscaler.load(tiny_engine, backend="openvino", precision="bf16" if bf16 else "auto").upscale(rgb, seed=5)
     assert np.abs(ours.astype(int) - Upscaler.load(tiny_engine).upscale(rgb, seed=5)).max() <= limit
 
 

@@ -213,7 +213,6 @@ def report(folder: str) -> dict[str, Any]:
 
     from benchmarks import gdpo_step
     from engine.export.torch_backend import from_generator
-    from engine.runtime.backends import Options
     from gdpo import generator
     from gdpo.model import codecs, prompts
     from gdpo.model.tiny import TinyUNetConfig
@@ -247,7 +246,7 @@ def report(folder: str) -> dict[str, Any]:
             watch.waits.clear()
             record(lambda method=method, small=small: method.step(small, 0, accelerator.backward))
             found[f"waits, {preset}"] = dict(watch.waits)
-        _, session = from_generator(generator.OneStepGenerator.from_pretrained(folder), Options("cuda:0", bf16=True))
+        _, session = from_generator(generator.OneStepGenerator.from_pretrained(folder), "cuda:0", precision="bf16")
         inputs = torch.zeros(2, 3, 64, 64, device="cuda"), torch.zeros(2, 4, 8, 8, device="cuda")
         record(lambda: [session.run(*inputs) for _ in range(3)])
         found["graphs"] = sum(recorded is not None for recorded in session._shapes.values())

@@ -1,63 +1,45 @@
-"""Sessions: one graph on one backend. A backend is imported when a folder asks for it."""
+"""Sessions: one graph on one backend; see `registry` for the backends."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib import import_module
-from pathlib import Path
-from typing import Protocol
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from engine.runtime.manifest import Geometry, Graph, Manifest
-
-MODULES = {
-    "onnx": "engine.runtime.backends.onnxruntime",
-    "onnxruntime": "engine.runtime.backends.onnxruntime",
-    "tensorrt": "engine.runtime.backends.tensorrt",
-    "tensorrt-rtx": "engine.runtime.backends.tensorrt",
-    "openvino": "engine.runtime.backends.openvino",
-}
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to run a folder.
-
-    Attributes:
-        device: "cpu", "cuda" or "cuda:N"; None lets the backend choose.
-        threads: of a CPU backend; 0 lets it choose.
-        trust_plan: load a TensorRT plan (executable code) that this user did not build.
-        bf16: let OpenVINO (where the CPU has it) and torch compute in bfloat16.
-        compiled: torch.compile on the torch backend, for one size of tile.
-        whole_batches: hand a batch to ONNX Runtime in one piece on a CPU too, to check the graph.
-    """
-
-    device: str | None = None
-    threads: int = 0
-    trust_plan: bool = False
-    bf16: bool = False
-    compiled: bool = False
-    whole_batches: bool = False
+if TYPE_CHECKING:
+    from engine.runtime.manifest import Geometry, Graph, Manifest
 
 
 class Session(Protocol):
-    """One loaded graph. One that can work in the background has `start(inputs)` too, which returns what waits."""
+    """One loaded graph. One thread uses it at a time.
+
+    Attributes:
+        at_once: how many batches may be under way; 1 where the work is done by whoever waits for it.
+    """
+
+    at_once: int
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """Run it. The result may be overwritten by the next call."""
         ...
 
+    def start(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], np.ndarray]:
+        """Begin a batch and return what waits for its result."""
+        ...
 
-def open_session(backend: str, manifest: Manifest, folder: Path, graph: str, options: Options) -> Session:
-    """Load one graph of a folder on a backend.
 
-    Raises:
-        FolderError: the files do not fit the manifest, are stale or are not trusted.
-        RuntimeError: the backend is not installed or cannot run here; the message names the remedy.
-    """
-    return import_module(MODULES[backend]).open_session(manifest, folder, graph, options)
+class Waiting:
+    """Base of sessions without a background: a batch that was started runs when its result is asked for."""
+
+    at_once = 1
+
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        raise NotImplementedError
+
+    def start(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], np.ndarray]:
+        return functools.partial(self, inputs)
 
 
 def check_inputs(entry: Graph, manifest: Manifest, inputs: Mapping[str, np.ndarray]) -> None:

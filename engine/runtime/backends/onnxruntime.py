@@ -10,11 +10,22 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.runtime.backends import Options, check_inputs, output_shape
+from engine.runtime.backends import Waiting, check_inputs, output_shape
+from engine.runtime.device import Device
 from engine.runtime.manifest import FolderError, Manifest
 
+KINDS = ("cpu", "cuda")  # of devices
 
-def open_session(manifest: Manifest, folder: Path, graph: str, options: Options) -> OnnxRuntimeSession:
+
+def open_session(
+    manifest: Manifest,
+    folder: Path,
+    graph: str,
+    device: str | None = None,
+    *,
+    threads: int = 0,
+    whole_batches: bool = False,
+) -> OnnxRuntimeSession:
     """Load a graph. The bytes that were hashed are the bytes that ONNX Runtime parses."""
     import onnxruntime
 
@@ -23,10 +34,11 @@ def open_session(manifest: Manifest, folder: Path, graph: str, options: Options)
             f"{folder}: optimised by ONNX Runtime {manifest.backend_version}, here is {onnxruntime.__version__}; "
             f"build it again: python -m engine.build ONNX_FOLDER --backend onnxruntime --out {folder}"
         )
-    check_precision(manifest, folder, options.device)
+    place = Device.parse(device, KINDS, manifest.backend)
+    check_precision(manifest, folder, place)
     model, data = manifest.read(folder, graph)
     with refused(folder / manifest.graphs[graph].file):
-        return OnnxRuntimeSession(manifest, graph, model, data, options)
+        return OnnxRuntimeSession(manifest, graph, model, data, place, threads=threads, whole_batches=whole_batches)
 
 
 @contextmanager
@@ -40,13 +52,13 @@ def refused(file: Path) -> Iterator[None]:
         raise FolderError(f"{file}: ONNX Runtime refuses it ({error})") from error
 
 
-def check_precision(manifest: Manifest, folder: Path, device: str | None = None) -> None:
+def check_precision(manifest: Manifest, folder: Path, device: Device | None = None) -> None:
     """Refuse what ONNX Runtime's CPU has no kernels for.
 
     Raises:
         FolderError: bf16 on a CPU.
     """
-    if manifest.precision == "bf16" and (device or "cpu") == "cpu":
+    if manifest.precision == "bf16" and (device is None or device.kind == "cpu"):
         raise FolderError(
             f"{folder}: bf16, and ONNX Runtime has no bf16 convolution on a CPU; take --backend openvino, build it for "
             "tensorrt or tensorrt-rtx, or export it in fp32 (for OpenVINO that computes in bf16: --precision bf16)"
@@ -64,32 +76,39 @@ def session_options(threads: int):
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     settings.inter_op_num_threads = 1
-    settings.log_severity_level = 3  # errors; they are raised as well
+    settings.log_severity_level = 4  # errors are raised, not printed
     # Tiles come in many shapes over a long folder: an arena and memory patterns would keep the peak of each.
     settings.enable_mem_pattern = False
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return settings
 
 
-class OnnxRuntimeSession:
+class OnnxRuntimeSession(Waiting):
     """A loaded graph."""
 
-    def __init__(self, manifest: Manifest, graph: str, model: bytes, data: Mapping[str, bytes], options: Options):
+    def __init__(
+        self,
+        manifest: Manifest,
+        graph: str,
+        model: bytes,
+        data: Mapping[str, bytes],
+        device: Device,
+        *,
+        threads: int,
+        whole_batches: bool,
+    ):
         import onnxruntime
 
         self.manifest, self.entry = manifest, manifest.graphs[graph]
-        kind, _, index = (options.device or "cpu").partition(":")
         providers: list = ["CPUExecutionProvider"]
-        if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-            raise ValueError(f"device must be cpu, cuda or cuda:N; got {options.device!r}")
-        if kind == "cuda":
+        if device.kind == "cuda":
             if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
                 raise RuntimeError(
                     "device cuda: this ONNX Runtime has no CUDA provider; pip install onnxruntime-gpu instead of "
                     "onnxruntime, or use --device cpu"
                 )
-            providers = [("CUDAExecutionProvider", {"device_id": int(index or 0)}), *providers]
-        settings = session_options(options.threads)
+            providers = [("CUDAExecutionProvider", {"device_id": device.index}), *providers]
+        settings = session_options(threads)
         if data:
             names = list(data)
             settings.add_external_initializers_from_files_in_memory(
@@ -99,7 +118,7 @@ class OnnxRuntimeSession:
         self._data = data  # ONNX Runtime reads the weights where they are
         self._buffer = np.empty(0, np.float32)  # of the largest result so far
         # A CPU gains nothing from a batch and its caches lose by it (13% a picture at 8 x 256x256): one at a time.
-        whole = options.whole_batches or kind != "cpu" or manifest.profile.batch[0] > 1
+        whole = whole_batches or device.kind != "cpu" or manifest.profile.batch[0] > 1
         self._at_once = None if whole else 1
         found = [i.name for i in self._session.get_inputs()]
         if sorted(found) != sorted(t.name for t in self.entry.inputs):

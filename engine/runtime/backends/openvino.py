@@ -7,11 +7,20 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.runtime.backends import Options, check_inputs
+from engine.runtime.backends import Waiting, check_inputs
+from engine.runtime.device import Device
 from engine.runtime.manifest import FolderError, Manifest
 
 
-def open_session(manifest: Manifest, folder: Path, graph: str, options: Options) -> OpenVinoSession:
+def open_session(
+    manifest: Manifest,
+    folder: Path,
+    graph: str,
+    device: str | None = None,
+    *,
+    threads: int = 0,
+    precision: str = "fp32",
+) -> OpenVinoSession:
     """Load an exported graph.
 
     Raises:
@@ -24,22 +33,21 @@ def open_session(manifest: Manifest, folder: Path, graph: str, options: Options)
         raise RuntimeError(
             f"backend openvino is not installed here ({error}); pip install 'gdpo-sr[openvino]'"
         ) from None
-    if options.device not in (None, "cpu"):
-        raise ValueError(f"device must be cpu for openvino; got {options.device!r}")
+    Device.parse(device, ("cpu",), "openvino")
     model, data = manifest.read(folder, graph)
     if data:
         raise FolderError(f"{folder}: its weights are in files beside the model; use the onnxruntime backend")
     core = openvino.Core()
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "bf16" if options.bf16 else "f32",
+        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
     }
-    if options.threads:
-        settings["INFERENCE_NUM_THREADS"] = str(options.threads)
+    if threads:
+        settings["INFERENCE_NUM_THREADS"] = str(threads)
     return OpenVinoSession(core.compile_model(core.read_model(model), "CPU", settings), manifest, graph)
 
 
-class OpenVinoSession:
+class OpenVinoSession(Waiting):
     """A compiled graph."""
 
     def __init__(self, compiled, manifest: Manifest, graph: str):

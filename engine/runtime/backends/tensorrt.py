@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from engine.runtime import manifest as manifests
-from engine.runtime.backends import Options, check_inputs, output_shape
+from engine.runtime.backends import check_inputs, output_shape
 from engine.runtime.backends.cuda import Buffer, CudaError, CudaGraph, Driver, Event, Stream
+from engine.runtime.device import Device
 from engine.runtime.manifest import FolderError, Manifest
 
 # The first name that imports is taken. The cu13 wheels bring the bindings without their front package.
@@ -47,12 +48,14 @@ def version(backend: str) -> str:
     return str(load_module(backend).__version__)
 
 
-def open_session(manifest: Manifest, folder: Path, graph: str, options: Options) -> TensorRTSession:
+def open_session(
+    manifest: Manifest, folder: Path, graph: str, device: str | None = None, *, trust_plan: bool = False
+) -> TensorRTSession:
     """Load a plan: hashed, of this version, of this GPU and trusted, in this order, before TensorRT sees a byte."""
     backend = manifest.backend
     plan, _ = manifest.read(folder, graph)
     entry = manifest.graphs[graph]
-    if not options.trust_plan and not manifests.built_here(entry.sha256):
+    if not trust_plan and not manifests.built_here(entry.sha256):
         raise FolderError(
             f"{folder / entry.file}: a plan is executable code and this one was not built by you here; "
             "build it (python -m engine.build) or, if you trust its source, pass --trust-plan"
@@ -64,10 +67,7 @@ def open_session(manifest: Manifest, folder: Path, graph: str, options: Options)
         raise FolderError(
             f"{folder}: built by {backend} {manifest.backend_version}, here is {module.__version__}; {rebuild}"
         )
-    kind, _, index = (options.device or "cuda").partition(":")
-    if kind != "cuda" or (index and not index.isdigit()):
-        raise ValueError(f"device must be cuda or cuda:N for {backend}; got {options.device!r}")
-    driver = Driver(int(index or 0))
+    driver = Driver(Device.parse(device, ("cuda",), backend).index)
     if manifest.architecture and manifest.architecture != driver.architecture():
         raise FolderError(
             f"{folder}: built for {manifest.architecture}, this GPU is {driver.architecture()}; {rebuild}"
@@ -108,6 +108,8 @@ class _Shape:
 
 class TensorRTSession:
     """A deserialised plan with its execution context."""
+
+    at_once = _AT_ONCE
 
     def __init__(self, module: Any, driver: Driver, manifest: Manifest, graph: str, plan: bytes, flexible: bool):
         self.manifest, self.entry, self._driver = manifest, manifest.graphs[graph], driver
