@@ -22,6 +22,7 @@ from gdpo.train import __main__ as cli
 from gdpo.train import checkpoint as checkpoints
 from gdpo.train.config import GDPOConfig, NAOSDConfig, TrainConfig
 from gdpo.train.setup import precision
+from gdpo.train.state import flat
 from tests.support.training import GDPO, NAOSD, train, train_here
 
 
@@ -109,25 +110,93 @@ def test_options_out_of_range(config, option, crops, trained, tmp_path, monkeypa
     assert not (tmp_path / "o").exists()
 
 
-@pytest.mark.parametrize(
-    "config", [NAOSDConfig(), GDPOConfig(), NAOSDConfig(lr_scheduler="cosine"), GDPOConfig(lr_scheduler="linear")]
-)
-def test_what_a_resumed_run_must_keep_is_what_it_was(config):
-    """Checkpoints hold what `identity` gave before options were marked: the list below, by exclusion."""
-    free = {
-        "output_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
-        "validation_steps", "validation_images", "logging_steps", "report_to", "train_batch_size",
-        "gradient_accumulation_steps", "sample_batch_size", "backend",
-    }  # fmt: skip
-    if config.lr_scheduler != "constant":
-        free.discard("max_train_steps")
-    free |= {"allow_data_change"}  # added since
-    before = {k: v for k, v in asdict(config).items() if k not in free}
-    for option in ("num_workers", "on_error"):
-        before["data"].pop(option, None)
-    del before["model"]["gradient_checkpointing"]
-    own = config.identity()
-    assert {k: own[k] for k in before} == before
+# What `identity` held before options were marked where they are defined; the checkpoints of then hold it.
+KEPT = [
+    "seed",
+    "model.pretrained",
+    "model.t_noise",
+    "model.t_diffusion",
+    "model.full",
+    "model.lora_rank",
+    "model.lora_alpha",
+    "model.prompt",
+    "model.channels_last",
+    "model.block_out_channels",
+    "model.layers_per_block",
+    "data.folder",
+    "data.crop_size",
+    "data.captions",
+    "degradation.preset",
+    "learning_rate",
+    "lr_scheduler",
+    "lr_warmup_steps",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_weight_decay",
+    "adam_epsilon",
+    "max_grad_norm",
+    "ema_decay",
+    "mixed_precision",
+]
+KEPT_OF = {
+    NAOSDConfig: [
+        "pixel",
+        "pixel_weight",
+        "perceptual",
+        "perceptual_weight",
+        "perceptual_size",
+        "perceptual_blocks",
+        "num_noises",
+        "diversity",
+        "grid_weight",
+        "lattice_weight",
+        "vsd_weight",
+        "vsd_cfg",
+        "vsd_t",
+        "vsd_lora_rank",
+        "vsd_learning_rate",
+        "negative_prompt",
+    ],
+    GDPOConfig: [
+        "algorithm",
+        "num_generations",
+        "beta",
+        "reward_funcs",
+        "reward_weights",
+        "rho",
+        "texture_threshold",
+        "texture_weighted_loss",
+        "shared_noise",
+        "reuse_latents",
+        "compile_frozen",
+    ],
+}
+FREE = [
+    "output_dir",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "resume_from_checkpoint",
+    "validation_steps",
+    "validation_images",
+    "logging_steps",
+    "report_to",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "sample_batch_size",
+    "backend",
+    "data.num_workers",
+    "model.gradient_checkpointing",
+]
+
+
+@pytest.mark.parametrize("kind", [NAOSDConfig, GDPOConfig])
+def test_what_a_resumed_run_must_keep_is_what_it_was(kind):
+    for scheduler in ("constant", "cosine", "linear"):  # a schedule ends with the run
+        config = kind(lr_scheduler=scheduler)
+        own = flat(config.identity())
+        assert set(KEPT) | set(KEPT_OF[kind]) <= own.keys() and not own.keys() & set(FREE)
+        assert ("max_train_steps" in own) == (scheduler != "constant")
+        assert own == {k: v for k, v in flat(asdict(config)).items() if k in own}
 
 
 @pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n\x00\xff", b"a: [1,", b"just words", b""])
