@@ -15,7 +15,7 @@ from engine.io.sink import Sink
 # artist, copyright; and the pointers to its EXIF and GPS directories.
 _TIFF_TAGS = (270, 271, 272, 305, 306, 315, 33432)
 _TIFF_POINTERS = (0x8769, 0x8825)
-_RESOLUTION_UNIT = 296
+_RESOLUTION_UNIT, _IPTC = 296, 33723
 _INTEROP = 0xA005  # in the EXIF directory: a pointer to another one
 
 
@@ -65,12 +65,21 @@ def _find(file: Sink, wanted: int) -> int | None:
     return next((start + 2 + at for at in places), None)
 
 
-def add_exif_to_tiff(file: Sink, exif: bytes) -> bool:
-    """Append an EXIF block to a TIFF of one page that libvips wrote, which itself keeps none.
+def iptc_of_tiff(tags: Any) -> bytes | None:
+    """The IPTC data sets in a TIFF's directory, which many programs declare as numbers of 32 bits."""
+    value = tags.get(_IPTC)
+    if isinstance(value, tuple) and all(isinstance(v, int) and 0 <= v < 1 << 32 for v in value):
+        value = struct.pack(("<" if tags.prefix.startswith(b"II") else ">") + f"{len(value)}I", *value).rstrip(b"\0")
+    return value if isinstance(value, bytes) and value.startswith(b"\x1c") else None
+
+
+def add_to_tiff(file: Sink, exif: bytes | None, iptc: bytes | None) -> bool:
+    """Append EXIF and IPTC to a TIFF of one page that libvips wrote, which itself keeps no EXIF, and cuts IPTC.
 
     Args:
         file: readable, writable, and open for nobody else.
         exif: starts at the TIFF header.
+        iptc: starts at the first data set.
 
     Returns:
         Whether it was written. A damaged block is left out: the file is the old one until the last write.
@@ -78,21 +87,22 @@ def add_exif_to_tiff(file: Sink, exif: bytes) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return _append_directory(file, exif)
+            return _append_directory(file, exif, iptc)
         except OSError:
             raise
         except (ValueError, TypeError, KeyError, LookupError, ArithmeticError, SyntaxError, struct.error):
             return False  # what Pillow raises on the entries of a hostile block
 
 
-def _append_directory(file: Sink, exif: bytes) -> bool:
-    """A new first directory behind the file's end: the old one's entries and what the block says about the photo."""
+def _append_directory(file: Sink, exif: bytes | None, iptc: bytes | None) -> bool:
+    """A new first directory behind the file's end: the old one's entries and what the blocks say about the photo."""
     said = Image.Exif()
-    said.load(exif)
+    if exif:
+        said.load(exif)
     file.seek(0)
     magic, start = struct.unpack("<4sI", file.read(8))
     end = file.seek(0, io.SEEK_END)
-    if magic != b"II*\0" or end + len(exif) > 0xFFFF0000:
+    if magic != b"II*\0" or end + len(exif or b"") + len(iptc or b"") > 0xFFFF0000:
         return False  # BigTIFF, or no room for another offset of 32 bits
     file.seek(start)
     (count,) = struct.unpack("<H", file.read(2))
@@ -106,6 +116,9 @@ def _append_directory(file: Sink, exif: bytes) -> bool:
         end += file.write(block + bytes(len(block) % 2))
         return at
 
+    if iptc:
+        value = struct.pack("<I", append(iptc)) if len(iptc) > 4 else iptc.ljust(4, b"\0")
+        entries[_IPTC] = struct.pack("<HHI", _IPTC, 7, len(iptc)) + value
     for tag in _TIFF_TAGS:
         if tag in said:
             text = _text(said[tag]) + b"\0"

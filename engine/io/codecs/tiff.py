@@ -21,7 +21,7 @@ from engine.io.codecs.libraries import (
 from engine.io.picture import Header, ImageError, Notice, Picture
 from engine.io.profiles import cmyk_to_rgb, lab_to_rgb
 from engine.io.sink import Sink
-from engine.io.tiff_exif import add_exif_to_tiff, clear_resolution, tiff_exif
+from engine.io.tiff_exif import add_to_tiff, clear_resolution, iptc_of_tiff, tiff_exif
 
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _ORIENTATION = 256, 257, 258, 259, 262, 274
 _SAMPLES, _EXTRA, _WEIGHTS, _SUBSAMPLING, _REFERENCE = 277, 338, 529, 530, 532
@@ -161,9 +161,9 @@ def _metadata(data: bytes, image: Any) -> dict[str, Any]:
     def field(name: str) -> Any:
         return image.get(name) if image is not None and image.get_typeof(name) else None
 
-    found: dict[str, Any] = {"icc": field("icc-profile-data") or None, "iptc": field("iptc-data") or None}
+    found: dict[str, Any] = {"icc": field("icc-profile-data") or None}
     found["xmp"] = field("xmp-data") or None
-    for key in ("icc", "iptc", "xmp"):
+    for key in ("icc", "xmp"):
         if found[key] is not None and len(found[key]) > metadata.MAX_METADATA:
             found[key] = None
     description = field("image-description")
@@ -171,6 +171,7 @@ def _metadata(data: bytes, image: Any) -> dict[str, Any]:
     try:
         opened = open_pillow(TiffImagePlugin.TiffImageFile, io.BytesIO(data))
         found["exif"] = tiff_exif(opened)
+        found["iptc"] = iptc_of_tiff(opened.tag_v2)
         unit = opened.tag_v2.get(296, 2)
         found["dpi"] = sensible_dpi(common_metadata(opened.info)["dpi"]) if unit in (2, 3) else None
     except Exception:
@@ -182,7 +183,7 @@ def write(sink: Sink, samples: np.ndarray, picture: Picture, quality: int, lossl
     """Write a TIFF through a target that can go back, then put EXIF into its directory."""
     image = vips_image(samples)
     types = vips().GValue
-    for name, block in {"icc-profile-data": picture.icc, "xmp-data": picture.xmp, "iptc-data": picture.iptc}.items():
+    for name, block in {"icc-profile-data": picture.icc, "xmp-data": picture.xmp}.items():
         if block:
             image.set_type(types.blob_type, name, block)
     if description := picture.text.get("Description"):
@@ -194,5 +195,6 @@ def write(sink: Sink, samples: np.ndarray, picture: Picture, quality: int, lossl
                               bigtiff=samples.nbytes > _BIG)  # fmt: skip
     if not picture.dpi:
         clear_resolution(sink)
-    if picture.exif and not add_exif_to_tiff(sink, picture.exif):
-        notice("EXIF left out: it is damaged")
+    for name, exif, iptc in (("EXIF", picture.exif, None), ("IPTC", None, picture.iptc)):
+        if (exif or iptc) and not add_to_tiff(sink, exif, iptc):
+            notice(f"{name} left out: it is damaged, or the file has no room for it")

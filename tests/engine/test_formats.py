@@ -1,0 +1,202 @@
+"""Formats: content decides, what is not installed is named, limits hold before decoding, and no byte is lost."""
+
+import errno
+import io
+import os
+import struct
+import sys
+import time
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine.io import images
+from engine.io.formats import FORMATS, READABLE, SUFFIXES
+from engine.io.images import ImageError, Picture, check_writable, picture_size, read_image, write_image
+from engine.io.sink import Sink
+from tests.support.pictures import SRGB, exif_block, gradient, installed, write_seeds
+
+WRITABLE = [row for row in FORMATS if row.write]
+
+
+def needs(kind):
+    if not installed(kind):
+        pytest.skip(f"{kind} needs the extra `formats`")
+
+
+@pytest.mark.parametrize("row", WRITABLE, ids=lambda row: row.name)
+def test_what_is_written_is_read(tmp_path, row):
+    needs(row.name)
+    path, said = tmp_path / f"a{row.suffixes[-1].upper()}", []
+    picture = Picture(gradient(), icc=SRGB, exif=exif_block(1)[6:], xmp=b"<x:xmpmeta/>")
+    write_image(path, picture, notice=said.append)
+    back = read_image(path, notice=said.append)
+    assert back.format == row.name and not said and picture_size(path) == (24, 37)
+    assert np.abs(back.pixels.astype(int) - gradient()).mean() <= (0 if row.lossless == "always" else 3)
+    assert back.xmp == picture.xmp and b"Maker" in back.exif
+    assert back.icc == (SRGB if row.icc else back.icc)
+
+
+@pytest.mark.parametrize("name", ["a.webp", "a.jxl"])
+def test_lossless_on_request(tmp_path, name):
+    needs(SUFFIXES[name[1:]])
+    mask = gradient()[..., 1].copy()
+    write_image(tmp_path / name, Picture(gradient(), alpha=mask), lossless=True)
+    back = read_image(tmp_path / name)
+    assert np.array_equal(back.pixels, gradient()) and np.array_equal(back.alpha, mask)
+    with pytest.raises(ImageError, match="JPEG is not written lossless"):
+        check_writable("a.jpg", 9, 9, alpha=False, lossless=True)
+
+
+def test_every_seed_is_read_by_its_content_under_any_name(tmp_path):
+    for seed in write_seeds(tmp_path / "seeds"):
+        seed.rename(path := tmp_path / "seeds" / "misleading.jpe")
+        assert seed.suffix in READABLE
+        assert min(read_image(path).pixels.shape[:2]) == 24 and picture_size(path) == read_image(path).pixels.shape[:2]
+
+
+def test_the_first_frame_of_a_gif_is_read_and_said(tmp_path):
+    frames = [Image.fromarray(gradient()), Image.fromarray(255 - gradient())]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    said = []
+    picture = read_image(tmp_path / "a.gif", notice=said.append)
+    assert said == [f"{tmp_path / 'a.gif'}: a GIF of 2 frames; the first is read"]
+    assert np.abs(picture.pixels.astype(int) - gradient()).mean() < 12
+
+
+def test_pnm_of_16_bit_keeps_its_depth(tmp_path):
+    deep = gradient(dtype=np.uint16)
+    (tmp_path / "a.ppm").write_bytes(b"P6\n# words\n37 24\n65535\n" + deep.astype(">u2").tobytes())
+    assert np.array_equal(read_image(tmp_path / "a.ppm").pixels, deep)
+    (tmp_path / "b.pgm").write_bytes(b"P5 37 24 1023 " + (deep[..., 0] >> 6).astype(">u2").tobytes())
+    picture = read_image(tmp_path / "b.pgm")
+    assert picture.gray and np.abs(picture.pixels[..., 0].astype(int) - deep[..., 0]).max() <= 64
+    (tmp_path / "c.pgm").write_bytes((tmp_path / "b.pgm").read_bytes()[:-1])
+    with pytest.raises(ImageError, match="a part of its pixels is missing"):
+        read_image(tmp_path / "c.pgm")
+
+
+@pytest.mark.parametrize("kind, package", [("JXL", "pillow_jxl"), ("HEIC", "pillow_heif")])
+def test_a_format_whose_decoder_is_missing_names_the_extra(tmp_path, monkeypatch, kind, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    heads = {"JXL": bytes.fromhex("ff0a98003c80480000001600"), "HEIC": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"}
+    (tmp_path / "a").write_bytes(heads[kind] + bytes(64))
+    with pytest.raises(ImageError, match=r"a: .* needs pillow-\w+.*pip install 'gdpo-sr\[formats\]'"):
+        read_image(tmp_path / "a")
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_without_its_end_is_read_with_a_warning_one_without_pixels_is_not(tmp_path, progressive):
+    buffer, path, said = io.BytesIO(), tmp_path / "a.jpg", []
+    Image.fromarray(gradient(200, 300)).save(buffer, "JPEG", progressive=progressive, quality=95)
+    data = buffer.getvalue()
+    path.write_bytes(data)
+    whole = read_image(path, notice=said.append).pixels
+    assert not said
+    path.write_bytes(data[:-2])
+    assert np.array_equal(read_image(path, notice=said.append).pixels, whole)
+    assert len(said) == 1 and "the end of this JPEG is missing" in said[0]
+    cuts = [len(data) - 40, len(data) // 2]
+    cuts += [data.rindex(b"\xff\xda")] if progressive else []  # whole scans, but not all of them
+    for cut in cuts:
+        path.write_bytes(data[:cut])
+        with pytest.raises(ImageError, match=r"truncated JPEG: (a part of its pixels is|its last scans are) missing"):
+            read_image(path, notice=said.append)
+    assert len(said) == 1
+
+
+def strip_tiff(width, height):
+    """A TIFF of many rows in one deflated strip."""
+    packed = zlib.compress(bytes(1000))
+    entries = [(256, 4, width), (257, 4, height), (258, 3, 8), (259, 3, 8), (262, 3, 1), (273, 4, 8), (277, 3, 1)]
+    entries += [(278, 4, height), (279, 4, len(packed))]
+    directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", t, k, 1, v) for t, k, v in entries)
+    return b"II*\0" + struct.pack("<I", 8 + len(packed)) + packed + directory + bytes(4)
+
+
+def tall_png(depth, rows):
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = struct.pack(">IIBBBBB", 1, rows, depth, 0, 0, 0, 0)
+    body = zlib.compress(bytes(rows * (1 + depth // 8)), 1)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+SLOW = {
+    "column.tif": lambda: strip_tiff(1, 99_000_000),
+    "deep.png": lambda: tall_png(16, 20_000_000),
+    "rows.png": lambda: tall_png(8, 1_048_576),
+    "side.gif": lambda: b"GIF89a" + struct.pack("<HH", 65535, 9) + bytes(30),
+    "scans.jpg": lambda: many_scans(6000, 5000, 300),
+    "huge.pgm": lambda: b"P5 99999999 1 255\n" + bytes(100),
+}
+
+
+def many_scans(width, height, scans):
+    buffer = io.BytesIO()
+    Image.fromarray(gradient(64, 64)).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    first, size = data.index(b"\xff\xda"), data.index(b"\xff\xc2") + 5
+    second = data.index(b"\xff\xda", first + 2)
+    head = data[:size] + struct.pack(">HH", height, width) + data[size + 4 : first]
+    return head + data[first:second] * scans + data[second:]
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_what_would_take_long_is_refused_from_its_header(tmp_path, name):
+    (tmp_path / name).write_bytes(SLOW[name]())
+    begin = time.process_time()
+    with pytest.raises(ImageError, match=r"a side are read|megapixels|of \d+ scans|truncated"):
+        read_image(tmp_path / name)
+    assert time.process_time() - begin < 1
+
+
+class Full(io.FileIO):
+    """A disk with room for some bytes: writes end short, then fail, or are swallowed whole."""
+
+    room, swallows = 2000, False
+
+    def write(self, data):
+        left = max(self.room - self.tell(), 0)
+        if not left and not self.swallows:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = super().write(memoryview(data)[:left])
+        if self.swallows:
+            self.seek(len(data) - written, io.SEEK_CUR)
+        return len(data) if self.swallows else written
+
+
+@pytest.mark.parametrize("row", WRITABLE, ids=lambda row: row.name)
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_full_disk_loses_no_picture_in_silence(tmp_path, monkeypatch, row, deep, capfd):
+    needs(row.name)
+    pixels = np.random.default_rng(0).integers(0, 65536, (60, 70, 3)).astype(np.uint16)
+    picture = Picture(pixels if deep else (pixels >> 8).astype(np.uint8), exif=exif_block()[6:])
+    path = tmp_path / f"a{row.suffixes[0]}"
+    write_image(path, picture)
+    good = path.read_bytes()
+    monkeypatch.setattr(images, "open", lambda p, mode, buffering: Full(p, "r+"), raising=False)
+    for Full.room in (0, 1, 30, 2000, len(good) - 1):
+        with pytest.raises(OSError) as error:
+            write_image(path, picture)
+        assert error.value.errno == errno.ENOSPC and error.value.filename == str(path)
+        assert path.read_bytes() == good and os.listdir(tmp_path) == [path.name]
+    assert capfd.readouterr() == ("", "")
+    Full.room = len(good)
+    write_image(path, picture)
+    assert path.read_bytes() == good
+
+
+def test_writes_that_a_disk_swallows_are_seen_by_the_size(tmp_path):
+    (tmp_path / "a").touch()
+    with Full(tmp_path / "a", "r+") as file:
+        file.room, file.swallows = 10, True
+        sink = Sink(file)
+        sink.write(b"0123456789")
+        sink.close()
+        sink.write(b"lost")
+        with pytest.raises(OSError, match="10 bytes are on the disk where 14 were written"):
+            sink.close()
