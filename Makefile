@@ -26,7 +26,7 @@ $(VENV)/.demo: $(DEPENDS) | $(BIN)/python
 	$(PIP) install -c constraints.txt -e '.[train,export]'
 	@touch $@
 $(VENV)/.ready: $(DEPENDS) | $(BIN)/python
-	$(PIP) install -c constraints.txt -e '.[train,export,tensorrt-rtx,openvino,dev]'
+	$(PIP) install -c constraints.txt -e '.[train,export,tensorrt-rtx,openvino,formats,dev]'
 	@touch $@ $(VENV)/.demo
 setup: $(VENV)/.ready
 
