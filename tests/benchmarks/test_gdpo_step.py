@@ -8,7 +8,8 @@ from collections import Counter
 import pytest
 import torch
 
-from benchmarks import gdpo_step, rows
+from benchmarks import gdpo_step
+from engine.io import rows
 
 
 @pytest.fixture

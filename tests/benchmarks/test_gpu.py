@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import gpu, gpu_parts, rows
+from benchmarks import gpu, gpu_parts
+from engine.io import rows
 
 ROOT = Path(__file__).resolve().parents[2]
 

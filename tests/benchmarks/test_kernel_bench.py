@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import kernel_bench, rows
+from benchmarks import kernel_bench
+from engine.io import rows
 
 ROOT = Path(__file__).resolve().parents[2]
 

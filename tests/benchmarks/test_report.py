@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from benchmarks import report, rows
+from benchmarks import report
+from engine.io import rows
 
 
 def test_the_document_is_what_the_rows_say():

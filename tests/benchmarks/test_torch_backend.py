@@ -5,9 +5,10 @@ import re
 import pytest
 import torch
 
-from benchmarks import rows, torch_backend
+from benchmarks import torch_backend
 from engine.export import torch_backend as backend
 from engine.export.optimise import Steps
+from engine.io import rows
 from gdpo.generator import OneStepGenerator
 from gdpo.model.codecs import KLCodec
 from gdpo.model.diffusers_patches import FusedGroupNorm
