@@ -1,4 +1,4 @@
-# For type checkers, which do not follow kernels.py: the folder kernels/ itself, under the names that kernels.py resolves.
+# For type checkers, which do not follow kernels.py: the folder kernels/ under the names that kernels.py resolves.
 from kernels.complexity import attribute_ratios as attribute_ratios
 from kernels.complexity import complexity_map as complexity_map
 from kernels.dispatch import use_triton as use_triton
