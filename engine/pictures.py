@@ -21,7 +21,6 @@ from engine.runtime.resample import resize
 from engine.runtime.upscaler import Upscaler
 
 Progress = Callable[[int, int], None]
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # BT.601
 _FAINT = 1 / 16  # below this opacity a colour is mixed with its surroundings: premultiplied files store it coarsely
 _ROWS = 256  # handled at a time
 
@@ -48,13 +47,10 @@ def upscale_picture(
     colour = parse_background(background) if background is not None else None
     passes = 1 if picture.alpha is None else 2
     pixels = picture.pixels if picture.alpha is None else fill_hidden(picture.pixels, picture.alpha)
-    neutral = picture.gray or is_neutral(pixels)
     if picture.alpha is not None and options.get("color") == "adain":
         result = _adain_of_visible(up, pixels, picture.alpha, _part(progress, 0, passes), options)
     else:
         result = up.upscale(pixels, progress=_part(progress, 0, passes), **options)
-    if neutral:
-        make_neutral(result)
     alpha = None
     if picture.alpha is not None:
         alpha = _upscale_mask(up, picture.alpha, _part(progress, 1, passes), options)
@@ -91,22 +87,6 @@ def flatten(picture: Picture, colour: tuple[int, int, int]) -> Picture:
         opacity = picture.alpha[rows, :, None].astype(np.float32) / full
         pixels[rows] = np.rint(picture.pixels[rows] * opacity + ground * (1 - opacity))
     return replace(picture, pixels=pixels, alpha=None, gray=picture.gray and not coloured)
-
-
-def is_neutral(pixels: np.ndarray) -> bool:
-    """Whether R = G = B in every pixel of [H,W,3]."""
-    return all(
-        np.array_equal(rows[..., 0], rows[..., c])
-        for rows in (pixels[top : top + _ROWS] for top in range(0, len(pixels), _ROWS))
-        for c in (1, 2)
-    )
-
-
-def make_neutral(pixels: np.ndarray) -> None:
-    """Give every pixel of [H,W,3] its luma, in place."""
-    for top in range(0, len(pixels), _ROWS):
-        rows = pixels[top : top + _ROWS]
-        rows[:] = np.rint(rows.astype(np.float32) @ _LUMA)[..., None]
 
 
 def fill_hidden(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -191,7 +171,7 @@ def _upscale_mask(up: Upscaler, alpha: np.ndarray, progress: Progress | None, op
     for top in range(0, height, _ROWS):
         band = slice(top, top + _ROWS)
         at = np.ix_(rows[band], columns)
-        out[band] = np.clip(np.rint(result[band].astype(np.float32) @ _LUMA), least[at], most[at])
+        out[band] = np.clip(result[band, :, 0], least[at], most[at])
     return out
 
 
