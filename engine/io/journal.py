@@ -116,7 +116,8 @@ class Journal:
             for name in sorted({*record.recipe, *recipe})
             if record.recipe.get(name) != recipe.get(name)
         ]
-        return Finding("stale", f"other options: {', '.join(changed)}")
+        # An option that came with a later version has no value in older records.
+        return Finding("stale", f"other options: {', '.join(changed)}") if changed else Finding("finished")
 
     def record(
         self, staged: Path, target: Path, source: Path, state: FileState, recipe: Recipe, *, origin: str = ""

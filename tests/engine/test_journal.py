@@ -45,6 +45,12 @@ def test_finished_is_what_was_made_from_this_input_with_these_options(files, tmp
     assert (found.kind, found.reason) == ("stale", "other options: seed 0 -> 9, wrap none -> both")
 
 
+def test_an_option_that_came_later_changes_nothing_where_it_is_not_used(files):
+    source, target = files
+    assert look(target, source, {**RECIPE, "new": None}).kind == "finished"
+    assert look(target, source, {**RECIPE, "new": 1}).kind == "stale"
+
+
 def test_an_input_that_was_replaced_is_seen_even_with_the_old_size_and_time(files):
     source, target = files
     before = source.stat()
