@@ -165,6 +165,8 @@ def near_duplicates(hashes: list[int], distance: int) -> list[int]:
             np.minimum.at(best, mine, kept[theirs])
         origin[block] = np.where(best < len(values), best, -1)
         fresh = block[origin[block] < 0]
+        if not len(fresh):
+            continue
         pairs = [(i[i < j], j[i < j]) for i, j in _near_pairs(values[fresh], values[fresh], distance)]
         i, j = (np.concatenate(side) for side in zip(*pairs))
         for earlier, later in zip(fresh[i[s := np.lexsort((i, j))]].tolist(), fresh[j[s]].tolist()):
