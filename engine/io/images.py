@@ -229,7 +229,10 @@ def _as_held(picture: Picture, row: Format, notice: Notice) -> Picture:
     if iptc and not row.iptc:
         iptc = None
         notice(f"IPTC left out, which {row.name} does not hold")
-    exif = metadata.sized_exif(picture.exif, size) if picture.exif else None
+    exif = metadata.upright_exif(picture.exif)
+    if picture.exif and not exif:
+        notice("EXIF left out: it is damaged")
+    exif = metadata.sized_exif(exif, size) if exif else None
     xmp = metadata.sized_xmp(picture.xmp, size) if picture.xmp else None
     return replace(picture, exif=exif, xmp=xmp, text=text, iptc=iptc)
 

@@ -1,5 +1,6 @@
 """What travels with a picture is true of the result, and what cannot travel is named."""
 
+import random
 import re
 import struct
 from dataclasses import replace
@@ -12,7 +13,7 @@ from PIL import Image, IptcImagePlugin
 from engine.io.images import Picture, read_image, write_image
 from engine.io.metadata import iptc_from_resources, iptc_to_resource, orientation_of, sized_exif, xmp_of_pixels_alone
 from engine.pictures import upscale_picture
-from tests.support.pictures import exif_block, gradient
+from tests.support.pictures import exif_block, gradient, mutated
 
 IPTC = b"\x1c\x02\x05\x00\x08My title" + b"\x1c\x02\x19\x00\x06garden"
 GAIN_MAP = (
@@ -138,3 +139,13 @@ def test_iptc_is_found_among_other_resources():
     whole = other + iptc_to_resource(IPTC)
     for cut in range(len(whole)):  # damaged ones raise nothing
         iptc_from_resources(whole[:cut])
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp", "avif"])
+def test_damaged_exif_is_written_or_named_and_costs_no_picture(tmp_path, suffix):
+    rng, good, path = random.Random(1), exif_block(6)[6:], tmp_path / f"a.{suffix}"
+    for _ in range(40):
+        said = []
+        write_image(path, Picture(gradient(), exif=good[:8] + mutated(good[8:], rng)), notice=said.append)
+        assert read_image(path, notice=said.append).pixels.shape == (24, 37, 3)
+        assert all("EXIF left out" in line for line in said)

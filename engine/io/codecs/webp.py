@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
@@ -67,8 +68,22 @@ def write(kind: str) -> Callable[[Sink, np.ndarray, Picture, int, bool, Notice],
             options |= {"lossless": lossless, "method": 4, "exact": samples.shape[2] == 4}
         else:
             options |= {"subsampling": "4:4:4", "speed": 6}
-        buffer = io.BytesIO()
-        Image.fromarray(samples).save(buffer, kind, **options)
-        sink.write(buffer.getbuffer())
+        sink.write(_encoded(Image.fromarray(samples), kind, options, notice).getbuffer())
 
     return write_pixels
+
+
+def _encoded(image: Image.Image, kind: str, options: dict[str, Any], notice: Notice) -> io.BytesIO:
+    """A file in memory. Pillow parses EXIF before it writes it, and raises nearly everything on a hostile block."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            buffer = io.BytesIO()
+            image.save(buffer, kind, **options)
+        except Exception:
+            if "exif" not in options:
+                raise
+            buffer = io.BytesIO()
+            image.save(buffer, kind, **{key: value for key, value in options.items() if key != "exif"})
+            notice("EXIF left out: it is damaged")
+    return buffer
