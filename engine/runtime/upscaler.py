@@ -85,6 +85,7 @@ class Upscaler:
         threads: int = 0,
         trust_plan: bool = False,
         precision: str = "auto",
+        bf16: bool = False,
         compiled: bool = False,
         core: bool | None = None,
     ) -> Upscaler:
@@ -98,6 +99,7 @@ class Upscaler:
             threads: of a CPU backend; 0 lets it choose.
             trust_plan: load a TensorRT plan that this user did not build. A plan is executable code.
             precision: "auto" is the folder's own, chosen at export; "bf16" also by backend openvino or torch.
+            bf16: the older spelling of precision="bf16".
             compiled: torch.compile, of torch only: all tiles have one size, and the first waits for the compiler.
             core: True takes the C++ path, False Python's; None the C++ path where it can run the folder.
 
@@ -108,6 +110,7 @@ class Upscaler:
         """
         if backend != "auto" and backend not in BACKENDS:
             raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}; got {backend!r}")
+        precision = "bf16" if bf16 and precision == "auto" else precision
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
         if threads < 0:
