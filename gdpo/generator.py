@@ -20,7 +20,15 @@ from torch import nn
 from gdpo.model import lora, lora_files
 from gdpo.model.codecs import PixelCodec, load_codec, save_codec
 from gdpo.model.compact import CompactUNetConfig
-from gdpo.model.parts import first_line, load_pretrained, read_json, read_tensors, refuse_checkpoint, write_index
+from gdpo.model.parts import (
+    first_line,
+    load_pretrained,
+    read_config,
+    read_json,
+    read_tensors,
+    refuse_checkpoint,
+    write_index,
+)
 from gdpo.model.prompts import POSITIVE_PROMPT, PromptEncoder
 from gdpo.model.tiny import TinyUNetConfig
 from gdpo.model.unets import PIXEL_UNETS, pixel_unet, works_on_pixels
@@ -46,6 +54,11 @@ def alphas_cumprod(schedule: dict) -> torch.Tensor:
     """The cumulative product of 1 - beta, float64 [T], of a scheduler_config.json (scaled_linear or linear)."""
     start, end = schedule.get("beta_start", 0.00085), schedule.get("beta_end", 0.012)
     steps = schedule.get("num_train_timesteps", 1000)
+    for name, beta in (("beta_start", start), ("beta_end", end)):
+        if not isinstance(beta, int | float) or not 0 < beta < 1:
+            raise ValueError(f"scheduler {name} must be a number between 0 and 1; got {beta!r:.40}")
+    if type(steps) is not int or not 2 <= steps <= 100_000:
+        raise ValueError(f"scheduler num_train_timesteps must be a whole number up to 100000; got {steps!r:.40}")
     kind = schedule.get("beta_schedule", "scaled_linear")
     if kind == "scaled_linear":
         beta = torch.linspace(math.sqrt(start), math.sqrt(end), steps, dtype=torch.float64) ** 2
@@ -136,7 +149,7 @@ class OneStepGenerator(nn.Module):
             FileNotFoundError, ValueError: naming the file and what was expected in it.
         """
         root = _resolve(folder)
-        saved = read_json(root / "generator.json") if (root / "generator.json").is_file() else {}
+        saved = _remembered(root / "generator.json")
         schedule_file = root / "scheduler" / "scheduler_config.json"
         schedule = read_json(schedule_file) if schedule_file.is_file() else None
         unet = _load_unet(root / "unet", dtype)
@@ -341,6 +354,15 @@ def _resolve(folder: str | os.PathLike[str]) -> Path:
     return path
 
 
+def _remembered(file: Path) -> dict:
+    """What a saved folder remembers: timesteps and prompt."""
+    saved = read_config(file) if file.is_file() else {}
+    for name, kind in (("t_noise", int), ("t_diffusion", int), ("prompt", str)):
+        if type(saved.get(name, kind())) is not kind:
+            raise ValueError(f"{file}: {name} must be {kind.__name__}; got {saved[name]!r:.40}")
+    return saved
+
+
 def _write_json(file: Path, content: dict) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n")
 
@@ -348,13 +370,18 @@ def _write_json(file: Path, content: dict) -> None:
 def _load_unet(folder: Path, dtype: torch.dtype | None) -> Any:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder / 'config.json'}: no such file; a model folder needs unet/config.json")
-    config = read_json(folder / "config.json")
+    config = read_config(folder / "config.json")
     kind = config.get("_class_name")
     if kind in PIXEL_UNETS:
-        unet = PIXEL_UNETS[kind].from_config(config)
         weights = folder / "diffusion_pytorch_model.safetensors"
+        state = read_tensors(weights)
+        with torch.device("meta"):  # judged before anything of its size is made
+            needed = sum(p.numel() for p in PIXEL_UNETS[kind].from_config(config).parameters())
+        if needed > 2 * sum(value.numel() for value in state.values()):
+            raise ValueError(f"{folder / 'config.json'} asks for {needed} parameters, which {weights.name} has not")
+        unet = PIXEL_UNETS[kind].from_config(config)
         try:
-            unet.load_state_dict(read_tensors(weights))
+            unet.load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(f"{weights} does not fit unet/config.json: {first_line(error)}") from None
         return unet.to(dtype) if dtype else unet

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gdpo.model.parts import load_pretrained, read_json
+from gdpo.model.parts import load_pretrained, read_config
 
 
 class Codec(Protocol):
@@ -81,10 +81,13 @@ def load_codec(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise FileNotFoundError(f"{config_file}: no such file; a model folder needs vae/config.json")
-    config = read_json(config_file)
+    config = read_config(config_file)
     kind = config.get("_class_name")
     if kind == "PixelCodec":
-        return PixelCodec(config.get("factor", 4))
+        factor = config.get("factor", 4)
+        if type(factor) is not int or not 1 <= factor <= 64:
+            raise ValueError(f"{config_file}: factor must be a whole number from 1 to 64; got {factor!r:.40}")
+        return PixelCodec(factor)
     if kind not in ("AutoencoderKL", "AutoencoderTiny"):
         raise ValueError(
             f"{config_file}: _class_name is {kind!r}; known are AutoencoderKL, AutoencoderTiny, PixelCodec"

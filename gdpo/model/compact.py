@@ -114,7 +114,7 @@ class CompactUNet(nn.Module):
         fields: dict[str, Any] = {k: v for k, v in config.items() if not k.startswith("_")}
         try:
             return cls(CompactUNetConfig(**fields))
-        except TypeError as error:
+        except (TypeError, ValueError, IndexError, ZeroDivisionError, RuntimeError) as error:
             raise ValueError(f"unet/config.json is not a CompactUNet's: {error}") from None
 
     @staticmethod

@@ -18,8 +18,8 @@ def read_json(file: Path) -> dict:
     """
     try:
         content = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not valid JSON ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: must hold a JSON object; got {type(content).__name__}")
     return content
@@ -56,6 +56,7 @@ def load_pretrained(kind: Any, folder: Path, dtype: torch.dtype | None = None) -
     names = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
     if not any(name.endswith((".safetensors", ".bin")) for name in names):
         raise FileNotFoundError(f"{folder}: no weights in it (*.safetensors); the model folder is incomplete")
+    _check_size(kind, folder)
     options: dict[str, Any] = {} if dtype is None else {"torch_dtype": dtype}
     if variant := _variant(names):
         options["variant"] = variant
@@ -69,6 +70,66 @@ def load_pretrained(kind: Any, folder: Path, dtype: torch.dtype | None = None) -
             f"{missing[0]}; are they another model's?"
         )
     return model
+
+
+# Of a model's configuration, before anything is built of it; the largest public ones stay far below.
+_DEEPEST, _MOST_ENTRIES, _LONGEST_LIST, _LONGEST_TEXT = 6, 2000, 256, 1000
+_MOST_LAYERS, _LARGEST = 256, 1 << 20
+
+
+def read_config(file: Path) -> dict:
+    """A model's config.json, whose numbers and lists are of sizes that a model has.
+
+    Raises:
+        ValueError: naming the entry that is none.
+    """
+    content = read_json(file)
+    entries = 0
+
+    def judge(name: str, value: Any, depth: int) -> None:
+        nonlocal entries
+        entries += 1
+        expected = None
+        if depth > _DEEPEST or entries > _MOST_ENTRIES:
+            raise ValueError(f"{file}: {name[:80]}: nested deeper, or longer, than any model's configuration")
+        if isinstance(value, dict | list):
+            if len(value) > _LONGEST_LIST:
+                raise ValueError(f"{file}: {name[:80]} must have at most {_LONGEST_LIST} entries; got {len(value)}")
+            for key, part in value.items() if isinstance(value, dict) else ((name, part) for part in value):
+                judge(str(key), part, depth + 1)
+        elif isinstance(value, str):
+            expected = f"have at most {_LONGEST_TEXT} characters" if len(value) > _LONGEST_TEXT else None
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            largest = _MOST_LAYERS if re.search(r"layers|blocks|^num_(?!train)", name) else _LARGEST
+            expected = f"be a number up to {largest}" if not abs(value) <= largest else None
+        if expected:
+            raise ValueError(f"{file}: {name[:80]} must {expected}; got {value!r:.40}")
+
+    for key, value in content.items():
+        judge(key, value, 1)
+    return content
+
+
+def _check_size(kind: Any, folder: Path) -> None:
+    """Refuse a configuration of which no model can be built, or only one that is larger than its weights.
+
+    Raises:
+        ValueError: naming config.json.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; the model folder is incomplete")
+    config = read_config(file)
+    stored = sum(p.stat().st_size for pattern in ("*.safetensors", "*.bin") for p in folder.glob(pattern))
+    try:
+        with torch.device("meta"):
+            model = kind(kind.config_class.from_dict(config)) if hasattr(kind, "config_class") else None
+            model = kind.from_config(config) if model is None else model
+    except Exception as error:  # of many kinds, some of which no library documents
+        raise ValueError(f"{file}: no model can be built of it ({type(error).__name__}: {first_line(error)})") from None
+    needed = sum(p.numel() for p in model.parameters())
+    if needed > stored:  # a byte each, at the very least
+        raise ValueError(f"{file} asks for {needed} parameters, but the weights beside it have {stored} bytes")
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -60,7 +60,9 @@ def read_released(path: str | os.PathLike[str]) -> tuple[ReleasedLora, ReleasedL
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}; a released LoRA file holds a dict")
     unet = _part(path, content, "unet", ("encoder", "decoder", "others"))
-    vae = _part(path, content, "vae", ("encoder", "decoder")) if "state_dict_vae" in content else None
+    # OSEDiff's file, the first of the family, adapts the VAE's encoder alone and lists nothing else of it.
+    groups = tuple(g for g in ("encoder", "decoder", "others") if g == "encoder" or f"vae_lora_{g}_modules" in content)
+    vae = _part(path, content, "vae", groups) if "state_dict_vae" in content else None
     return unet, vae
 
 

@@ -148,7 +148,7 @@ class TinyUNet(nn.Module):
         }
         try:
             return cls(TinyUNetConfig(**fields))
-        except TypeError as error:
+        except (TypeError, ValueError, IndexError, ZeroDivisionError, RuntimeError) as error:
             raise ValueError(f"unet/config.json is not a TinyUNet's: {error}") from None
 
     @staticmethod

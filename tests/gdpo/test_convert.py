@@ -389,3 +389,21 @@ def test_exports_that_cannot_come_back_are_refused(exported, tmp_path):
     with pytest.raises(ValueError, match=r"whole and in fp32 .*got residual, bf16, onnx, generator"):
         convert(tmp_path / "half", tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_osediffs_file_adapts_the_vaes_encoder_alone_and_lists_no_more_of_it(stage_one, converted, mini_sd, tmp_path):
+    content = {
+        k: v for k, v in stage_one[1].items() if k not in ("vae_lora_decoder_modules", "vae_lora_others_modules")
+    }
+    listed = set(content["vae_lora_encoder_modules"])
+    assert listed, "teeth: the encoder is adapted"
+    content["state_dict_vae"] = {
+        k: v for k, v in content["state_dict_vae"].items() if k.split(".lora_")[0] in listed and "default_encoder" in k
+    }
+    torch.save(content, tmp_path / "osediff.pkl")
+    convert(tmp_path / "osediff.pkl", tmp_path / "out", mini_sd)
+    unet, theirs = (load_file(f / "unet_lora" / "adapter_model.safetensors") for f in (tmp_path / "out", converted))
+    assert unet.keys() == theirs.keys() and all(torch.equal(v, theirs[k]) for k, v in unet.items())
+    vae = load_file(tmp_path / "out" / "vae_lora" / "adapter_model.safetensors")
+    modules = {k.removeprefix("base_model.model.").split(".lora_")[0] for k in vae}
+    assert modules == listed

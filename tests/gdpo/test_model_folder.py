@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,45 @@ def test_a_prompt_embedding_that_is_none_is_named(content, mini_sd, tmp_path):
     file.write_bytes(content) if isinstance(content, bytes) else save_file(content, file)
     with pytest.raises(ValueError, match=str(file)):
         OneStepGenerator.from_pretrained(folder)
+
+
+DEEP = "[" * 50 + "]" * 50
+STRANGE = {
+    "absurd layers": ("sd", "unet/config.json", {"layers_per_block": 10**6}, "layers_per_block must be a number up to"),
+    "absurd width": ("sd", "unet/config.json", {"block_out_channels": [10**9] * 4}, "must be a number up to"),
+    "larger than its weights": ("sd", "unet/config.json", {"block_out_channels": [1 << 13] * 4}, "asks for"),
+    "endless list": ("sd", "unet/config.json", {"down_block_types": ["DownBlock2D"] * 10**4}, "at most 256 entries"),
+    "a text for a number": ("sd", "unet/config.json", {"layers_per_block": "two"}, "no model can be built"),
+    "nested": ("sd", "unet/config.json", {"block_out_channels": json.loads(DEEP)}, "nested deeper"),
+    "text encoder": ("sd", "text_encoder/config.json", {"num_hidden_layers": 10**7}, "num_hidden_layers must be"),
+    "vae": ("sd", "vae/config.json", {"layers_per_block": 10**5}, "layers_per_block must be"),
+    "scaling": ("sd", "scheduler/scheduler_config.json", {"beta_start": "small"}, "beta_start must be a number"),
+    "schedule": ("sd", "scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}, "must be a whole number"),
+    "tiny width": ("tiny", "unet/config.json", {"block_out_channels": [1 << 19, 16]}, "asks for"),
+    "tiny text": ("tiny", "unet/config.json", {"block_out_channels": "wide"}, "unet/config.json"),
+    "factor": ("tiny", "vae/config.json", {"factor": 10**5}, "factor must be a whole number from 1 to 64"),
+    "timestep": ("tiny", "generator.json", {"t_noise": [1]}, "t_noise must be int"),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_strangers_config_is_judged_before_anything_is_built(name, mini_sd, tiny, tmp_path):
+    """Each would hang, try to allocate terabytes, or end in a message that names no file."""
+    kind, file, change, message = STRANGE[name]
+    folder = tmp_path / "model"
+    shutil.copytree({"sd": mini_sd, "tiny": tiny}[kind], folder)
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | change))
+    start = time.process_time()
+    with pytest.raises(ValueError, match=message) as refused:
+        generator = OneStepGenerator.from_pretrained(folder)
+        if generator.uses_text:
+            generator.text_embeds(1)
+    assert time.process_time() - start < 10 and "\n" not in str(refused.value) and len(str(refused.value)) < 600
+
+
+def test_json_that_nests_without_end_is_named(mini_sd, tmp_path):
+    shutil.copytree(mini_sd, tmp_path / "model")
+    file = tmp_path / "model" / "unet" / "config.json"
+    file.write_text("[" * 10**6 + "]" * 10**6)
+    with pytest.raises(ValueError, match=f"{file}: not valid JSON"):
+        OneStepGenerator.from_pretrained(tmp_path / "model")
