@@ -162,7 +162,8 @@ def evaluate() -> int:
     if "fid" in args.metrics:
         _fid(result, sources, Path(args.hr), out, device, args.every)
     if pair:
-        values = {m.name: (*(kept.column(row, m.name) for row in pair), m.better) for m in columns}
+        a, b = pair
+        values = {m.name: (kept.column(a, m.name), kept.column(b, m.name), m.better) for m in columns}
         compared = {n: compare(*v, args.bootstrap, args.seed) for n, v in values.items()}
         result["comparison"] = {"a": pair[0], "b": pair[1], "metrics": compared}
         report.write_scatter(out / "compare.png", pair[0], pair[1], values)

@@ -197,7 +197,7 @@ class Folder:
     def state(self, found: Sources) -> str:
         """A hash of all that the finished folder depends on: photos, captions, settings, and what lies in it."""
         digest = hashlib.blake2b(digest_size=16)
-        facts = [found.captions, found.dangling, asdict(self.settings)]
+        facts: list[Any] = [found.captions, found.dangling, asdict(self.settings)]
         for source in found.photos:
             status = source.path.stat()
             facts.append([source.name, status.st_size, status.st_mtime_ns])
