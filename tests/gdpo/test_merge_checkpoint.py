@@ -70,5 +70,5 @@ def test_what_meets_a_checkpoint_names_the_command(run, crops, tmp_path, monkeyp
     shutil.copytree(checkpoint, damaged)
     file = damaged / "trainable.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="trainable.safetensors is not what was saved"):
+    with pytest.raises(ValueError, match=r"trainable\.safetensors is not what was saved"):
         generator_at(damaged)
