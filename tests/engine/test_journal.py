@@ -187,4 +187,4 @@ def test_a_thousand_finished_pictures_are_told_in_moments(tmp_path):
     (tmp_path / NAME).write_text("".join(lines))
     journal, begin = Journal(tmp_path), time.process_time()
     assert all(journal.look(target, source, RECIPE).kind == "finished" for target in targets)
-    assert time.process_time() - begin < 0.5
+    assert time.process_time() - begin < 2  # 0.1 s; quadratic reading takes more than ten
