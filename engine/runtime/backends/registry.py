@@ -1,6 +1,6 @@
 """The backends: what each runs, where it is, which options it takes. csrc/src/backends/registry.cpp is the same table.
 
-A backend's module is imported when it is asked for. A new backend is a module with `open_session` (see `Opener`) and a
+A backend's module is imported when it is asked for. A new backend is a module with `open_session` and a
 row here.
 """
 
