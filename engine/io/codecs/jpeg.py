@@ -104,11 +104,11 @@ def _all_refined(data: bytes) -> bool:
 
 
 def write(sink: Sink, samples: np.ndarray, picture: Picture, quality: int, lossless: bool, notice: Notice) -> None:
-    """Stream a JPEG without chroma subsampling."""
+    """Stream a JPEG without chroma subsampling. Optimised Huffman tables would hold the whole picture in memory."""
     own = _segments_of(picture, notice)
     image = vips_image(samples)
     with sink.target(lambda head: head[:2] + own + head[2:]) as target:
-        image.jpegsave_target(target, Q=quality, subsample_mode="off", optimize_coding=True, keep="none")
+        image.jpegsave_target(target, Q=quality, subsample_mode="off", keep="none")
 
 
 def _segments_of(picture: Picture, notice: Notice) -> bytes:
