@@ -68,6 +68,7 @@ def vips() -> Any:
     import pyvips
 
     pyvips.cache_set_max(0)  # a cache of operations would grow over a long folder
+    pyvips._remove_log_handler()  # it prints a traceback where a file's own words, in no encoding, are in a warning
     return pyvips
 
 
