@@ -174,6 +174,8 @@ class NAOSDConfig(TrainConfig):
             this weight of its spread term; needs num_noises of 2 or more. 1 is the proper score, 0 the plain distance.
         grid_weight: above 0, a penalty on errors that repeat every 8 pixels (gdpo.train.losses.grid; not in the paper).
         lattice_weight: above 0, a penalty on peaks of the spectrum at periods of 2 and 4 pixels (the same file).
+        spectrum_weight: above 0, a penalty on a mean spectrum that is not the target's (the same file); of the samples
+            that a teacher drew, where there are any.
         teacher: a published network whose pictures are targets beside the HR (gdpo.train.teacher; not in the paper).
         vsd_cfg: guidance scale of the VSD teacher.
         vsd_t: range of VSD timesteps as fractions of T.
@@ -192,6 +194,7 @@ class NAOSDConfig(TrainConfig):
     diversity: float = 0.0
     grid_weight: float = 0.0
     lattice_weight: float = 0.0
+    spectrum_weight: float = 0.0
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     vsd_weight: float = 1.0
     vsd_cfg: float = 7.5
@@ -203,13 +206,13 @@ class NAOSDConfig(TrainConfig):
     def validate(self) -> None:
         super().validate()
         _at_least(0, self, "pixel_weight", "perceptual_weight", "vsd_weight", "diversity", "perceptual_size")
-        _at_least(0, self, "grid_weight", "lattice_weight", "pixel_relative")
+        _at_least(0, self, "grid_weight", "lattice_weight", "spectrum_weight", "pixel_relative")
         _at_least(1, self, "num_noises", "vsd_lora_rank")
         _above_0(self, "vsd_learning_rate")
         _require(1 <= self.perceptual_blocks <= 5, "perceptual_blocks", "1 to 5", self.perceptual_blocks)
-        if self.grid_weight or self.lattice_weight:
+        if self.grid_weight or self.lattice_weight or self.spectrum_weight:
             side = self.data.crop_size
-            _require(side >= 32, "data.crop_size", "at least 32 with a grid or lattice weight", side)
+            _require(side >= 32, "data.crop_size", "at least 32 with a grid, lattice or spectrum weight", side)
         _require(
             not (self.diversity and self.num_noises < 2),
             "diversity",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gdpo.randomness import normal
-from gdpo.train.losses.grid import grid_penalty, lattice_penalty
+from gdpo.train.losses.grid import grid_penalty, lattice_penalty, spectrum_penalty
 
 
 def level(x: torch.Tensor) -> float:
@@ -64,3 +64,16 @@ def test_descent_on_the_lattice_penalty_takes_the_dots_off_and_leaves_the_textur
         restored = (restored - 0.2 * gradient).detach().requires_grad_()
     assert lattice_penalty(restored, clean).detach() < 0.3 * before
     assert float((restored - clean).detach().square().mean()) < float((dots(0.05) - clean).square().mean())
+
+
+def test_the_spectrum_tells_a_mesh_and_blur_from_other_detail_of_the_same_kind():
+    texture, other = normal((4, 3, 64, 64), 0, "texture") * 0.1, normal((4, 3, 64, 64), 0, "other") * 0.1
+    blurred = torch.nn.functional.avg_pool2d(texture, 3, stride=1, padding=1)
+    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    mesh = texture + 0.1 * torch.cos(2 * torch.pi * x / 4.6) * torch.cos(2 * torch.pi * y / 4.6)
+    same, soft, meshed = (float(spectrum_penalty(z, texture)) for z in (other, blurred, mesh))
+    assert float(spectrum_penalty(texture, texture)) == 0
+    assert same < 0.4 and soft > 3 * same and meshed > 0.1
+    restored = blurred.clone().requires_grad_()
+    spectrum_penalty(restored, texture).backward()
+    assert restored.grad.isfinite().all() and restored.grad.abs().max() > 0

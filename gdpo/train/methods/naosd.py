@@ -21,7 +21,7 @@ from gdpo.randomness import moved, uniform
 from gdpo.scores.features import load_perceptual
 from gdpo.train.config import NAOSDConfig
 from gdpo.train.losses.energy import EnergyScore
-from gdpo.train.losses.grid import grid_penalty, lattice_penalty
+from gdpo.train.losses.grid import grid_penalty, lattice_penalty, spectrum_penalty
 from gdpo.train.losses.vsd import VSD
 from gdpo.train.methods.base import Backward, Columns, Method, Metrics
 from gdpo.train.setup import group_noise, lora_targets
@@ -148,6 +148,10 @@ class NAOSD(Method):
         if config.lattice_weight:
             lattice = lattice_penalty(restored, shown)
             loss, metrics["lattice"] = loss + config.lattice_weight * lattice, lattice
+        if config.spectrum_weight:
+            rows = taught.rows if taught is not None else slice(None)
+            spectrum = spectrum_penalty(restored[rows], shown[rows])
+            loss, metrics["spectrum"] = loss + config.spectrum_weight * spectrum, spectrum
         if self.perceptual is not None:
             restored, target = self._crop(restored, samples, k), self._crop(target, samples, k)
             shown = self._crop(shown, samples, k)
