@@ -194,13 +194,14 @@ def main() -> int:
     parser = cli.Parser(prog="python -m engine.bench", description="Latency, throughput and memory, peers included.")
     parser.add_argument("generator", help="a generator's folder (for the torch peers)")
     parser.add_argument("--engine", help="an engine folder of the same generator (default: exported now)")
-    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS[:-1]), choices=CONTENDERS)
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS[:-1]), choices=CONTENDERS,
+                        help="what to measure")  # fmt: skip
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512], help="sides of the output, in pixels")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--name", default="engine", help="of the file with the rows")
-    parser.add_argument("--no-rows", action="store_true", help="print only")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8], help="batch sizes")
+    parser.add_argument("--rounds", type=int, default=9, help="number of timed rounds")
+    parser.add_argument("--threads", type=int, default=0, help="number of CPU threads; 0: all")
+    parser.add_argument("--name", default="engine", help="name of the results file, without .jsonl")
+    parser.add_argument("--no-rows", action="store_true", help="do not write result rows; only print them")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         generator = Path(options.generator)

@@ -58,8 +58,8 @@ def _state(file: Path, sha256: str, manifest: Manifest) -> str:
 
 def main() -> int:
     parser = cli.Parser(prog="python -m engine.info", description="Show what is in an engine folder.")
-    parser.add_argument("folder", help="written by engine.export or engine.build")
-    parser.add_argument("--json", action="store_true", help="the manifest as JSON")
+    parser.add_argument("folder", help="an engine folder, as engine.export or engine.build writes it")
+    parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
     options = parser.parse_args()
     manifest = manifests.load(options.folder)
     text = describe(Path(options.folder), manifest)

@@ -34,47 +34,45 @@ def parser() -> cli.Parser:
     p.add_argument(
         "paths", nargs="*", metavar="IN... OUT", help="files, globs, folders or -, then a file, a folder or -"
     )
-    p.add_argument("-i", "--input", nargs="+", default=[], help="the inputs, instead of positions; - is standard input")
-    p.add_argument("-o", "--output", help="the output, instead of the last position; - is standard output")
+    p.add_argument("-i", "--input", nargs="+", default=[], help="inputs, instead of positional arguments; -: stdin")
+    p.add_argument("-o", "--output", help="output, instead of the last positional argument; -: stdout")
     p.add_argument("-n", "--model", help="an engine folder (default: the bundled model)")
     p.add_argument("--seed", type=int, default=0, help="random seed of the noise; the same seed gives the same picture")
-    size = p.add_argument_group("size of the result (the shape of a picture is always kept)")
-    size.add_argument("-s", "--scale", type=float, help="factor (default: 4); other factors than 4 resize the x4")
+    size = p.add_argument_group("size of the result (the aspect ratio is always kept)")
+    size.add_argument("-s", "--scale", type=float, help="factor (default: 4); any other factor resizes the x4 result")
     size.add_argument("--width", type=int, metavar="PIXELS", help="largest width, instead of a factor")
     size.add_argument("--height", type=int, metavar="PIXELS", help="largest height, instead of a factor")
     size.add_argument("--longest", type=int, metavar="PIXELS", help="length of the longer side, instead of a factor")
     size.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="size limit of inputs (default: %(default)s)")
-    work = p.add_argument_group("way of working")
+    work = p.add_argument_group("processing")
     work.add_argument(
         "-t", "--tile", type=int, default=0, help="longest tile side in input pixels; 0: the model's choice"
     )
     work.add_argument("--batch", type=int, help="number of tiles that go through the model at once")
     work.add_argument(
-        "--color", default=color.DEFAULT, choices=color.METHODS, help="alignment of the colours to the input's"
+        "--color", default=color.DEFAULT, choices=color.METHODS, help="method that matches the colours to the input's"
     )
     work.add_argument("--background", metavar="COLOUR", help="colour under transparent pixels (white, #ff8800): "
                       "the result is opaque")  # fmt: skip
-    work.add_argument(
-        "--wrap", action="store_true", help="all opposite edges meet: a texture that is laid side by side"
-    )
-    work.add_argument("--wrap-x", action="store_true", help="left and right edge meet: a panorama of 360 degrees")
+    work.add_argument("--wrap", action="store_true", help="opposite edges join on both axes: for tileable textures")
+    work.add_argument("--wrap-x", action="store_true", help="left and right edges join: for 360-degree panoramas")
     files = p.add_argument_group("files")
     files.add_argument(
         "-f", "--format", choices=[s[1:] for s in SUFFIXES], help="format of outputs (default: the input's)"
     )
-    files.add_argument("--suffix", default="", help="text after the names of the outputs, such as _x4")
+    files.add_argument("--suffix", default="", help="text appended to output names, such as _x4")
     files.add_argument(
         "--quality", type=int, default=95, help="quality of lossy formats, 1 to 100 (default: %(default)s)"
     )
     files.add_argument("--lossless", action="store_true", help="lossless WebP and JPEG XL (PNG and TIFF always are)")
-    files.add_argument("--recursive", action="store_true", help="sub-folders too; the output mirrors their tree")
+    files.add_argument("--recursive", action="store_true", help="include sub-folders; the output mirrors their tree")
+    files.add_argument("--overwrite", action="store_true", help="redo finished outputs, and replace unknown files")
+    files.add_argument("--on-clash", choices=("error", "rename"), default="error", help="when an output would "
+                       "replace an input, another output or an unknown file: fail, or number its name")  # fmt: skip
     files.add_argument(
-        "--overwrite", action="store_true", help="finished outputs are made again, foreign files replaced"
+        "--strip-metadata", action="store_true", help="leave out EXIF, XMP and text; keep the colour profile"
     )
-    files.add_argument("--on-clash", choices=("error", "rename"), default="error", help="an output that is an input, a "
-                       "foreign file or another's output: an error, or a number after its name")  # fmt: skip
-    files.add_argument("--strip-metadata", action="store_true", help="no EXIF, XMP and text (the colour profile stays)")
-    files.add_argument("--compare", metavar="PAGE.html", help="a page with a before/after slider")
+    files.add_argument("--compare", metavar="PAGE.html", help="write a page with a before/after slider")
     machine = p.add_argument_group("machine")
     machine.add_argument(
         "--backend", default="auto", help="auto, onnxruntime, openvino, tensorrt, tensorrt-rtx or torch"
@@ -82,13 +80,15 @@ def parser() -> cli.Parser:
     machine.add_argument("--device", help="cpu, cuda or cuda:N")
     machine.add_argument("--precision", default="auto", choices=("auto", "fp32", "fp16", "bf16"),
                          help="number format of the computation")  # fmt: skip
-    machine.add_argument("--compile", action="store_true", help="compilation, of backend torch: the first tile waits")
+    machine.add_argument(
+        "--compile", action="store_true", help="compile the model (backend torch only); the first tile is slow"
+    )
     machine.add_argument("--threads", type=int, default=0, help="number of CPU threads; 0: all")
     machine.add_argument("--trust-plan", action="store_true", help="permission to load a TensorRT plan built elsewhere "
                          "(it is executable code)")  # fmt: skip
     report = p.add_argument_group("reports")
-    report.add_argument("--no-progress", action="store_true", help="no bar, no lines and no progress events")
-    report.add_argument("--json", action="store_true", help="progress and results as JSON on stdout, an object a line")
+    report.add_argument("--no-progress", action="store_true", help="no progress bar, lines or events")
+    report.add_argument("--json", action="store_true", help="progress and results on stdout, one JSON object per line")
     return p
 
 

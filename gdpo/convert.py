@@ -5,7 +5,7 @@ RELEASED is either of the authors' two released forms, or this project's:
   `gdpo.merge --strength` can choose how much of it. A stage-one (NAOSD) file belongs on Stable Diffusion 2.1-base, a
   stage-two (GDPO) file on the NAOSD model that it was trained from;
 - the merged folder (unet/, vae/): the folder is these two with schedule and text encoder of --base;
-- an exported tiny model, as the one that ships (engine/data/tiny): no --base.
+- an exported tiny model, such as the bundled one (engine/data/tiny): no --base.
 """
 
 from __future__ import annotations
@@ -185,10 +185,10 @@ def _from_folder(released: Path, base: Path | None, t_noise: int | None, t_diffu
 def main() -> None:
     parser = Parser(prog="python -m gdpo.convert", description="Released weights as a model folder.")
     parser.add_argument("released", type=str, help="the LoRA file (.pkl), the merged folder, or an exported tiny model")
-    parser.add_argument("--base", type=str | None, help="the diffusers folder that it belongs on")
+    parser.add_argument("--base", type=str | None, help="diffusers folder of the base model")
     parser.add_argument("--out", type=str, required=True, help="the model folder to make")
     parser.add_argument(
-        "--lora-alpha", type=PositiveInt, default=RELEASED_ALPHA, help="the LoRA's scale is this / rank"
+        "--lora-alpha", type=PositiveInt, default=RELEASED_ALPHA, help="alpha of the LoRA: its scale is alpha / rank"
     )
     parser.add_argument("--t-noise", type=int | None, help="timestep of the added noise (default: 250)")
     parser.add_argument("--t-diffusion", type=int | None, help="timestep given to the UNet (default: 100)")

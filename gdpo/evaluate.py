@@ -45,7 +45,7 @@ def parser() -> Parser:
     p.add_argument(
         "--model", action="append", default=[], metavar="[NAME=]DIR", help="an engine or generator folder; repeatable"
     )
-    p.add_argument("--out", required=True, metavar="DIR", help="where the results go")
+    p.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
     p.add_argument("--metrics", nargs="+", default=list(NAMES), help=f"columns (default: {' '.join(NAMES)})")
     p.add_argument("--niqe", default="photos", help="NIQE's model: photos, photos-32, or a .mat/.npz file")
     p.add_argument(
@@ -54,17 +54,17 @@ def parser() -> Parser:
         metavar=("A", "B"),
         help="rows to compare, A minus B (default: the last two rows, the last one as A)",
     )
-    p.add_argument("--seed", type=int, default=0, help="of the models' noise and of the bootstrap")
-    p.add_argument("--seeds", type=int, default=1, help="noises per picture for the diversity of models")
-    p.add_argument("--seed-images", type=int, default=10, help="pictures that diversity is measured on")
-    p.add_argument("--every", type=int, default=1, help="take every n-th picture only")
+    p.add_argument("--seed", type=int, default=0, help="random seed of the models' noise and of the bootstrap")
+    p.add_argument("--seeds", type=int, default=1, help="noise draws per picture, to measure the models' diversity")
+    p.add_argument("--seed-images", type=int, default=10, help="number of pictures to measure diversity on")
+    p.add_argument("--every", type=int, default=1, help="use only every N-th picture")
     p.add_argument("--color", default="adain", choices=("adain", "wavelet", "none"), help="colour alignment of models")
-    p.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: what is there)")
-    p.add_argument("--bootstrap", type=int, default=10000, help="resamples of an interval")
-    p.add_argument("--sheet-images", type=int, default=10)
+    p.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda if available)")
+    p.add_argument("--bootstrap", type=int, default=10000, help="number of bootstrap resamples")
+    p.add_argument("--sheet-images", type=int, default=10, help="number of pictures on the sheet")
     p.add_argument("--sheet-crop", type=int, default=128, help="side of the crops on the sheet, in HR pixels")
-    p.add_argument("--sheet-zoom", type=int, default=2)
-    p.add_argument("--no-progress", action="store_true")
+    p.add_argument("--sheet-zoom", type=int, default=2, help="magnification of the crops on the sheet")
+    p.add_argument("--no-progress", action="store_true", help="no progress bar")
     return p
 
 

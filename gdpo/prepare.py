@@ -2,7 +2,7 @@
 
 DIR ends up with train/ and val/ (PNG crops, split by photo), manifest.jsonl (a line for each crop), summary.json,
 sheet.png (look at it), and captions.jsonl where the photos have one. Each photo is a unit of work that is recorded
-when it is done, so an interrupted run goes on where it stopped and ends with the same bytes as an uninterrupted one;
+when it is done, so an interrupted run resumes where it stopped and ends with the same bytes as an uninterrupted one;
 a finished run, run again, changes nothing; new photos in the folders are added.
 """
 
@@ -367,8 +367,8 @@ def prepare(photos: list[Path], out: Path, settings: Settings, workers: int = 1,
 def main() -> int:
     parser = Parser(prog="python -m gdpo.prepare", description="Cut folders of photos into HR crops for training.")
     parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTOS", help="folders of photos, or single photos")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to make, or to go on with")
-    parser.add_argument("--workers", type=int, default=1, help="processes to work with")
+    parser.add_argument("--out", type=Path, required=True, help="output folder; an unfinished one is continued")
+    parser.add_argument("--workers", type=int, default=1, help="number of processes")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     types = get_type_hints(Settings)
     for option in fields(Settings):

@@ -1,7 +1,7 @@
 """`python -m gdpo.targets --config F.yaml`: the teacher's targets of a NAOSD config, made before training.
 
-Targets that are there are checked and left; an interrupted run goes on where it was. Several processes share the work:
-`--part 1/2` and `--part 2/2`.
+Existing targets are checked and kept, so an interrupted run can simply be repeated. Several processes can share the
+work: `--part 1/2` and `--part 2/2`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The attribute-aware reward and its advantage inside a group.
+"""The attribute-aware reward and its advantage inside a group: the formula, in torch and as a kernel.
+
+`gdpo.scores.group.GroupReward` applies it to pictures.
 
 Every metric is min-max normalised inside its group; the fidelity metrics count by the share of smooth area, the
 perceptual metrics by the share of texture (arXiv 2603.16769):

@@ -40,23 +40,26 @@ def _shape(text: str | None, exported: Manifest) -> tuple[int, int] | None:
 
 def main() -> int:
     parser = cli.Parser(prog="python -m engine.build", description="Build an exported folder for a backend.")
-    parser.add_argument("folder", help="written by engine.export")
+    parser.add_argument("folder", help="a folder that engine.export wrote")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument(
-        "--backend", choices=TARGETS, help="default: tensorrt where it and an NVIDIA GPU are, else onnxruntime"
+        "--backend", choices=TARGETS, help="default: tensorrt if it and an NVIDIA GPU are available, else onnxruntime"
     )
-    for which in ("min", "opt", "max"):
-        parser.add_argument(f"--{which}-shapes", metavar="image:BxCxHxW", help="default: what was exported")
-    parser.add_argument("--timing-cache", help="file that remembers measurements between builds")
+    words = {"min": "smallest", "opt": "typical", "max": "largest"}
+    for which in words:
+        parser.add_argument(f"--{which}-shapes", metavar="image:BxCxHxW",
+                            help=f"{words[which]} input shape of the plan (default: as exported)")  # fmt: skip
+    parser.add_argument("--timing-cache", help="file that keeps timing measurements between builds")
     parser.add_argument("--builder-optimization-level", type=int, default=3, choices=range(6))
-    parser.add_argument("--version-compatible", action="store_true")
-    parser.add_argument("--refit", action="store_true")
-    parser.add_argument("--workspace", type=int, metavar="MIB")
+    parser.add_argument("--version-compatible", action="store_true",
+                        help="build a plan that later TensorRT versions can load")  # fmt: skip
+    parser.add_argument("--refit", action="store_true", help="build a plan whose weights can be replaced")
+    parser.add_argument("--workspace", type=int, metavar="MIB", help="limit of TensorRT's scratch memory")
     parser.add_argument(
-        "--architecture", nargs="+", default=[], help="of tensorrt-rtx: sm_89 ... compiled ahead of time"
+        "--architecture", nargs="+", default=[], help="GPUs to compile for ahead of time, such as sm_89 (tensorrt-rtx)"
     )
     parser.add_argument("--overwrite", action="store_true", help="build even when up to date")
-    parser.add_argument("--quiet", action="store_true", help="do not show what the backend says")
+    parser.add_argument("--quiet", action="store_true", help="do not show the backend's messages")
     options = parser.parse_args()
     source, out = Path(options.folder), Path(options.out)
     backend = options.backend or _default_backend()

@@ -1,4 +1,4 @@
-"""What an exported graph is called, takes and gives: one descriptor owns names, axes, geometry and profile."""
+"""Descriptors of exported graphs: names, axes, geometry and profile, in one place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is an exported folder what torch computes? Measured before an export is kept."""
+"""Check that an exported folder computes what torch computes, before the export is kept."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Standard normal noise as a pure function of (seed, channel, row, column), bit-equal in every language.
 
 Philox4x32-10 (Salmon et al., SC 2011; Random123) turns a counter into four 32-bit words; each of their eight 16-bit
-halves looks up a normal in a table of 2^16 quantiles, float32, that ships as data. No logarithm and no cosine is
+halves looks up a normal in a table of 2^16 quantiles, float32, in engine/data. No logarithm and no cosine is
 involved, whose last bits differ between libraries. Tiles cut from one field therefore agree, and so do languages.
 
 Counter: (column, row, channel // 8, 0); key: the low and the high word of the seed. Channel c takes half c % 8: the low

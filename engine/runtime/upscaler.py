@@ -36,7 +36,7 @@ PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
 
 def default_model() -> Path:
-    """The folder of the model that ships with the project.
+    """The folder of the bundled model.
 
     Raises:
         FolderError: this installation lacks it.

@@ -1,4 +1,4 @@
-"""The columns of a report: scores of the registry, where they and their weights are to be had."""
+"""The columns of a report: scores of the registry, if they and their weights are available."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def build_metrics(names: list[str], niqe_model: str, device: torch.device) -> tu
     """The columns that can be computed here, and for each that cannot the reason and what to do.
 
     Args:
-        names: of the registry; "fid", which is of folders, is passed over.
+        names: of the registry; "fid", which compares folders, is skipped.
         niqe_model: of the column niqe; see gdpo.scores.metrics.load_niqe.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Scores of one picture after the other: what fails leaves an empty cell and a line, and what is scored is kept."""
+"""Score pictures one by one: a failure leaves an empty cell and a message; finished scores are kept."""
 
 from __future__ import annotations
 

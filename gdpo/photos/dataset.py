@@ -1,7 +1,7 @@
 """HR crops for training: which picture, which part of it and which way up are pure functions of (seed, sample).
 
 A sample is a GLOBAL number: 0, 1, 2, ... over the whole run. How the numbers are spread over processes, micro-batches
-and workers changes nothing about what each of them sees, and a resumed run goes on with the next number.
+and workers changes nothing about what each of them sees, and a resumed run continues with the next number.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Judged(NamedTuple):
 
 @dataclass(frozen=True)
 class GroupReward:
-    """The one definition of the reward of a group; an instance holds every option that changes it.
+    """From pictures to rewards: scores a group and applies `gdpo.kernels.attribute_reward`; holds all of its options.
 
     Args:
         rewards: what is measured (`build_rewards`).

@@ -118,7 +118,9 @@ SCORES: dict[str, Score] = {
     "psnr_y": Score("fidelity", 1, "PSNR of the luma, dB", _own("psnr_y", reference=True), "psnr_y"),
     "psnr_rgb": Score("fidelity", 1, "PSNR of the three channels, dB", _own("psnr_rgb", reference=True)),
     "region_fidelity": Score("fidelity", 1, "PSNR of the luma where the photo is smooth, dB", statistic="fidelity"),
-    "region_detail": Score("perceptual", 1, "as much detail as the photo where it has some", statistic="detail"),
+    "region_detail": Score(
+        "perceptual", 1, "how close the amount of detail is to the photo's, where it is textured", statistic="detail"
+    ),
     "ssim_y": Score("fidelity", 1, "structural similarity of the luma", _own("ssim_y", reference=True)),
     "vgg": Score("fidelity", -1, "VGG16 feature distance", _vgg),
     "niqe": Score("perceptual", -1, "NIQE with blocks of 96, of pictures with two or more", _own("niqe")),

@@ -77,7 +77,7 @@ def clean(root: Path) -> None:
 
 
 def remove_after(root: Path, step: int) -> None:
-    """Remove the checkpoints of later steps: after `newest_valid` they are the damaged ones that it passed over.
+    """Remove the checkpoints of later steps: after `newest_valid` they are the damaged ones that it skipped.
 
     Left in place they would count among those that `save` keeps, until nothing but damaged ones is kept.
     """

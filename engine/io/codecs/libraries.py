@@ -1,4 +1,4 @@
-"""How Pillow and libvips are asked, for all formats alike."""
+"""Calls to Pillow and libvips that all formats share."""
 
 from __future__ import annotations
 

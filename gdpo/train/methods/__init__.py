@@ -1,1 +1,1 @@
-"""What is trained and one step of it, a module a method."""
+"""The training methods, one module each: what is trained, and one step of it."""
