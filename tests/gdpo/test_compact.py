@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,3 +151,9 @@ def test_an_export_is_equal_and_comes_back(generator, tmp_path):
 def test_a_config_of_another_network_is_named():
     with pytest.raises(ValueError, match="is not a CompactUNet's"):
         CompactUNet.from_config({"_class_name": "CompactUNet", "heads": 3})
+
+
+def test_the_candidate_model_is_whole_and_can_be_trained_on():
+    folder = Path(__file__).resolve().parents[2] / "models" / "compact"
+    assert from_export(folder).unet.config == CompactUNetConfig()
+    assert "BSD 3-Clause License, Copyright (c) 2021, Xintao Wang" in (folder / "README.md").read_text("utf-8")
