@@ -115,7 +115,7 @@ def ratios_case(size: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
 def _by_opencv(gray: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     import cv2
 
-    from benchmarks import opencv_complexity
+    from tests.support import opencv_complexity
 
     cv2.setNumThreads(torch.get_num_threads())
     smooth, texture, masks = zip(*(opencv_complexity.attribute_ratios(picture.numpy()) for picture in gray))

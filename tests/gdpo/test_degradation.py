@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.degradation import crops
-from benchmarks.degradation_baseline import degrade_one
 from engine.io.images import ImageError, read_image
 from gdpo.degradation import Degradation, DegradationConfig, blur
 from gdpo.degradation.__main__ import main
 from gdpo.degradation.draw import draw_sample
+from tests.support.degradation_baseline import degrade_one
+from tests.support.photos import crops
 
 PRESETS = ["realesrgan", "light", "bicubic"]
 SILENT = {"gaussian_probability": 1.0, "gaussian_sigma": [0, 0]}

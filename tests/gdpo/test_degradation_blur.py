@@ -7,10 +7,10 @@ import pytest
 import torch
 from scipy import ndimage
 
-from benchmarks.degradation_baseline import kernel_of
 from gdpo.degradation import blur as module
 from gdpo.degradation.config import KERNEL_KINDS
 from gdpo.degradation.draw import KernelDraw
+from tests.support.degradation_baseline import kernel_of
 
 DRAWS = [KernelDraw(kind, 15, 1.7, 0.6 if "aniso" in kind else 1.7, 0.4, 1.6) for kind in KERNEL_KINDS]
 DRAWS += [KernelDraw("sinc", 15, cutoff=1.2), KernelDraw("sinc", 7, cutoff=math.pi), KernelDraw("iso", 21, 0.2, 0.2)]

@@ -20,7 +20,7 @@ def photo(name: str) -> torch.Tensor:
 def by_opencv(gray: torch.Tensor):
     """(map, smooth, texture, mask) of [1,H,W]."""
     pytest.importorskip("cv2")
-    from benchmarks import opencv_complexity
+    from tests.support import opencv_complexity
 
     picture = gray[0].cpu().numpy()
     return opencv_complexity.complexity_map(picture), *opencv_complexity.attribute_ratios(picture)

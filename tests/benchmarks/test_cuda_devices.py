@@ -21,7 +21,7 @@ def library(tmp_path_factory) -> Path:
     if torch.version.cuda or sys.platform != "linux" or not shutil.which("g++"):
         pytest.skip("for a Linux machine whose torch has no CUDA, with g++")
     library, at = tmp_path_factory.mktemp("fake-cuda") / "fake_cuda.so", Path(torch.__file__).parent
-    source = ROOT / "tests" / "support" / "fake_cuda.cpp"
+    source = ROOT / "tests" / "benchmarks" / "fake_cuda.cpp"
     command = ["g++", "-std=c++20", "-shared", "-fPIC", source, f"-I{at}/include", f"-L{at}/lib", "-ltorch_cpu",
                "-lc10", f"-Wl,-rpath,{at}/lib", "-o", library]  # fmt: skip
     made = subprocess.run(command, capture_output=True, text=True)
@@ -34,7 +34,7 @@ def library(tmp_path_factory) -> Path:
 
 def run(library: Path, *arguments: object):
     environment = os.environ | {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "tests.support.fake_cuda", *map(str, arguments)]
+    command = [sys.executable, "-m", "tests.benchmarks.fake_cuda", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -55,7 +55,7 @@ def test_within_a_gdpo_step_the_host_waits_for_the_check_of_the_rewards_alone(re
     first, read = {"gdpo/model/prompts.py:__call__": 1}, {"benchmarks/gdpo_step.py:step": 1}
     for name, elsewhere in (("waits", first | read), ("waits, dpo", first), ("waits, tiny", {})):
         waits = {place: n for place, n in report[name].items() if not place.startswith("gdpo/degradation/")}
-        assert waits == {"gdpo/scores/registry.py:require_finite": 1} | elsewhere
+        assert waits == {"gdpo/scores/rewards.py:require_finite": 1} | elsewhere
 
 
 def test_inference_is_recorded_as_a_graph_without_copies_and_waits(report):

@@ -1,10 +1,10 @@
 """Run the CUDA paths on tensors without data, where there is no GPU, and report what a GPU would stumble over.
 
-    g++ -std=c++20 -shared -fPIC tests/support/fake_cuda.cpp -I$TORCH/include -L$TORCH/lib -ltorch_cpu -lc10 \
+    g++ -std=c++20 -shared -fPIC tests/benchmarks/fake_cuda.cpp -I$TORCH/include -L$TORCH/lib -ltorch_cpu -lc10 \
         -Wl,-rpath,$TORCH/lib -o fake_cuda.so                   TORCH: the folder of that package, one without CUDA
     python -m gdpo.model.random_folder FOLDER
-    LD_PRELOAD=./fake_cuda.so python -m tests.support.fake_cuda FOLDER
-    LD_PRELOAD=./fake_cuda.so python -m tests.support.fake_cuda FOLDER ours checkpointing 512 6 sd21
+    LD_PRELOAD=./fake_cuda.so python -m tests.benchmarks.fake_cuda FOLDER
+    LD_PRELOAD=./fake_cuda.so python -m tests.benchmarks.fake_cuda FOLDER ours checkpointing 512 6 sd21
 
 Tensors have shapes, types, strides and devices: what mixes devices fails here as there. Kernels are recorded in place
 of their launch. As JSON beside: products and convolutions of mixed types, and where the host waits for the GPU.
@@ -219,8 +219,7 @@ def report(folder: str) -> dict[str, Any]:
     from gdpo.photos.dataset import Batch
     from gdpo.train import setup
     from gdpo.train.methods import gdpo as _
-
-    from .aot import record
+    from tests.support.aot import record
 
     watch = Watch()
     pretend(watch)  # behind all imports: libraries look at what torch.cuda has
