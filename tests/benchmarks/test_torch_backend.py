@@ -139,7 +139,7 @@ def test_the_floor_counts_stable_diffusions_operations():
 
 def test_graphs_that_live_share_no_stream_and_a_dead_pool_is_not_taken_up(mini_sd, monkeypatch):
     """torch asserts the second, and with the first one graph's end takes the workspace of the others' products."""
-    made = torch_backend.from_generator(OneStepGenerator.from_pretrained(mini_sd), None, Steps(folded=True))[1]
+    made = torch_backend.from_generator(OneStepGenerator.from_pretrained(mini_sd), steps=Steps(folded=True))[1]
     seen: list[tuple[int, str]] = []
 
     class Recorded:
@@ -176,7 +176,7 @@ def test_graphs_that_live_share_no_stream_and_a_dead_pool_is_not_taken_up(mini_s
 
 def test_no_attention_reads_a_batch_with_a_stride_of_0(mini_sd, monkeypatch):
     generator = OneStepGenerator.from_pretrained(mini_sd)
-    run = torch_backend.from_generator(generator, None, Steps(folded=True, attention=True))[1]
+    run = torch_backend.from_generator(generator, steps=Steps(folded=True, attention=True))[1]
     attention, strides = torch.nn.functional.scaled_dot_product_attention, []
 
     def look(*tensors):

@@ -87,7 +87,8 @@ GDPO_C_API void gdpo_free(gdpo_upscaler* upscaler);
 GDPO_C_API gdpo_status gdpo_upscale(const gdpo_upscaler* upscaler, const gdpo_image* in, const gdpo_image* out,
                                     const gdpo_request* request);
 
-/* Takes finished rows [first, first + rows->height) of a result, which are valid during the call. Returns 0 to cancel. */
+/* Takes finished rows [first, first + rows->height) of a result, which are valid during the call. Returns 0 to cancel.
+ */
 typedef int (*gdpo_sink)(void* user, int64_t first, const gdpo_image* rows);
 
 /* Upscale one picture whose result need not be in memory whole: `sink` gets its rows from the top to the bottom. */
