@@ -24,6 +24,7 @@ def command(*options: str, **environment: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+@pytest.mark.slow  # minutes: every part in miniature
 def test_the_dry_run_does_every_part_writes_no_rows_and_is_not_repeated(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "commit", lambda: ("abc", False))  # whoever commits while this runs
 
