@@ -142,7 +142,7 @@ def test_the_self_contained_graph_upscales_odd_pictures(tiny_engine, photo):
         picture = rgb.astype(np.float32).transpose(2, 0, 1)[None] / 255
         result = session.run(None, {"input": picture})[0][0].transpose(1, 2, 0) * 255
         assert result.shape == (4 * height, 4 * width, 3)
-        ours = up.upscale(rgb, seed=0).astype(float)
+        ours = up.upscale(rgb, seed=0, color="adain").astype(float)  # the alignment that is in the graph
         if min(height, width) > 8:  # the borders differ: there the convolution mirrors, the resampler renormalises
             inner = (slice(32, -32), slice(32, -32))
             assert np.abs(result - ours)[inner].mean() < 0.6

@@ -225,7 +225,7 @@ def test_graphs_need_a_gpu(tiny_model):
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="device cuda: torch sees 0 NVIDIA"):
             Upscaler.load(tiny_model, "torch", "cuda", precision="bf16")
-    with pytest.raises(ValueError, match="device must be cpu, cuda or cuda:N; got 'tpu'"):
+    with pytest.raises(ValueError, match="device must be cpu, cuda or cuda:N for torch; got 'tpu'"):
         Upscaler.load(tiny_model, "torch", "tpu")
     with pytest.raises(ValueError, match="precision must be one of fp32, fp16, bf16; got 'int8'"):
         session(tiny_model, Steps("int8"))

@@ -201,7 +201,7 @@ def test_the_command_refuses_bad_input_in_words(photos, tmp_path, monkeypatch, c
     with pytest.raises(ValueError, match="no such file or folder"):
         command(monkeypatch, "--in", tmp_path / "none", "--out", tmp_path / "s.png")
     (photos / "text.png").write_text("not a picture")
-    with pytest.raises(ImageError, match=r"text\.png: not a PNG"):
+    with pytest.raises(ImageError, match=r"text\.png: not a picture of a kind that is read \(PNG, "):
         command(monkeypatch, "--in", photos, "--out", tmp_path / "s.png", "--size", 64)
     with pytest.raises(SystemExit) as stop:
         command(monkeypatch, "--in", photos)
