@@ -218,13 +218,7 @@ class Upscaler:
         if self._core is not None:
             given: dict[str, Any] = {"seed": seed, "tile": tile or 0, "scale": scale, "color": color, "batch": batch}
             readable = rgb if min(rgb.strides) >= 0 else rgb.copy()
-            neutral = colors.is_neutral(rgb)
-            tidy = colors.make_neutral if neutral else lambda rows: rows
-            if sink is None:
-                return tidy(self._core.upscale(readable, progress=progress, max_pixels=max_pixels, **given))
-            hand_on: Sink = (lambda first, rows: sink(first, tidy(rows))) if neutral else sink
-            self._core.upscale(readable, progress=progress, max_pixels=max_pixels, sink=hand_on, **given)
-            return None
+            return self._core.upscale(readable, progress=progress, max_pixels=max_pixels, sink=sink, **given)
         with self._alone():
             restorer = Restorer(self.manifest, self.sessions, rgb, seed, longest, batch, progress)
             bands = finish(restorer.bands(), rgb, restorer.size, size, color)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
@@ -30,13 +31,13 @@ class Session(Protocol):
         ...
 
 
-class Waiting:
+class Waiting(ABC):
     """Base of sessions without a background: a batch that was started runs when its result is asked for."""
 
     at_once = 1
 
-    def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        raise NotImplementedError
+    @abstractmethod
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray: ...
 
     def start(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], np.ndarray]:
         return functools.partial(self, inputs)
