@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,17 +34,38 @@ METHODS = {
 }
 
 
+class OptionsLoader(yaml.SafeLoader):
+    """YAML 1.2's scalars: `on` and `no` are words (teacher.on), 1e-4 is a number. PyYAML knows 1.1 only."""
+
+
+OptionsLoader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if tag.rpartition(":")[2] not in ("bool", "float", "timestamp")]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+OptionsLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), [*"tTfF"]
+)
+OptionsLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?((\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$"
+    ),
+    [*"-+.0123456789"],
+)
+
+
 class ConfigFile(ActionConfigFile):
     """--config: a YAML file of options. One that cannot be read is named; jsonargparse tells what, but not where."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         if os.path.isfile(values):
             try:
-                options = yaml.safe_load(Path(values).read_text("utf-8"))
+                options = yaml.load(Path(values).read_text("utf-8"), OptionsLoader)
             except (UnicodeDecodeError, yaml.YAMLError) as error:
                 raise ValueError(f"{values} is not a YAML file ({error})") from None
             if not isinstance(options, dict):
                 raise ValueError(f"{values} must hold options, a line each (learning_rate: 1.0e-4); it holds none")
+            values = json.dumps(options)
         super().__call__(parser, cfg, values, option_string)
 
 

@@ -168,6 +168,10 @@ class NAOSDConfig(TrainConfig):
             multiplied by this, a usual error: clean, easy pictures count as much as hard ones (not in the paper).
         perceptual: "lpips" (package lpips), "vgg" (see python -m gdpo.assets vgg16) or "auto": LPIPS when installed.
         perceptual_size: side of a random crop on which the perceptual distance is computed; 0 is the whole picture.
+        perceptual_share: of the samples, on which the perceptual distance is computed (it costs more than a small
+            generator's step).
+        perceptual_on: "degraded" leaves out samples of the preset bicubic: what they have lost is little, and the
+            pixel loss brings it back.
         perceptual_blocks: VGG blocks that are compared, 1 to 5; fewer are cheaper.
         num_noises: noises drawn per picture in a step.
         diversity: above 0 the perceptual distance is the energy score on VGG features (gdpo.train.losses.energy), with
@@ -176,6 +180,7 @@ class NAOSDConfig(TrainConfig):
         lattice_weight: above 0, a penalty on peaks of the spectrum at periods of 2 and 4 pixels (the same file).
         spectrum_weight: above 0, a penalty on a mean spectrum that is not the target's (the same file); of the samples
             that a teacher drew, where there are any.
+        chroma_weight: above 0, a penalty on colours that differ (gdpo.train.losses.chroma; not in the paper).
         teacher: a published network whose pictures are targets beside the HR (gdpo.train.teacher; not in the paper).
         vsd_cfg: guidance scale of the VSD teacher.
         vsd_t: range of VSD timesteps as fractions of T.
@@ -189,12 +194,15 @@ class NAOSDConfig(TrainConfig):
     perceptual: Literal["auto", "lpips", "vgg"] = "auto"
     perceptual_weight: float = 2.0
     perceptual_size: int = 0
+    perceptual_share: float = 1.0
+    perceptual_on: Literal["all", "degraded"] = "all"
     perceptual_blocks: int = 5
     num_noises: int = 1
     diversity: float = 0.0
     grid_weight: float = 0.0
     lattice_weight: float = 0.0
     spectrum_weight: float = 0.0
+    chroma_weight: float = 0.0
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     vsd_weight: float = 1.0
     vsd_cfg: float = 7.5
@@ -206,7 +214,8 @@ class NAOSDConfig(TrainConfig):
     def validate(self) -> None:
         super().validate()
         _at_least(0, self, "pixel_weight", "perceptual_weight", "vsd_weight", "diversity", "perceptual_size")
-        _at_least(0, self, "grid_weight", "lattice_weight", "spectrum_weight", "pixel_relative")
+        _at_least(0, self, "grid_weight", "lattice_weight", "spectrum_weight", "pixel_relative", "chroma_weight")
+        _require(0 < self.perceptual_share <= 1, "perceptual_share", "above 0, at most 1", self.perceptual_share)
         _at_least(1, self, "num_noises", "vsd_lora_rank")
         _above_0(self, "vsd_learning_rate")
         _require(1 <= self.perceptual_blocks <= 5, "perceptual_blocks", "1 to 5", self.perceptual_blocks)

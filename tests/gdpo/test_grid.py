@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gdpo.randomness import normal
+from gdpo.train.losses.chroma import chroma_distance
 from gdpo.train.losses.grid import grid_penalty, lattice_penalty, spectrum_penalty
 
 
@@ -77,3 +78,11 @@ def test_the_spectrum_tells_a_mesh_and_blur_from_other_detail_of_the_same_kind()
     restored = blurred.clone().requires_grad_()
     spectrum_penalty(restored, texture).backward()
     assert restored.grad.isfinite().all() and restored.grad.abs().max() > 0
+
+
+def test_the_chroma_distance_sees_a_tint_and_no_gray():
+    torch.manual_seed(0)
+    target = torch.rand(2, 3, 32, 32) - 0.5
+    assert chroma_distance(target + 0.3 * torch.rand(2, 1, 32, 32), target) < 1e-6
+    tint = torch.tensor([0.1, 0.0, 0.0])[:, None, None]  # luma 0.0299: what is left is 0.0701, 0.0299, 0.0299
+    assert chroma_distance(target + tint, target) == pytest.approx((0.0701 + 2 * 0.0299) / 3, rel=1e-4)

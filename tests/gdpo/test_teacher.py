@@ -182,6 +182,27 @@ def test_the_loss_of_a_taught_sample_is_shared_between_teacher_and_hr(world, rel
     assert (of_hr.mean() - expected.mean()).abs() > 1e-3  # teeth
 
 
+def test_the_perceptual_distance_looks_at_a_share_of_the_degraded_samples(world):
+    class Distance(torch.nn.Module):
+        def forward(self, a, b):
+            seen.append(len(a))
+            return (a - b).square().mean((1, 2, 3))
+
+    found, seen, samples = [], [], list(range(64))
+    dataset = CropDataset(str(world / "crops"), "train", 64)
+    batch = next(iter(loader(dataset, [samples], seed=0)))
+    for share, on in ((1.0, "all"), (0.5, "all"), (1.0, "degraded")):
+        method = NAOSD(config_of(world, perceptual_share=share, perceptual_on=on), Accelerator(cpu=True))
+        method.perceptual, method.config.perceptual_weight = Distance(), 1.0
+        del seen[:]
+        found.append((float(method.step(batch, 0, lambda loss: None)["perceptual"]), seen[0]))
+    taught = method.targets.drawn(samples)
+    clean = [s for s in samples if s not in taught and method.degrade.preset_of(method.config.seed, s) == "bicubic"]
+    (every, n), (half, m), (_, degraded) = found
+    assert n == 64 and 20 < m < 44 and degraded == 64 - len(clean) < 64
+    assert half == pytest.approx(every, rel=0.3)  # the others stand for those left out
+
+
 def test_the_command_makes_them_all_in_parts_and_again_none(world, tmp_path):
     options = {
         "data": {"folder": str(world / "crops"), "crop_size": 64},

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from matplotlib.axes import Axes
 from PIL import Image
@@ -274,3 +275,21 @@ def test_a_checkpoint_from_before_an_option_existed_is_resumed_from(crops, tmp_p
         train_here(monkeypatch, *resumed, "--grid_weight=0.5")
     train_here(monkeypatch, *resumed)
     assert "resumed from" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml")), ids=lambda f: f.name
+)
+def test_every_config_of_the_repository_is_read(file):
+    method = "gdpo" if "gdpo" in file.name else "naosd"
+    options = cli.parser().parse_args([method, "--config", str(file)])[method]
+    assert options.output_dir == yaml.safe_load(file.read_text())["output_dir"]
+
+
+def test_a_config_is_yaml_1_2(tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        "teacher: {name: no, on: clean}\nlearning_rate: 1e-4\ndiversity: .5\nmodel: {full: true}\n"
+    )
+    options = cli.parser().parse_args(["naosd", "--config", str(tmp_path / "c.yaml")]).naosd
+    assert (options.teacher.name, options.teacher.on, options.model.full) == ("no", "clean", True)
+    assert (options.learning_rate, options.diversity) == (1e-4, 0.5)

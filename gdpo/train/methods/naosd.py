@@ -20,6 +20,7 @@ from gdpo.photos.dataset import Batch
 from gdpo.randomness import moved, uniform
 from gdpo.scores.features import load_perceptual
 from gdpo.train.config import NAOSDConfig
+from gdpo.train.losses.chroma import chroma_distance
 from gdpo.train.losses.energy import EnergyScore
 from gdpo.train.losses.grid import grid_penalty, lattice_penalty, spectrum_penalty
 from gdpo.train.losses.vsd import VSD
@@ -138,7 +139,7 @@ class NAOSD(Method):
             plain = [i for i in range(len(samples)) if i not in taught.rows]
             of_hr[plain] = of_hr[plain] * self._ease(image[plain], hr[plain])
             of_teacher = distance(restored[taught.rows], taught.pictures, reduction="none").mean((1, 2, 3))
-            pixel = self._shared(of_hr, taught, of_teacher).mean()
+            pixel = self._shared(of_hr, taught.rows, of_teacher).mean()
         loss, metrics = config.pixel_weight * pixel, {str(config.pixel): pixel}
         if taught is not None:
             metrics["taught"] = of_teacher.mean()
@@ -152,21 +153,14 @@ class NAOSD(Method):
             rows = taught.rows if taught is not None else slice(None)
             spectrum = spectrum_penalty(restored[rows], shown[rows])
             loss, metrics["spectrum"] = loss + config.spectrum_weight * spectrum, spectrum
+        if config.chroma_weight:
+            chroma = chroma_distance(restored, shown)
+            loss, metrics["chroma"] = loss + config.chroma_weight * chroma, chroma
         if self.perceptual is not None:
-            restored, target = self._crop(restored, samples, k), self._crop(target, samples, k)
-            shown = self._crop(shown, samples, k)
+            perceptual, spread = self._perceptual(restored, target, shown, samples, taught)
+            loss, metrics["perceptual"] = loss + config.perceptual_weight * perceptual, perceptual
             if config.diversity:
-                perceptual, spread = self.perceptual(restored.unflatten(0, (-1, k)), target[::k])
-                loss = loss - 0.5 * config.diversity * config.perceptual_weight * spread
-                metrics["spread"] = spread
-            else:
-                perceptual = self.perceptual(restored, target)
-                if taught is not None:
-                    again = self.perceptual(restored[taught.rows], shown[taught.rows])
-                    perceptual = self._shared(perceptual, taught, again)
-                perceptual = perceptual.mean()
-            loss = loss + config.perceptual_weight * perceptual
-            metrics["perceptual"] = perceptual
+                loss, metrics["spread"] = loss - 0.5 * config.diversity * config.perceptual_weight * spread, spread
         return loss, metrics
 
     def _ease(self, image: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
@@ -176,11 +170,51 @@ class NAOSD(Method):
         distance = F.mse_loss if self.config.pixel == "l2" else F.l1_loss
         return self.config.pixel_relative / (distance(image, hr, reduction="none").mean((1, 2, 3)) + _EASIEST)
 
-    def _shared(self, of_hr: torch.Tensor, taught: Taught, of_teacher: torch.Tensor) -> torch.Tensor:
-        """Distances [B] to the HR and [N] to the teacher's pictures -> [B], weighed for the samples that have both."""
+    def _perceptual(
+        self,
+        restored: torch.Tensor,
+        target: torch.Tensor,
+        shown: torch.Tensor,
+        samples: list[int],
+        taught: Taught | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean perceptual distance of restored [B*K,3,H,W] to the HR and the teacher's pictures, and the spread.
+
+        Of samples left out by perceptual_share the others stand for them: the expected value does not change.
+        """
+        config, k = self.config, self.config.num_noises
+        rows = self._looked_at(samples)
+        none = restored.new_zeros(())
+        if not rows:
+            return none, none
+        each = [i * k + j for i in rows for j in range(k)]
+        restored, target, shown = (
+            self._crop(x[each], [samples[i] for i in rows], k) for x in (restored, target, shown)
+        )
+        share = len(rows) / (len(samples) * config.perceptual_share)
+        if config.diversity:
+            distance, spread = self.perceptual(restored.unflatten(0, (-1, k)), target[::k])
+            return share * distance, share * spread
+        distance = self.perceptual(restored, target)
+        drawn = [n for n, i in enumerate(rows) if taught is not None and i in taught.rows]
+        if drawn:
+            distance = self._shared(distance, drawn, self.perceptual(restored[drawn], shown[drawn]))
+        return share * distance.mean(), none
+
+    def _looked_at(self, samples: list[int]) -> list[int]:
+        """The samples, by position, whose perceptual distance is computed: a function of (seed, sample)."""
+        config = self.config
+        rows = [i for i, s in enumerate(samples) if uniform(config.seed, "looked at", s) < config.perceptual_share]
+        if config.perceptual_on == "degraded":
+            drawn = self.targets.drawn(samples) if self.targets is not None else []
+            rows = [i for i in rows if i in drawn or self.degrade.preset_of(config.seed, samples[i]) != "bicubic"]
+        return rows
+
+    def _shared(self, of_hr: torch.Tensor, rows: list[int], of_teacher: torch.Tensor) -> torch.Tensor:
+        """Distances [B] to the HR and [N] to the teacher's pictures of `rows` -> [B], weighed where there are both."""
         weight = torch.zeros_like(of_hr)
-        weight[taught.rows] = self.config.teacher.weight
-        drawn = torch.zeros_like(of_hr).index_put((torch.tensor(taught.rows, device=of_hr.device),), of_teacher)
+        weight[rows] = self.config.teacher.weight
+        drawn = torch.zeros_like(of_hr).index_put((torch.tensor(rows, device=of_hr.device),), of_teacher)
         return (1 - weight) * of_hr + weight * drawn
 
     def _crop(self, images: torch.Tensor, samples: list[int], k: int) -> torch.Tensor:
