@@ -25,9 +25,9 @@ t={t_noise}, removed in one step. In: a photo; out: a sharper one, four times it
 - **Starting weights**: Real-ESRGAN animevideov3 (compact network), BSD-3-Clause, copyright 2021 Xintao Wang; licence
   below. What its upsampler drew as a lattice is taken away by construction (gdpo.model.compact).
 - **Recipe**: `python examples/train_tiny.py`, that is {stages},
-  on {train} crops of 256x256 from the photos below, halved by area averaging. Degradation: from a plain bicubic
-  reduction to the second-order process of Real-ESRGAN; of degraded crops, pictures by Real-ESRGAN x4plus (BSD-3-Clause)
-  are targets beside the photo itself.
+  on {train} crops of 256x256 from the photos below and two drawn pages of print, halved by area averaging.
+  Degradation: from a plain bicubic reduction to the second-order process of Real-ESRGAN; of degraded crops, pictures
+  by Real-ESRGAN x4plus (BSD-3-Clause) are targets beside the photo itself.
 - **Quality**: docs/results.md of the repository. {held} crops of four of the photos were held out, and RealSR was used
   for measuring only.
 - **Licence of the weights**: Apache-2.0 as the project, with Real-ESRGAN's notice below. Licences of the photos: below;
@@ -80,11 +80,11 @@ def main() -> None:
     parser = Parser(prog="python examples/train_tiny.py", description="Train and export the bundled model.")
     parser.add_argument("--out", type=Path, default=Path("runs/tiny-onnx"), help="the engine folder to make")
     out = parser.parse_args().out
-    run("gdpo.assets", "vgg16", "photos", "real-esrgan")
+    run("gdpo.assets", "vgg16", "photos", "print", "real-esrgan")
     from gdpo.assets import asset
 
     cut = ["--size=256", "--stride=128", "--halve=true", "--min_texture=0.1"]
-    run("gdpo.prepare", asset("photos"), "--out", CROPS, *cut)
+    run("gdpo.prepare", asset("photos"), asset("print"), "--out", CROPS, *cut)
     run("gdpo.targets", "--config", "configs/tiny-naosd.yaml")
     for name, method in STAGES.items():
         run("gdpo.train", method, "--config", f"configs/{name}.yaml", "--resume_from_checkpoint", "auto")

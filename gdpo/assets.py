@@ -198,6 +198,12 @@ def _demo_photos(requirement: str) -> Callable[[Path], None]:
     return build
 
 
+def _drawn(target: Path) -> None:
+    from gdpo.photos.drawn import draw_pages
+
+    draw_pages(target)
+
+
 def _finish(target: Path, entries: list[dict]) -> None:
     if not entries:
         raise RuntimeError("the packages hold none of the pictures that were expected")
@@ -285,6 +291,7 @@ ASSETS = {
         168,
         _photos(*_LOMIRI, "mate-backgrounds", "plasma-workspace-wallpapers"),
     ),
+    "print": Asset("print", "2 pages of letters and line art, drawn here, for training", 0, _drawn),
     "photos-small": Asset(
         "photos-small", "14 of these, 128 MP, for the demo (CC0, CC-BY, CC-BY-SA)", 27, _photos(*_LOMIRI)
     ),

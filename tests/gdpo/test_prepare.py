@@ -19,6 +19,7 @@ from skimage import data as samples
 from engine.io.images import Picture
 from gdpo import prepare as module
 from gdpo.photos.crops import convert, cut, difference_hash, near_duplicates, positions
+from gdpo.photos.drawn import PANEL, page
 from gdpo.prepare import Settings, prepare
 
 SMALL = Settings(size=64, stride=64, halve=False, min_texture=0.1, val_fraction=0.3)
@@ -453,3 +454,12 @@ def test_progress_and_workers(photos, tmp_path, capfd):
 def test_no_progress_on_the_command_line(photos, tmp_path):
     done = command(photos, "--out", tmp_path / "out", "--size=64", "--halve=false", "--no-progress")
     assert done.returncode == 0 and "photo/s" not in done.stderr, done.stderr
+
+
+def test_drawn_pages_are_a_function_of_their_seed_and_full_of_edges():
+    one = np.asarray(page(1, columns=3, rows=2))
+    assert one.shape == (2 * PANEL, 3 * PANEL, 3) and (one == np.asarray(page(1, columns=3, rows=2))).all()
+    assert (one != np.asarray(page(2, columns=3, rows=2))).mean() > 0.5
+    steep = np.abs(np.diff(one.astype(int), axis=1)).max(2) > 60
+    panels = steep[:, :-1].reshape(2, PANEL, -1)[..., : 3 * PANEL - 3]
+    assert panels.mean() > 0.005  # letters, strokes and lines everywhere
