@@ -6,6 +6,9 @@ RELEASED is either of the authors' two released forms, or this project's:
   stage-two (GDPO) file on the NAOSD model that it was trained from;
 - the merged folder (unet/, vae/): the folder is these two with schedule and text encoder of --base;
 - an exported tiny model, such as the bundled one (engine/data/tiny): no --base.
+
+It may also be a published super-resolution network, x4 or x2, of an architecture that spandrel knows, or an ncnn file
+of Real-ESRGAN's: the folder is a generator that gives the network's own pixels, and learns to use the noise in NAOSD.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from gdpo.generator import OneStepGenerator
 from gdpo.model import lora
 from gdpo.model.codecs import load_codec
 from gdpo.model.exported import from_export
+from gdpo.model.networks import PUBLISHED, is_network
 from gdpo.model.parts import load_pretrained, read_json
 from gdpo.model.prompts import PromptEncoder
 from gdpo.model.released import ReleasedLora, read_released
@@ -44,7 +48,8 @@ def convert(
     """Write the model folder `out` of released weights, whole or not at all. No pickle is executed.
 
     Args:
-        released: the LoRA file, a diffusers folder with unet/ and perhaps vae/, or an exported tiny model.
+        released: the LoRA file, a diffusers folder with unet/ and perhaps vae/, an exported tiny model, or a network:
+            a file of weights or a name of gdpo.model.networks.PUBLISHED.
         out: the folder to make.
         base: the diffusers folder to complete them from; a released folder that is complete needs none.
         lora_alpha: the LoRA's scale is lora_alpha / rank.
@@ -62,6 +67,8 @@ def convert(
         generator = from_export(released)
     elif released.is_dir():
         generator = _from_folder(released, None if base is None else Path(base), t_noise, t_diffusion)
+    elif base is None and is_network(str(released)):
+        generator = OneStepGenerator.of_network(str(released), t_noise=t_noise, t_diffusion=t_diffusion)
     else:
         unet, vae = read_released(released)
         if base is None:
@@ -184,7 +191,12 @@ def _from_folder(released: Path, base: Path | None, t_noise: int | None, t_diffu
 
 def main() -> None:
     parser = Parser(prog="python -m gdpo.convert", description="Released weights as a model folder.")
-    parser.add_argument("released", type=str, help="the LoRA file (.pkl), the merged folder, or an exported tiny model")
+    parser.add_argument(
+        "released",
+        type=str,
+        help="the LoRA file (.pkl), the merged folder, an exported tiny model, or a super-resolution network: a file "
+        f"(.pth, .safetensors, .param) or one of {', '.join(PUBLISHED)}",
+    )
     parser.add_argument("--base", type=str | None, help="diffusers folder of the base model")
     parser.add_argument("--out", type=str, required=True, help="the model folder to make")
     parser.add_argument(

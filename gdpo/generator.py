@@ -20,6 +20,8 @@ from torch import nn
 from gdpo.model import lora, lora_files
 from gdpo.model.codecs import PixelCodec, load_codec, save_codec
 from gdpo.model.compact import CompactUNetConfig
+from gdpo.model.network_unet import NetworkUNet
+from gdpo.model.networks import PUBLISHED, load_network
 from gdpo.model.parts import (
     first_line,
     load_pretrained,
@@ -130,6 +132,26 @@ class OneStepGenerator(nn.Module):
             return cls(pixel_unet(config), PixelCodec(4), parametrization="residual", **kwargs)
 
     @classmethod
+    @classmethod
+    def of_network(cls, name: str, **kwargs) -> OneStepGenerator:
+        """A generator that gives a published x4 or x2 network's own picture, whatever the noise, until it is trained.
+
+        Args:
+            name: a file of weights, or a name of gdpo.model.networks.PUBLISHED, which gdpo.assets has fetched.
+
+        Raises:
+            FileNotFoundError, ValueError, RuntimeError: see gdpo.model.networks.load_network.
+        """
+        file = Path(name)
+        if name in PUBLISHED:
+            from gdpo.assets import asset
+
+            folder, stem = PUBLISHED[name]
+            file = asset(folder) / f"{stem}.bin"
+        network, source = load_network(file)
+        unet = NetworkUNet(network, source).check()
+        return cls(unet, PixelCodec(4), parametrization="residual", **kwargs).requires_grad_(False).eval()
+
     def from_pretrained(
         cls,
         folder: str | os.PathLike[str],
@@ -373,7 +395,10 @@ def _load_unet(folder: Path, dtype: torch.dtype | None) -> Any:
     config = read_config(folder / "config.json")
     kind = config.get("_class_name")
     if kind in PIXEL_UNETS:
-        weights = folder / "diffusion_pytorch_model.safetensors"
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    if kind == "NetworkUNet":
+        network = NetworkUNet.from_weights(config, read_tensors(weights), str(folder))
+        return network.to(dtype) if dtype else network
         state = read_tensors(weights)
         with torch.device("meta"):  # judged before anything of its size is made
             needed = sum(p.numel() for p in PIXEL_UNETS[kind].from_config(config).parameters())
@@ -386,7 +411,7 @@ def _load_unet(folder: Path, dtype: torch.dtype | None) -> Any:
             raise ValueError(f"{weights} does not fit unet/config.json: {first_line(error)}") from None
         return unet.to(dtype) if dtype else unet
     if kind != "UNet2DConditionModel":
-        known = ", ".join(["UNet2DConditionModel", *PIXEL_UNETS])
+        known = ", ".join(["UNet2DConditionModel", *PIXEL_UNETS, "NetworkUNet"])
         raise ValueError(f"{folder / 'config.json'}: _class_name is {kind!r}; known are {known}")
     from diffusers import UNet2DConditionModel
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from engine.export.descriptors import geometry_of, profile_of
@@ -37,6 +38,10 @@ def main() -> int:
     generator = OneStepGenerator.from_pretrained(options.model, options.t_noise, options.t_diffusion)
     geometry = geometry_of(generator)
     sizes = {k: options[k] for k in ("batch", "max_batch", "tile", "max_tile", "static")}
+    if getattr(generator.unet, "windowed", False) and not options.static:
+        name = generator.unet.architecture
+        print(f"note: {name} works on windows: the graph is for tiles of one size, as by --static", file=sys.stderr)
+        sizes["static"] = True
     manifest = export_generator(
         generator,
         Path(options.out),

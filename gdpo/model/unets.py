@@ -4,14 +4,17 @@ Each is a module with the call signature of a diffusers UNet and
 
     multiple              latent H and W must be multiples of it
     lora_targets          names of the layers that a LoRA adapts, a pattern
-    config_dict()         what unet/config.json holds; from_config() is its inverse
+    config_dict()         what unet/config.json holds
     fold(t_diffusion)     makes the timestep a constant, in place, for an export
-    config_of(weights)    the config, read off the weights of an export
+
+Two are built of their config alone (`PIXEL_UNETS`), and have from_config(), its inverse, and config_of(weights): the
+config, read off the weights of an export. NetworkUNet is built of its weights (from_weights).
 """
 
 from __future__ import annotations
 
 from gdpo.model.compact import CompactUNet, CompactUNetConfig
+from gdpo.model.network_unet import NetworkUNet
 from gdpo.model.tiny import TinyUNet, TinyUNetConfig
 
 PIXEL_UNETS: dict[str, type[TinyUNet] | type[CompactUNet]] = {"TinyUNet": TinyUNet, "CompactUNet": CompactUNet}
@@ -24,4 +27,4 @@ def pixel_unet(config: TinyUNetConfig | CompactUNetConfig | None = None) -> Tiny
 
 def works_on_pixels(unet: object) -> bool:
     """Whether it is one of these networks, and not a UNet of diffusers."""
-    return isinstance(unet, tuple(PIXEL_UNETS.values()))
+    return isinstance(unet, (*PIXEL_UNETS.values(), NetworkUNet))

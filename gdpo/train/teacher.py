@@ -29,11 +29,6 @@ from gdpo.model.ncnn import load_ncnn, network
 from gdpo.photos.dataset import CropDataset
 from gdpo.randomness import generator_for, normal, uniform
 
-PUBLISHED = {  # name -> (asset of gdpo.assets, stem of the files in it)
-    "real-esrgan-x4plus": ("real-esrgan", "REALESRGAN_X4PLUS_UP4X"),
-    "real-esrgan-animevideov3": ("real-esrgan", "REALESRGAN_ANIMAVIDEOV3_UP4X"),
-    "realsr-df2k": ("realsr", "REALSR_DF2K_UP4X"),
-}
 _FORMAT, _SCALE = 1, 4
 _GRAIN = 32  # a grain of one standard deviation in the stored 8-bit numbers
 _TRIES = 1000
@@ -130,19 +125,10 @@ def _ncnn(stem: Path) -> tuple[nn.Module, str]:
 
 
 def _spandrel(path: Path) -> tuple[nn.Module, str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"teacher {path}: no such file")
-    try:
-        from spandrel import ImageModelDescriptor, ModelLoader
-    except ImportError:
-        raise RuntimeError(f"teacher {path.name} needs the package spandrel: pip install spandrel") from None
-    try:
-        found = ModelLoader(device="cpu").load_from_file(str(path))  # weights only: no code of the file runs
-    except Exception as error:  # spandrel raises many kinds
-        raise ValueError(f"teacher {path}: spandrel cannot read it ({str(error).splitlines()[0]})") from None
-    if not isinstance(found, ImageModelDescriptor) or found.scale != _SCALE or found.input_channels != 3:
-        raise ValueError(f"teacher {path}: must take colour pictures to {_SCALE} times their size")
-    return found.model.eval().requires_grad_(False), sha256(path)[:32]
+    network, source = load_network(path)
+    if network.scale != _SCALE:
+        raise ValueError(f"teacher {path}: must enlarge {_SCALE} times; got x{network.scale}")
+    return network.model, source["sha256"][:32]
 
 
 class Targets:
