@@ -21,7 +21,7 @@ def _part(text: str) -> tuple[int, int]:
 
 def main() -> None:
     from gdpo.train.__main__ import ConfigFile
-    from gdpo.train.config import NAOSDConfig
+    from gdpo.train.config import NAOSDConfig, several
 
     parser = Parser(prog="python -m gdpo.targets", description="Make the targets of NAOSD's teacher beforehand.")
     parser.add_argument("--config", action=ConfigFile, help="YAML file of `gdpo.train naosd`")
@@ -41,7 +41,8 @@ def main() -> None:
     from gdpo.train.teacher import Targets
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    targets = Targets(config.teacher, config.data.folder, Degradation(config.degradation), config.seed, device)
+    [folder] = several(config.data.folder)
+    targets = Targets(config.teacher, folder, Degradation(config.degradation), config.seed, device)
     made, mine = 0, range(part - 1, config.teacher.count, parts)
     for number in tqdm(mine, desc="targets", file=sys.stderr):
         made += not targets.file(number).is_file()

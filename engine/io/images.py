@@ -38,13 +38,19 @@ def _warn(message: str) -> None:
 
 
 def read_image(
-    path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS, max_side: int = MAX_SIDE, notice: Notice = _warn
+    path: str | os.PathLike[str],
+    *,
+    data: bytes | None = None,
+    max_pixels: int = MAX_PIXELS,
+    max_side: int = MAX_SIDE,
+    notice: Notice = _warn,
 ) -> Picture:
     """Read one picture.
 
     Args:
         path: a file of any format in `formats.FORMATS`. Palettes are expanded, one-bit pictures become gray, CMYK and
             8-bit L*a*b* become sRGB; a transparency that is opaque in every pixel is none.
+        data: what the file would hold, where it is no file of its own; `path` is then what messages call it.
         max_pixels, max_side: larger pictures are an error, before their pixels are decoded.
         notice: told what the file lacks although it could be read.
 
@@ -54,8 +60,9 @@ def read_image(
     """
     path = Path(path)
     try:
-        with _open(path) as file:
-            data = file.read()
+        if data is None:
+            with _open(path) as file:
+                data = file.read()
         row = _format(data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about odd metadata and large sizes; both are handled here
@@ -76,17 +83,17 @@ def read_image(
         raise ImageError(f"{path}: damaged or truncated picture ({reason[:200]})") from error
 
 
-def picture_size(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+def picture_size(file: str | os.PathLike[str] | BinaryIO) -> tuple[int, int] | None:
     """Height and width of a picture once it is upright, from its header alone; None where that cannot be read.
 
     It is the same header that `read_image` goes by.
     """
     try:
-        with _open(Path(path)) as file, warnings.catch_warnings():
+        with _open(Path(file)) if isinstance(file, (str, os.PathLike)) else file as opened, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            row = _format(file.read(LONGEST_HEAD))
-            file.seek(0)
-            return row.header(file).size
+            row = _format(opened.read(LONGEST_HEAD))
+            opened.seek(0)
+            return row.header(opened).size
     except Exception:  # whatever a decoder raises: see read_image
         return None
 

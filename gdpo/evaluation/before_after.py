@@ -23,7 +23,8 @@ from engine.io.cli import Parser
 from engine.io.files import atomic_write
 from gdpo.degradation import Degradation, DegradationConfig
 from gdpo.generator import OneStepGenerator
-from gdpo.photos.dataset import CropDataset, loader, read_jsonl
+from gdpo.photos.dataset import CropDataset, loader
+from gdpo.photos.folder import read_jsonl
 from gdpo.scores.group import GroupReward, Normalization
 from gdpo.scores.metrics import grid_artefact, lattice_artefact, oversharpening
 from gdpo.scores.rewards import build_rewards

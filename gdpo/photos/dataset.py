@@ -9,64 +9,68 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from engine.io.images import READABLE, ImageError, read_image
-from gdpo.photos.folder import listing, picture_sizes, refuse_pairs
+from engine.io.images import ImageError
+from gdpo.photos.pairs import magnification, open_pairs
+from gdpo.photos.stores import Found, Store, hr_alone, open_store
 from gdpo.randomness import generator_for
 
 SPLITS = ("train", "val")
 
 
 class Batch(NamedTuple):
-    """What the loader yields: file names, captions or None, global sample numbers, hr [B,3,crop,crop] in [0,1], and
-    a line for each picture that could not be read and was replaced."""
+    """What the loader yields.
+
+    Attributes:
+        names: of the pictures.
+        captions: of the pictures, or None.
+        samples: global numbers.
+        hr: [B,3,crop,crop] in [0,1].
+        skipped: a line for each picture that could not be read and was replaced.
+        real: position in the batch -> the pair's LR [3,crop,crop] in [0,1], upsampled as inference does it; the others
+            are to be degraded.
+    """
 
     names: list[str]
     captions: list[str] | None
     samples: list[int]
     hr: Tensor
     skipped: tuple[str, ...] = ()
-
-
-class Found(NamedTuple):
-    """A picture of the folder: its name there, bytes, and (width, height), or why it cannot be read."""
-
-    name: str
-    bytes: int
-    size: Any
+    real: dict[int, Tensor] = {}  # noqa: RUF012  # never written to
 
 
 class CropDataset:
-    """Square crops from a folder of pictures.
+    """Square crops from pictures, or from real pairs of LR and HR pictures.
 
     Args:
         folder: made by `python -m gdpo.prepare` (train/, val/, manifest.jsonl), or any folder of pictures, searched
-            recursively, links followed, in natural order. Pictures may be of any shape that holds a crop.
+            recursively, links followed, in natural order; a list file, shards or a dataset on disk (`open_store`).
+            Pictures may be of any shape that holds a crop.
         split: "train": random part, flips and quarter turns, in an order drawn anew for each epoch. "val": the centre,
             in the folder's order; a folder without held-out crops gives its training crops instead.
         crop_size: side of the crops.
+        lr: where the LR pictures lie (`open_pairs`); None: there are none, the HR is to be degraded.
         skip_small: leave out pictures smaller than the crop.
-        skip_broken: leave out files that are no pictures.
+        skip_broken: leave out files that are no pictures, and pictures without partner.
         progress: show a bar while many headers are read.
 
     Attributes:
-        files: the pictures. `names`: the same relative to `folder`. `captions`: one for each, or None.
+        names: of the pictures, relative to `folder`. `captions`: one for each, or None.
         fingerprint: a hash of names and file sizes; two datasets with the same one give the same samples.
         notes: what was left out, a line each.
 
     Raises:
         ValueError: no such folder, no pictures, files that are no pictures, or pictures smaller than the crop; counted,
-            and the first one named. LR pictures beside HR ones.
+            and the first one named. LR pictures beside HR ones. Pairs that are none.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class CropDataset:
         split: str,
         crop_size: int,
         *,
+        lr: str | Path | None = None,
         skip_small: bool = False,
         skip_broken: bool = False,
         progress: bool = True,
@@ -84,10 +89,15 @@ class CropDataset:
         if crop_size < 1:
             raise ValueError(f"crop_size must be positive; got {crop_size}")
         self.folder, self.split, self.crop_size = Path(folder), split, crop_size
-        if not self.folder.is_dir():
-            raise ValueError(f"{folder} is not a folder; make one of crops with: python -m gdpo.prepare")
-        self.notes: list[str] = []
-        self._found = _prepared(self.folder) or _plain(self.folder, self.notes, progress)
+        self._lr: Store | None = None
+        self._partners: dict[str, Found] = {}
+        if lr is None:
+            self._store = open_store(folder, skip_broken=skip_broken, progress=progress)
+            self._found = hr_alone(self._store)
+            self.notes = self._store.notes
+        else:
+            pairs = open_pairs(str(lr), str(folder), skip_broken=skip_broken, progress=progress)
+            self._store, self._lr, self._found, self._partners, self.notes = pairs
         self._take(skip_small, skip_broken)
 
     def held_out(self) -> CropDataset:
@@ -104,32 +114,50 @@ class CropDataset:
         found, side = mine or self._found, self.crop_size
         unreadable = [picture.size for picture in found if isinstance(picture.size, str)]
         if unreadable:
-            more = f", and {len(unreadable) - 1} more such file(s)" if len(unreadable) > 1 else ""
+            what = "file" if self._lr is None else "pair"
+            more = f", and {len(unreadable) - 1} more such {what}(s)" if len(unreadable) > 1 else ""
             if not skip_broken or len(unreadable) == len(found):
-                raise ValueError(f"{unreadable[0]}{more}; take such files away, or --data.on_error skip")
+                raise ValueError(f"{unreadable[0]}{more}; take such {what}s away, or --data.on_error skip")
             self.notes.append(f"left out: {unreadable[0]}{more}")
             found = [picture for picture in found if not isinstance(picture.size, str)]
-        small = [picture for picture in found if min(picture.size) < side]
+        small = [picture for picture in found if min(picture.size) < side]  # type: ignore[type-var]
         if small:
             width, height = small[0].size
-            line = f"{self.folder / small[0].name} is {width}x{height}, smaller than the crop size {side}"
+            line = f"{self._store.label(small[0])} is {width}x{height}, smaller than the crop size {side}"
             line += f", as are {len(small) - 1} more of {len(found)} pictures" if len(small) > 1 else ""
             if not skip_small or len(small) == len(found):
                 remedy = "" if skip_small else "; to leave them out: --data.skip_small true"
                 raise ValueError(f"{line}{remedy}")
             self.notes.append(f"left out: {line}")
-        kept = [picture for picture in found if min(picture.size) >= side]
-        self.names = [picture.name for picture in kept]
-        self.files = [self.folder / picture.name for picture in kept]
-        digest = hashlib.blake2b(digest_size=16)
-        for picture in kept:
+        self._kept = [picture for picture in found if min(picture.size) >= side]  # type: ignore[type-var]
+        self._check_scales()
+        digest = hashlib.blake2b(self._store.identity.encode(), digest_size=16)
+        for picture in self._kept:
             digest.update(f"{picture.name}\0{picture.bytes}\0".encode("utf-8", "surrogateescape"))
+            if partner := self._partners.get(picture.name):
+                digest.update(f"{partner.name}\0{partner.bytes}\0".encode("utf-8", "surrogateescape"))
         self.fingerprint = digest.hexdigest()
-        self.captions = _captions(self.folder, self.names)
+        self.captions = _captions(self._store, self.names)
         self._order = functools.lru_cache(maxsize=2)(self._permutation)
 
+    def _check_scales(self) -> None:
+        """A crop must start and end at a pixel of the LR."""
+        for picture in self._kept if self._lr is not None else ():
+            partner = self._partners[picture.name]
+            scale = picture.size[0] // partner.size[0]  # type: ignore[operator]
+            if self.crop_size % scale:
+                raise ValueError(
+                    f"crop_size must be a multiple of {scale}: {self._store.label(picture)} is {scale} times as large "
+                    f"as its LR; got {self.crop_size}"
+                )
+
+    @property
+    def names(self) -> list[str]:
+        """Of the pictures, in order."""
+        return [picture.name for picture in self._kept]
+
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self._kept)
 
     def index_of(self, sample: int, *, seed: int) -> int:
         """Which picture a global sample number shows; each picture once an epoch."""
@@ -139,25 +167,50 @@ class CropDataset:
     def _permutation(self, seed: int, epoch: int) -> Tensor:
         return torch.randperm(len(self), generator=generator_for(seed, "order", epoch))
 
+    def part_of(self, sample: int) -> tuple[CropDataset, int]:
+        """The dataset that a sample comes from, and the sample's number there (see `Mixture`)."""
+        return self, sample
+
+    def spread(self, count: int) -> list[int]:
+        """At most `count` samples of the val split, spread over it."""
+        count = min(count, len(self))
+        return [i * len(self) // count for i in range(count)]
+
     def item(self, index: int, *, seed: int, sample: int) -> dict:
-        """-> name, hr [3,crop,crop] float32 in [0,1], caption (or None). The part shown depends on (seed, sample).
+        """-> name, hr [3,crop,crop] float32 in [0,1], caption (or None), lr of the same shape (None where it is to be
+        made). The part shown depends on (seed, sample).
 
         Raises:
             ImageError: the picture is damaged; the message names it.
         """
-        pixels = read_image(self.files[index]).pixels
-        height, width = (side - self.crop_size for side in pixels.shape[:2])
+        found = self._kept[index]
+        pixels = self._store.read(found).pixels
+        small, scale = self._partner(found, pixels)
+        crop = self.crop_size // scale  # all in pixels of the LR; without one, of the HR
+        height, width = (side // scale - crop for side in pixels.shape[:2])
         if min(height, width) < 0:
-            raise ImageError(f"{self.files[index]}: smaller than the crop size {self.crop_size}")
+            raise ImageError(f"{self._store.label(found)}: smaller than the crop size {self.crop_size}")
         if self.split == "train":
             rng = generator_for(seed, "crop", sample)
             top, left, turns, flip = (int(torch.randint(n, (), generator=rng)) for n in (height + 1, width + 1, 4, 2))
         else:
             top, left, turns, flip = height // 2, width // 2, 0, 0
-        crop = np.rot90(pixels[top : top + self.crop_size, left : left + self.crop_size], turns)
-        crop = np.ascontiguousarray((crop[:, ::-1] if flip else crop).transpose(2, 0, 1), dtype=np.float32)
-        hr = torch.from_numpy(crop).div_(np.iinfo(pixels.dtype).max)
-        return {"name": self.names[index], "hr": hr, "caption": self.captions and self.captions[index]}
+        hr = _window(pixels, top * scale, left * scale, self.crop_size, turns, flip)
+        lr = None if small is None else _window(small, top, left, crop, turns, flip)
+        return {"name": found.name, "hr": hr, "caption": self.captions and self.captions[index], "lr": lr}
+
+    def _partner(self, found: Found, pixels: np.ndarray) -> tuple[np.ndarray | None, int]:
+        """The LR of a pair, and how many times larger the HR is."""
+        if self._lr is None:
+            return None, 1
+        partner = self._partners[found.name]
+        small = self._lr.read(partner).pixels
+        scale = magnification(pixels.shape[:2], small.shape[:2])
+        if not scale or self.crop_size % scale:
+            raise ImageError(
+                f"{self._store.label(found)}: its size is not that of its LR, {self._lr.label(partner)}, magnified"
+            )
+        return small, scale
 
     def __getstate__(self) -> dict:  # workers that are not forked get a pickle; a cached method has none
         return {k: v for k, v in self.__dict__.items() if k not in ("_order", "_found")}
@@ -167,11 +220,25 @@ class CropDataset:
         self._order = functools.lru_cache(maxsize=2)(self._permutation)
 
 
+def _window(pixels: np.ndarray, top: int, left: int, side: int, turns: int, flip: int) -> Tensor:
+    """[H,W,3] -> [3,side,side] float32 in [0,1], turned and mirrored."""
+    crop = np.rot90(pixels[top : top + side, left : left + side], turns)
+    crop = np.ascontiguousarray((crop[:, ::-1] if flip else crop).transpose(2, 0, 1), dtype=np.float32)
+    return torch.from_numpy(crop).div_(np.iinfo(pixels.dtype).max)
+
+
+class Samples(Protocol):
+    """What a loader takes samples from: a `CropDataset`, or several in a `Mixture`."""
+
+    def part_of(self, sample: int) -> tuple[CropDataset, int]:
+        """The dataset that a global sample number comes from, and its number there."""
+
+
 _TRIES = 10  # pictures that a sample may take, one after the other, before the run ends all the same
 
 
 def loader(
-    dataset: CropDataset,
+    dataset: Samples,
     sample_lists: Iterable[list[int]],
     seed: int,
     num_workers: int = 0,
@@ -206,21 +273,22 @@ def loader(
 class _Samples(Dataset):
     """Indexed by global sample number."""
 
-    def __init__(self, dataset: CropDataset, seed: int, on_error: str) -> None:
+    def __init__(self, dataset: Samples, seed: int, on_error: str) -> None:
         self.dataset, self.seed, self.tries = dataset, seed, 1 if on_error == "stop" else _TRIES
 
     def __getitem__(self, sample: int) -> dict | ImageError:
-        index = self.dataset.index_of(sample, seed=self.seed)
+        dataset, number = self.dataset.part_of(sample)
+        index = dataset.index_of(number, seed=self.seed)
         skipped: list[str] = []
         for again in range(self.tries):
             try:
-                item = self.dataset.item(index, seed=self.seed, sample=sample)
+                item = dataset.item(index, seed=self.seed, sample=sample)
                 return item | {"sample": sample, "skipped": skipped}
             except ImageError as error:
                 failure = error
                 skipped.append(str(error))
                 draw = generator_for(self.seed, "instead", sample, again)
-                index = int(torch.randint(len(self.dataset), (), generator=draw))
+                index = int(torch.randint(len(dataset), (), generator=draw))
         return failure  # raised in a worker, it would come back as a page of its traceback
 
 
@@ -230,10 +298,11 @@ def _collate(samples: list[dict | ImageError]) -> Batch | ImageError:
         if isinstance(sample, ImageError):
             return sample
         items.append(sample)
-    captions = None if items[0]["caption"] is None else [i["caption"] for i in items]
+    captions = None if any(i["caption"] is None for i in items) else [i["caption"] for i in items]
     skipped = tuple(line for i in items for line in i["skipped"])
     pictures = torch.stack([i["hr"] for i in items])
-    return Batch([i["name"] for i in items], captions, [i["sample"] for i in items], pictures, skipped)
+    real = {n: i["lr"] for n, i in enumerate(items) if i["lr"] is not None}
+    return Batch([i["name"] for i in items], captions, [i["sample"] for i in items], pictures, skipped, real)
 
 
 def _leave_group(worker: int) -> None:
@@ -241,73 +310,13 @@ def _leave_group(worker: int) -> None:
     os.setsid()
 
 
-def read_jsonl(path: Path, *keys: str) -> list[dict]:
-    """The objects of a JSON-lines file, each of which must have these keys.
-
-    Raises:
-        ValueError: names file and line.
-    """
-    rows = []
-    try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error})") from None
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            missing = [key for key in keys if key not in row]
-        except (ValueError, TypeError):
-            raise ValueError(f"{path}, line {number}: not a JSON object") from None
-        if not isinstance(row, dict) or missing:
-            raise ValueError(f"{path}, line {number}: expected an object with {', '.join(keys)}")
-        rows.append(row)
-    return rows
-
-
-def _prepared(folder: Path) -> list[Found]:
-    """The crops that `gdpo.prepare` made, or nothing where it did not make this folder."""
-    if not (folder / "manifest.jsonl").is_file():
-        return []
-    found = []
-    for row in read_jsonl(folder / "manifest.jsonl", "file", "size"):
-        name = str(row["file"])
-        try:
-            found.append(Found(name, os.stat(folder / name).st_size, (row["size"], row["size"])))
-        except FileNotFoundError:
-            raise ValueError(
-                f"{folder / name} is missing, though the folder's manifest lists it; run gdpo.prepare again"
-            ) from None
-    return found
-
-
-def _plain(folder: Path, notes: list[str], progress: bool) -> list[Found]:
-    """The pictures of any folder. What is left out is added to the notes."""
-    found = listing(folder)
-    if found.dangling:
-        name, target = next(iter(found.dangling.items()))
-        more = f", and {len(found.dangling) - 1} more such link(s)" if len(found.dangling) > 1 else ""
-        raise ValueError(f"{folder / name} is a link to {target}, which is not there{more}; mend or remove it")
-    if found.others:
-        suffixes = " ".join(sorted({Path(name).suffix.lower() for name in found.others}))
-        notes.append(f"left out: {len(found.others)} file(s) of formats that are not read ({suffixes}), such as "
-                     f"{folder / found.others[0]}; gdpo.prepare names them all")  # fmt: skip
-    if not found.names:
-        raise ValueError(
-            f"{folder} holds no pictures ({' '.join(sorted(READABLE))}){'; ' + notes[-1] if notes else ''}"
-        )
-    refuse_pairs(folder, found.names)
-    sizes = picture_sizes(found, progress=progress)
-    return [Found(name, facts[0], size) for name, facts, size in zip(found.names, found.stats, sizes)]
-
-
-def _captions(folder: Path, names: list[str]) -> list[str] | None:
-    path = folder / "captions.jsonl"
-    if not path.is_file():
+def _captions(store: Store, names: list[str]) -> list[str] | None:
+    captions = store.captions()
+    if captions is None:
         return None
-    captions = {str(row["file"]): str(row["caption"]) for row in read_jsonl(path, "file", "caption")}
     missing = [name for name in names if name not in captions]
     if missing:
-        raise ValueError(f"{path} has no caption for {len(missing)} of {len(names)} pictures, the first {missing[0]}")
+        raise ValueError(
+            f"{store.captions_at} has no caption for {len(missing)} of {len(names)} pictures, the first {missing[0]}"
+        )
     return [captions[name] for name in names]

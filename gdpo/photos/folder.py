@@ -7,11 +7,12 @@ each file's size and time; a start then takes seconds.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import stat
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -114,6 +115,33 @@ def _is_picture(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in _PICTURES
 
 
+def side_of(name: str) -> str | None:
+    """ "HR" or "LR", as a picture's name or a folder above it says: x_HR.png, LR/x.png, x.lq.png; None for neither."""
+    parts = name.split("/")
+    for part in reversed([*parts[:-1], stem_of(parts[-1])]):
+        for side, pattern in _SIDES.items():
+            if pattern.match(part):
+                return side
+    return None
+
+
+def without_side(name: str) -> str:
+    """A picture's name without its suffix and what tells HR from LR: the same for both pictures of a pair."""
+    *folders, last = name.split("/")
+    kept = [f for f in folders if not any(p.match(f) for p in _SIDES.values()) and not re.fullmatch(r"(?i)x\d+", f)]
+    last = stem_of(last)
+    for pattern in _SIDES.values():
+        if match := pattern.match(last):
+            last = match["before"] + "*" + match["after"]
+    return "/".join([*kept, re.sub(r"(?i)(?<=.)[-_. ]?x\d+$", "", last)])
+
+
+def stem_of(name: str) -> str:
+    """A file's name without the suffix of a picture."""
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in _PICTURES else name
+
+
 def refuse_pairs(folder: Path, names: Iterable[str]) -> None:
     """Refuse a folder that holds HR and LR pictures side by side: the LR ones would be trained on as HR.
 
@@ -146,59 +174,86 @@ def refuse_pairs(folder: Path, names: Iterable[str]) -> None:
                         )
 
 
-def picture_sizes(found: Listing, *, progress: bool = True) -> list[tuple[int, int] | str]:
+Size = tuple[int, int] | str  # (width, height), or why the picture cannot be read
+
+
+def picture_sizes(found: Listing, *, progress: bool = True, what: str | None = None) -> list[Size]:
     """(width, height) of each picture, or why it cannot be read; headers that were read before are not read again.
 
     Args:
         progress: show a bar where it takes longer than a second.
+        what: the name under which they are remembered; None: the folder.
     """
-    cache = _cache_file(found.folder)
-    known = _read_cache(cache)
-    sizes: list[tuple[int, int] | str | None] = []
-    for name, facts in zip(found.names, found.stats):
+    return remembered_sizes(
+        what or os.path.realpath(found.folder),
+        found.names,
+        found.stats,
+        lambda i: header_size(found.folder / found.names[i]),
+        progress,
+    )
+
+
+def remembered_sizes(
+    what: str, names: Sequence[str], stats: Sequence[tuple[int, int]], look: Callable[[int], Size], progress: bool
+) -> list[Size]:
+    """The sizes of pictures that were seen before, and have the same two numbers in `stats`; `look` is asked for the
+    others.
+
+    Args:
+        what: the name under which they are remembered.
+        look: position -> size.
+    """
+    cache = cache_file(what)
+    known = read_cache(cache, 4)
+    sizes: list[Size | None] = []
+    for name, facts in zip(names, stats):
         entry = known.get(name)
         sizes.append((entry[2], entry[3]) if entry is not None and entry[:2] == facts else None)
     todo = [i for i, size in enumerate(sizes) if size is None]
     for i in tqdm(todo, desc="headers", unit="picture", delay=1, disable=not progress, file=sys.stderr):
-        sizes[i] = header_size(found.folder / found.names[i])
+        sizes[i] = look(i)
     done = [size for size in sizes if size is not None]
     if todo or len(known) != len(done):
-        _write_cache(cache, found, done)
+        write_cache(cache, [(n, (*s, *x)) for n, s, x in zip(names, stats, done) if not isinstance(x, str)])
     return done
 
 
-def header_size(path: Path) -> tuple[int, int] | str:
+def header_size(path: Path) -> Size:
     """(width, height) as the header says, or why the picture cannot be read."""
-    size = picture_size(path)
+    return checked_size(picture_size(path), str(path))
+
+
+def checked_size(size: tuple[int, int] | None, name: str) -> Size:
+    """(height, width) of a header, or None where it cannot be read -> (width, height), or why it is not taken."""
     if size is None:
-        return f"{path} is not a picture that can be read"
+        return f"{name} is not a picture that can be read"
     height, width = size
     if width * height > MAX_PIXELS:
-        return f"{path} is {width}x{height}; pictures of at most {MAX_PIXELS / 1e6:.0f} megapixels are read"
+        return f"{name} is {width}x{height}; pictures of at most {MAX_PIXELS / 1e6:.0f} megapixels are read"
     return width, height
 
 
-def _cache_file(folder: Path) -> Path:
+def cache_file(what: str) -> Path:
+    """Where what is known of a folder or an archive is kept."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    digest = hashlib.blake2b(os.fsencode(os.path.realpath(folder)), digest_size=16).hexdigest()
-    return Path(home) / "gdpo" / "headers" / f"{digest}.npz"
+    return Path(home) / "gdpo" / "headers" / f"{hashlib.blake2b(os.fsencode(what), digest_size=16).hexdigest()}.npz"
 
 
-def _read_cache(file: Path) -> dict[str, tuple[int, int, int, int]]:
-    """name -> (bytes, modified, width, height); nothing where there is no cache or it is damaged."""
+def read_cache(file: Path, columns: int) -> dict[str, tuple[int, ...]]:
+    """name -> that many numbers; nothing where there is no cache or it is damaged."""
     try:
         with open(file, "rb") as f, np.load(f, allow_pickle=False) as content:
             names = os.fsdecode(content["names"].tobytes()).split("\0")
             facts = content["facts"]
-        if facts.shape != (len(names), 4) or facts.dtype != np.int64:
+        if facts.shape != (len(names), columns) or facts.dtype != np.int64:
             return {}
         return dict(zip(names, map(tuple, facts.tolist())))
     except Exception:  # of many kinds; a cache is a convenience
         return {}
 
 
-def _write_cache(file: Path, found: Listing, sizes: list[tuple[int, int] | str]) -> None:
-    rows = [(n, (*s, *size)) for n, s, size in zip(found.names, found.stats, sizes) if not isinstance(size, str)]
+def write_cache(file: Path, rows: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+    """Keep rows of a name and some numbers, where there is a place for them."""
     if not rows:
         return
     names = np.frombuffer(os.fsencode("\0".join(n for n, _ in rows)), np.uint8)
@@ -209,3 +264,28 @@ def _write_cache(file: Path, found: Listing, sizes: list[tuple[int, int] | str])
             np.savez(f, names=names, facts=facts)
     except OSError:  # no home, or one that cannot be written: the headers are read again next time
         pass
+
+
+def read_jsonl(path: Path, *keys: str) -> list[dict]:
+    """The objects of a JSON-lines file, each of which must have these keys.
+
+    Raises:
+        ValueError: names file and line.
+    """
+    rows = []
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error})") from None
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            missing = [key for key in keys if key not in row]
+        except (ValueError, TypeError):
+            raise ValueError(f"{path}, line {number}: not a JSON object") from None
+        if not isinstance(row, dict) or missing:
+            raise ValueError(f"{path}, line {number}: expected an object with {', '.join(keys)}")
+        rows.append(row)
+    return rows

@@ -7,8 +7,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gdpo.photos.dataset import read_jsonl
-from gdpo.photos.folder import listing, natural, refuse_pairs
+from gdpo.photos.folder import listing, natural, read_jsonl, refuse_pairs
 
 
 @dataclass(frozen=True)

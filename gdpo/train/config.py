@@ -51,11 +51,45 @@ class ModelConfig:
 
 
 @dataclass
+class PairsConfig:
+    """Real pairs: LR pictures as cameras and networks made them, and the HR of the same scenes.
+
+    Args:
+        lr: folder, list file, shards or dataset on disk, as data.folder; or several. Of the HR's size or 2 to 8 times
+            smaller; matched by name. May be the same as hr where the names tell LR from HR.
+        hr: the same of the HR pictures.
+        ratio: share of the samples that are real pairs; the others are degraded from data.folder. 1: pairs alone.
+        weights: with several, how often each is drawn, relative to the others; None: as often as it has pictures.
+    """
+
+    lr: list[str] | str | None = resumable(None)  # noqa: RUF009
+    hr: list[str] | str | None = resumable(None)  # noqa: RUF009
+    ratio: float = 0.5
+    weights: list[float] | None = None
+
+
+@dataclass
+class ValidationConfig:
+    """Real pairs of which the sheets and the figures of held-out pictures are; None: those of the training data.
+
+    Args:
+        lr, hr: as data.pairs.
+    """
+
+    lr: str | None = resumable(None)
+    hr: str | None = resumable(None)
+
+
+@dataclass
 class DataConfig:
     """The photos.
 
     Args:
-        folder: a folder made by `python -m gdpo.prepare`, or any folder of pictures.
+        folder: a folder made by `python -m gdpo.prepare`, or any folder of pictures; a list file (LIST.txt, a path a
+            line), shards (F-{000..012}.tar, F-*.tar), or a dataset that save_to_disk wrote; or several.
+        weights: with several, how often each is drawn, relative to the others; None: as often as it has pictures.
+        pairs: real pairs of LR and HR, mixed with what is degraded from the folder.
+        validation: real pairs for the sheets.
         crop_size: side of the square HR crops.
         skip_small: leave out pictures smaller than a crop, instead of refusing the folder.
         num_workers: data loader processes (0: in this process).
@@ -64,12 +98,29 @@ class DataConfig:
         captions: use the captions.jsonl of the folder as prompts instead of the fixed prompt.
     """
 
-    folder: str = "data/crops"
+    folder: list[str] | str = resumable("data/crops")  # noqa: RUF009
+    weights: list[float] | None = None
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     crop_size: int = 512
     skip_small: bool = resumable(False)
     num_workers: int = resumable(0)
     on_error: Literal["stop", "skip"] = resumable("stop")
     captions: bool = False
+
+    def validate(self) -> None:
+        """Raise ValueError naming the option."""
+        pairs, validation = self.pairs, self.validation
+        for name, one in (("data.pairs", pairs), ("data.validation", validation)):
+            _require((one.lr is None) == (one.hr is None), name, "both lr and hr, or neither", [one.lr, one.hr])
+        _require(0 < pairs.ratio <= 1, "data.pairs.ratio", "above 0, at most 1", pairs.ratio)
+        lr, hr, folders = (several(x) for x in (pairs.lr, pairs.hr, self.folder))
+        _require(len(lr) == len(hr), "data.pairs", "as many lr as hr", f"{len(lr)} and {len(hr)}")
+        _require(bool(folders), "data.folder", "at least one", folders)
+        for name, weights, of in (("data.weights", self.weights, folders), ("data.pairs.weights", pairs.weights, hr)):
+            if weights is not None:
+                fits = len(weights) == len(of) and min(weights, default=1) > 0
+                _require(fits, name, f"a number above 0 for each of {len(of)}", weights)
 
 
 @dataclass
@@ -140,6 +191,7 @@ class TrainConfig:
             _require(0 <= getattr(self, name) < 1, name, "in [0,1)", getattr(self, name))
         if self.model.lora_alpha is not None:
             _at_least(1, self, "model.lora_alpha")
+        self.data.validate()
         widths = self.model.block_out_channels
         _require(min(widths, default=0) >= 1, "model.block_out_channels", "one or more widths of at least 1", widths)
 
@@ -231,6 +283,8 @@ class NAOSDConfig(TrainConfig):
         _require(0 <= self.vsd_t[0] < self.vsd_t[1] <= 1, "vsd_t", "an increasing pair in [0,1]", self.vsd_t)
         if self.teacher.name:
             self.teacher.validate(self.data.crop_size)
+            folders = several(self.data.folder)
+            _require(len(folders) == 1, "data.folder", "one folder with a teacher", folders)
             _require(self.num_noises == 1, "num_noises", "1 with a teacher", self.num_noises)
         if self.vsd_weight and self.model.full:
             raise ValueError("vsd_weight must be 0 with model.full: VSD needs the pretrained UNet as its teacher")
@@ -297,6 +351,11 @@ class GDPOConfig(TrainConfig):
         )
         fresh = self.model.pretrained in ("tiny", "compact")
         _require(not fresh, "model.pretrained", "the folder of a trained generator", self.model.pretrained)
+
+
+def several(value: list[str] | str | None) -> list[str]:
+    """An option that takes one or more."""
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
 
 
 def _at_least(least: int, config: TrainConfig, *names: str) -> None:

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from engine.io.cli import Terminated
 from engine.io.files import atomic_write
 from gdpo.photos.dataset import Batch, CropDataset, loader
+from gdpo.photos.mixture import Mixture
 from gdpo.train import checkpoint as checkpoints
 from gdpo.train.config import TrainConfig
 from gdpo.train.methods.base import Method
@@ -26,7 +27,11 @@ from gdpo.train.step import NonFiniteLoss, StepFailed, optimizer_step
 
 
 def train_loop(
-    config: TrainConfig, accelerator: Accelerator, method: Method, dataset: CropDataset, validation: Batch | None
+    config: TrainConfig,
+    accelerator: Accelerator,
+    method: Method,
+    dataset: CropDataset | Mixture,
+    validation: Batch | None,
 ) -> None:
     """Train for `config.max_train_steps` steps, then save the model.
 

@@ -21,8 +21,9 @@ from gdpo.model.prompts import PromptEncoder
 from gdpo.model.tiny import TinyUNetConfig
 from gdpo.model.unets import works_on_pixels
 from gdpo.photos.dataset import Batch, CropDataset, loader
+from gdpo.photos.mixture import HeldOut, Mixture
 from gdpo.randomness import normal
-from gdpo.train.config import ModelConfig, TrainConfig
+from gdpo.train.config import ModelConfig, TrainConfig, several
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -155,31 +156,61 @@ def save_trained(generator: OneStepGenerator, config: TrainConfig, folder: Path)
     base.save_pretrained(folder)
 
 
-def dataset_of(config: TrainConfig, accelerator: Accelerator) -> CropDataset:
-    """The training pictures; what was left out of the folder is said. One process looks into a new folder first."""
-    data = config.data
+def dataset_of(config: TrainConfig, accelerator: Accelerator) -> CropDataset | Mixture:
+    """The training pictures; what was left out of them is said. One process looks into new folders first.
+
+    Raises:
+        ValueError: see CropDataset.
+    """
+    data, pairs = config.data, config.data.pairs
+    sources: list[tuple[str, str | None]] = [(hr, lr) for hr, lr in zip(several(pairs.hr), several(pairs.lr))]
+    real, whole = len(sources), bool(sources) and pairs.ratio == 1
+    sources += [] if whole else [(folder, None) for folder in several(data.folder)]
     with accelerator.local_main_process_first():
-        dataset = CropDataset(
-            data.folder,
-            "train",
-            data.crop_size,
-            skip_small=data.skip_small,
-            skip_broken=data.on_error == "skip",
-            progress=accelerator.is_local_main_process,
-        )
-    for note in dataset.notes if accelerator.is_main_process else ():
+        parts = [
+            CropDataset(
+                folder,
+                "train",
+                data.crop_size,
+                lr=lr,
+                skip_small=data.skip_small,
+                skip_broken=data.on_error == "skip",
+                progress=accelerator.is_local_main_process,
+            )
+            for folder, lr in sources
+        ]
+    for note in (n for part in parts for n in part.notes) if accelerator.is_main_process else ():
         print(note, file=sys.stderr)
-    return dataset
+    if len(parts) == 1:
+        return parts[0]
+    shares = []
+    for share, some, weights in (
+        (pairs.ratio, parts[:real], pairs.weights),
+        (1 - pairs.ratio, parts[real:], data.weights),
+    ):
+        weights = weights or [len(part) for part in some]
+        shares += [(share if 0 < real < len(parts) else 1) * weight / sum(weights) for weight in weights]
+    return Mixture(parts, shares)
 
 
-def validation_batch(config: TrainConfig, dataset: CropDataset) -> Batch | None:
-    """The held-out pictures of the before/after sheets, spread over the folder's val split."""
+def validation_batch(config: TrainConfig, dataset: CropDataset | Mixture) -> Batch | None:
+    """The held-out pictures of the before/after sheets: real pairs of data.validation, else the val split of each
+    source of the training pictures, spread over it.
+    """
+    data = config.data
     if not config.validation_images:
         return None
-    dataset = dataset.held_out()
-    n = min(config.validation_images, len(dataset))
-    samples = [i * len(dataset) // n for i in range(n)]
-    return next(iter(loader(dataset, [samples], seed=0, on_error=config.data.on_error)))
+    if data.validation.hr is not None:
+        lr, skip = data.validation.lr, data.on_error == "skip"
+        held: CropDataset | HeldOut = CropDataset(
+            data.validation.hr, "val", data.crop_size, lr=lr, skip_small=True, skip_broken=skip
+        )
+    elif isinstance(dataset, Mixture):
+        held = HeldOut([part.held_out() for part in dataset.parts])
+    else:
+        held = dataset.held_out()
+    samples = held.spread(config.validation_images)
+    return next(iter(loader(held, [samples], seed=0, on_error=data.on_error)))
 
 
 def lora_targets(generator: OneStepGenerator) -> str:

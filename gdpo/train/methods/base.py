@@ -11,7 +11,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from gdpo.degradation import Degradation
+from gdpo.degradation.resize import resize
 from gdpo.photos.dataset import Batch
+from gdpo.randomness import moved
 from gdpo.train.config import TrainConfig
 from gdpo.train.setup import Prompts, base_generator, save_trained
 
@@ -45,6 +47,24 @@ class Method(ABC):
         self.generator.requires_grad_(False)
         for p in parameters.values():
             p.requires_grad_(True)
+
+    @torch.no_grad()
+    def inputs(self, batch: Batch, *, step: int = 0, as_inference: bool = False) -> torch.Tensor:
+        """What the generator is given, [B,3,H,W] in [-1,1]: the LR of real pairs upsampled, the HR of others degraded.
+
+        Args:
+            as_inference: upsample by bicubic, as inference does it, instead of a filter drawn for each sample.
+        """
+        size = (batch.hr.shape[2], batch.hr.shape[3])
+        made = [i for i in range(len(batch.samples)) if i not in batch.real]
+        image = torch.empty_like(batch.hr, dtype=torch.float32)
+        if made:
+            samples = [batch.samples[i] for i in made]
+            lr, lr_up = self.degrade(batch.hr[made], seed=self.config.seed, step=step, samples=samples)
+            image[made] = self.degrade.upsample(lr) if as_inference else lr_up
+        for i, lr in batch.real.items():
+            image[i] = resize(moved(lr, image)[None], size, "bicubic_antialias")[0].clamp(0, 1)
+        return image * 2 - 1
 
     @abstractmethod
     def step(self, batch: Batch, step: int, backward: Backward) -> Metrics:

@@ -107,11 +107,11 @@ class GDPO(Method):
     def _sample(self, batch: Batch, step: int) -> Group:
         """G samples of the reference for each picture, from independent noise."""
         config, g = self.config, self.config.num_generations
-        _, lr_up = self.degrade(batch.hr, seed=config.seed, step=step, samples=batch.samples)
+        image = self.inputs(batch, step=step)
         with self.accelerator.autocast():
             text = self.prompts(batch)
             text = None if text is None else self._grouped(text)
-            condition = self._grouped(self.encode(lr_up * 2 - 1))  # [B*G,C,h,w], image after image
+            condition = self._grouped(self.encode(image))  # [B*G,C,h,w], image after image
             noise = moved(group_noise(condition.shape, config.seed, "sample", batch.samples, g), condition)
             with self.generator.reference():
                 x0 = self._chunked(self.sample, condition, noise, text)
@@ -200,8 +200,7 @@ class GDPO(Method):
     @torch.no_grad()
     def preview(self, batch: Batch) -> tuple[Columns, dict[str, float]]:
         """Columns of the before/after sheet for held-out pictures, and what the policy gained on its reference."""
-        lr, _ = self.degrade(batch.hr, seed=self.config.seed, step=0, samples=batch.samples)
-        bicubic, hr = self.degrade.upsample(lr) * 2 - 1, batch.hr * 2 - 1
+        bicubic, hr = self.inputs(batch, as_inference=True), batch.hr * 2 - 1
         with self.accelerator.autocast():
             found = compare(
                 self.generator, bicubic, hr, self.reward,

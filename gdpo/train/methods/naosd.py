@@ -19,7 +19,7 @@ from gdpo.model import lora
 from gdpo.photos.dataset import Batch
 from gdpo.randomness import moved, uniform
 from gdpo.scores.features import load_perceptual
-from gdpo.train.config import NAOSDConfig
+from gdpo.train.config import NAOSDConfig, several
 from gdpo.train.losses.chroma import chroma_distance
 from gdpo.train.losses.energy import EnergyScore
 from gdpo.train.losses.grid import grid_penalty, lattice_penalty, spectrum_penalty
@@ -52,7 +52,9 @@ class NAOSD(Method):
             self.perceptual = score.to(accelerator.device)
         self.targets = None
         if config.teacher.name:
-            self.targets = Targets(config.teacher, config.data.folder, self.degrade, config.seed, accelerator.device)
+            self.targets = Targets(
+                config.teacher, several(config.data.folder)[0], self.degrade, config.seed, accelerator.device
+            )
             if self.generator.vae is not None and config.teacher.noise:
                 raise ValueError("teacher.noise must be 0 for a model with a VAE: its latents' noise is none of the LR")
         self._make_trainable()
@@ -83,9 +85,9 @@ class NAOSD(Method):
         """One micro-batch: degrade, restore in one step, compare."""
         config, generator = self.config, self.generator
         hr = batch.hr * 2 - 1
-        _, lr_up = self.degrade(batch.hr, seed=config.seed, step=step, samples=batch.samples)
-        image, taught, grain = lr_up * 2 - 1, None, None
-        if self.targets is not None and (rows := self.targets.drawn(batch.samples)):
+        image, taught, grain = self.inputs(batch, step=step), None, None
+        drawn = self.targets.drawn(batch.samples) if self.targets is not None else []
+        if self.targets is not None and (rows := [i for i in drawn if i not in batch.real]):
             windows = self.targets.windows([batch.samples[i] for i in rows], config.data.crop_size)
             hr[rows], image[rows] = moved(windows.hr * 2 - 1, hr), moved(upsampled(windows.lr), image)
             taught, grain = Taught(rows, moved(windows.picture * 2 - 1, hr)), moved(windows.grain, hr)
@@ -98,7 +100,7 @@ class NAOSD(Method):
             many_text = None if text is None else text.repeat_interleave(config.num_noises, dim=0)
             x0 = generator.predict(latents, noise, many_text).x0
             restored = generator.decode(x0)
-            loss, metrics = self._losses(restored.float(), hr, batch.samples, taught, image.float())
+            loss, metrics = self._losses(restored.float(), hr, batch, taught, image.float())
             if self.vsd is not None:
                 vsd = self.vsd.loss(x0.float(), many_text, batch.samples)
                 loss = loss + config.vsd_weight * vsd
@@ -116,7 +118,7 @@ class NAOSD(Method):
         self,
         restored: torch.Tensor,
         hr: torch.Tensor,
-        samples: list[int],
+        batch: Batch,
         taught: Taught | None,
         image: torch.Tensor,
     ):
@@ -136,7 +138,7 @@ class NAOSD(Method):
             shown = target.clone()
             shown[taught.rows] = taught.pictures
             of_hr = distance(restored, target, reduction="none").mean((1, 2, 3))
-            plain = [i for i in range(len(samples)) if i not in taught.rows]
+            plain = [i for i in range(len(hr)) if i not in taught.rows]
             of_hr[plain] = of_hr[plain] * self._ease(image[plain], hr[plain])
             of_teacher = distance(restored[taught.rows], taught.pictures, reduction="none").mean((1, 2, 3))
             pixel = self._shared(of_hr, taught.rows, of_teacher).mean()
@@ -157,7 +159,7 @@ class NAOSD(Method):
             chroma = chroma_distance(restored, shown)
             loss, metrics["chroma"] = loss + config.chroma_weight * chroma, chroma
         if self.perceptual is not None:
-            perceptual, spread = self._perceptual(restored, target, shown, samples, taught)
+            perceptual, spread = self._perceptual(restored, target, shown, batch, taught)
             loss, metrics["perceptual"] = loss + config.perceptual_weight * perceptual, perceptual
             if config.diversity:
                 loss, metrics["spread"] = loss - 0.5 * config.diversity * config.perceptual_weight * spread, spread
@@ -175,15 +177,15 @@ class NAOSD(Method):
         restored: torch.Tensor,
         target: torch.Tensor,
         shown: torch.Tensor,
-        samples: list[int],
+        batch: Batch,
         taught: Taught | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean perceptual distance of restored [B*K,3,H,W] to the HR and the teacher's pictures, and the spread.
+        """Mean perceptual distance of restored [B*K,3,H,W] to the HR or the teacher's pictures, and the spread.
 
         Of samples left out by perceptual_share the others stand for them: the expected value does not change.
         """
-        config, k = self.config, self.config.num_noises
-        rows = self._looked_at(samples)
+        config, k, samples = self.config, self.config.num_noises, batch.samples
+        rows = self._looked_at(batch)
         none = restored.new_zeros(())
         if not rows:
             return none, none
@@ -195,19 +197,22 @@ class NAOSD(Method):
         if config.diversity:
             distance, spread = self.perceptual(restored.unflatten(0, (-1, k)), target[::k])
             return share * distance, share * spread
-        distance = self.perceptual(restored, target)
-        drawn = [n for n, i in enumerate(rows) if taught is not None and i in taught.rows]
-        if drawn:
-            distance = self._shared(distance, drawn, self.perceptual(restored[drawn], shown[drawn]))
-        return share * distance.mean(), none
+        if (
+            taught is not None
+        ):  # a sample that a teacher drew is compared with that picture or the HR: one pass, not two
+            weight = config.teacher.weight
+            of_teacher = [uniform(config.seed, "compared with", samples[i]) < weight for i in rows]
+            target = torch.where(torch.tensor(of_teacher, device=target.device)[:, None, None, None], shown, target)
+        return share * self.perceptual(restored, target).mean(), none
 
-    def _looked_at(self, samples: list[int]) -> list[int]:
+    def _looked_at(self, batch: Batch) -> list[int]:
         """The samples, by position, whose perceptual distance is computed: a function of (seed, sample)."""
-        config = self.config
+        config, samples = self.config, batch.samples
         rows = [i for i, s in enumerate(samples) if uniform(config.seed, "looked at", s) < config.perceptual_share]
         if config.perceptual_on == "degraded":
             drawn = self.targets.drawn(samples) if self.targets is not None else []
-            rows = [i for i in rows if i in drawn or self.degrade.preset_of(config.seed, samples[i]) != "bicubic"]
+            worn = {*drawn, *batch.real}
+            rows = [i for i in rows if i in worn or self.degrade.preset_of(config.seed, samples[i]) != "bicubic"]
         return rows
 
     def _shared(self, of_hr: torch.Tensor, rows: list[int], of_teacher: torch.Tensor) -> torch.Tensor:
@@ -233,8 +238,7 @@ class NAOSD(Method):
     def preview(self, batch: Batch) -> tuple[Columns, dict[str, float]]:
         """Columns of the before/after sheet for a batch of held-out pictures."""
         generator = self.generator
-        lr, _ = self.degrade(batch.hr, seed=self.config.seed, step=0, samples=batch.samples)
-        bicubic = self.degrade.upsample(lr) * 2 - 1
+        bicubic = self.inputs(batch, as_inference=True)
         with self.accelerator.autocast():
             latents = generator.encode(bicubic)
             noise = moved(group_noise(latents.shape, self.config.seed, "preview", batch.samples, 1), latents)

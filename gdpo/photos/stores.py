@@ -1,0 +1,206 @@
+"""Where pictures lie: a folder, a list of files, tar shards (WebDataset), or a Hugging Face dataset on disk."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from engine.io.images import READABLE, Picture, read_image
+from gdpo.photos.folder import Listing, Size, listing, picture_sizes, read_jsonl, refuse_pairs, side_of
+
+
+class Found(NamedTuple):
+    """A picture of a store: its name there, bytes, (width, height) or why it cannot be read, and where it lies."""
+
+    name: str
+    bytes: int
+    size: Size
+    place: Any = None
+
+
+class Store:
+    """Pictures by name; here they are files.
+
+    Attributes:
+        where: the folder, or the file that lists them.
+        found: the pictures, in order.
+        notes: what was left out, a line each.
+        sides: whether HR and LR pictures may lie side by side. Where they may not, LR ones were refused.
+        identity: what else than names and bytes tells its pictures from others'.
+    """
+
+    sides = False
+    identity = ""
+
+    def __init__(self, where: Path, found: list[Found], notes: list[str]) -> None:
+        self.where, self.found, self.notes = where, found, notes
+
+    def label(self, picture: Found) -> str:
+        """What messages call a picture."""
+        return str(self.where / picture.name)
+
+    def read(self, picture: Found) -> Picture:
+        """Raises ImageError, with the picture's label."""
+        return read_image(self.where / picture.name)
+
+    @property
+    def captions_at(self) -> Path:
+        """Where the captions are."""
+        return self.where / "captions.jsonl"
+
+    def captions(self) -> dict[str, str] | None:
+        """name -> caption; None where there are none."""
+        file = self.captions_at
+        if not file.is_file():
+            return None
+        return {str(row["file"]): str(row["caption"]) for row in read_jsonl(file, "file", "caption")}
+
+    def __getstate__(self) -> dict:  # what a worker that is not forked gets; each of its pictures names itself
+        return self.__dict__ | {"found": []}
+
+
+def open_store(where: str | Path, *, pairs: bool = False, skip_broken: bool = False, progress: bool = True) -> Store:
+    """The pictures of a folder, `LIST.txt`, shards (`F.tar`, `F-{000..012}.tar`, `F-*.tar`, a folder of them), or a
+    folder that `datasets.Dataset.save_to_disk` wrote.
+
+    Args:
+        pairs: HR and LR pictures may lie side by side.
+        skip_broken: take what is whole of a broken shard.
+        progress: show a bar while many headers are read.
+
+    Raises:
+        ValueError: there is no such thing, or it holds no pictures, or is broken; one line.
+    """
+    from gdpo.photos.archives import Arrow, Shards
+
+    path = Path(where)
+    if shards := _shards(str(where)):
+        return Shards(path, shards, skip_broken, progress)
+    if Arrow.is_at(path):
+        return Arrow(path, progress)
+    if path.is_file():
+        if path.suffix.lower() not in (".txt", ".lst"):
+            raise ValueError(
+                f"{where} is a file; name a folder of pictures, a list of them (.txt), or tar shards (.tar)"
+            )
+        return _listed(path, progress)
+    if not path.is_dir():
+        raise ValueError(f"{where} is not a folder; make one of crops with: python -m gdpo.prepare")
+    notes: list[str] = []
+    return Store(path, _prepared(path) or _plain(path, notes, pairs, progress), notes)
+
+
+def _shards(where: str) -> list[Path]:
+    """The files that a name of shards stands for, in order; none where it is no such name.
+
+    Raises:
+        ValueError: shards that are not there, or compressed.
+    """
+    if os.path.isdir(where):
+        inside = sorted(Path(where).glob("*.tar"))
+        return [] if any(Path(where, other).is_file() for other in ("manifest.jsonl", "state.json")) else inside
+    if re.search(r"(?i)\.(tar\.\w+|tgz|zip)$", where):
+        raise ValueError(f"{where}: pictures are read at any place of a shard, so it must be a plain .tar; unpack it")
+    if not where.lower().endswith(".tar"):
+        return []
+    found = []
+    for name in _braces(where):
+        names = sorted(glob.glob(name)) if re.search(r"[*?\[]", name) else [name]
+        found += [Path(n) for n in names]
+    missing = [str(path) for path in found if not path.is_file()]
+    if missing or not found:
+        raise ValueError(f"{missing[0] if missing else where}: no such shard")
+    return found
+
+
+def _braces(name: str) -> list[str]:
+    """ "F-{000..012}.tar" -> F-000.tar, F-001.tar, ..., as WebDataset writes it."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", name)
+    if not match:
+        return [name]
+    first, last = match.groups()
+    numbers = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
+    return [all_of for n in numbers for all_of in _braces(f"{name[: match.start()]}{n}{name[match.end() :]}")]
+
+
+def _prepared(folder: Path) -> list[Found]:
+    """The crops that `gdpo.prepare` made, or nothing where it did not make this folder."""
+    if not (folder / "manifest.jsonl").is_file():
+        return []
+    found = []
+    for row in read_jsonl(folder / "manifest.jsonl", "file", "size"):
+        name = str(row["file"])
+        try:
+            found.append(Found(name, os.stat(folder / name).st_size, (row["size"], row["size"])))
+        except FileNotFoundError:
+            raise ValueError(
+                f"{folder / name} is missing, though the folder's manifest lists it; run gdpo.prepare again"
+            ) from None
+    return found
+
+
+def _plain(folder: Path, notes: list[str], pairs: bool, progress: bool) -> list[Found]:
+    """The pictures of any folder. What is left out is added to the notes."""
+    found = listing(folder)
+    if found.dangling:
+        name, target = next(iter(found.dangling.items()))
+        more = f", and {len(found.dangling) - 1} more such link(s)" if len(found.dangling) > 1 else ""
+        raise ValueError(f"{folder / name} is a link to {target}, which is not there{more}; mend or remove it")
+    if found.others:
+        suffixes = " ".join(sorted({Path(name).suffix.lower() for name in found.others}))
+        notes.append(f"left out: {len(found.others)} file(s) of formats that are not read ({suffixes}), such as "
+                     f"{folder / found.others[0]}; gdpo.prepare names them all")  # fmt: skip
+    if not found.names:
+        raise ValueError(
+            f"{folder} holds no pictures ({' '.join(sorted(READABLE))}){'; ' + notes[-1] if notes else ''}"
+        )
+    if not pairs:
+        refuse_pairs(folder, found.names)
+    sizes = picture_sizes(found, progress=progress)
+    return [Found(name, facts[0], size) for name, facts, size in zip(found.names, found.stats, sizes)]
+
+
+class FileList(Store):
+    """The files that a list names; `where` is the list's folder."""
+
+    def captions(self) -> dict[str, str] | None:
+        return None
+
+
+def _listed(file: Path, progress: bool) -> Store:
+    """A file's pictures: a line each, relative to the list's folder; what follows in brackets (BasicSR) is dropped."""
+    found = Listing(file.parent)
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error})") from None
+    for number, line in enumerate(lines, 1):
+        name = re.sub(r"\s+\([\d, ]+\)$", "", line.strip())
+        if not name or name.startswith("#"):
+            continue
+        try:
+            status = os.stat(file.parent / name)
+        except OSError:
+            raise ValueError(f"{file}, line {number}: {name!r:.200} is not there; a line is a picture's path") from None
+        found.names.append(name)
+        found.stats.append((status.st_size, status.st_mtime_ns))
+    if not found.names:
+        raise ValueError(f"{file} lists no pictures; write a path on each line")
+    sizes = picture_sizes(found, progress=progress, what=os.path.realpath(file))
+    entries = [Found(n, s[0], x) for n, s, x in zip(found.names, found.stats, sizes)]
+    return FileList(file.parent, entries, [])
+
+
+def hr_alone(store: Store) -> list[Found]:
+    """The pictures of a store to train on as HR: without the LR ones that an archive holds beside them."""
+    if not store.sides:
+        return store.found
+    sides = [side_of(picture.name) for picture in store.found]
+    if "LR" not in sides:
+        return store.found
+    kept = [picture for picture, side in zip(store.found, sides) if side != "LR"]
+    store.notes.append(f"left out: {len(sides) - len(kept)} LR pictures of {store.where}; data.pairs takes real pairs")
+    return kept
