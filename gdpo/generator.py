@@ -30,6 +30,7 @@ from gdpo.model.parts import (
     read_tensors,
     refuse_checkpoint,
     write_index,
+    write_pipeline,
 )
 from gdpo.model.prompts import POSITIVE_PROMPT, PromptEncoder
 from gdpo.model.tiny import TinyUNetConfig
@@ -132,7 +133,6 @@ class OneStepGenerator(nn.Module):
             return cls(pixel_unet(config), PixelCodec(4), parametrization="residual", **kwargs)
 
     @classmethod
-    @classmethod
     def of_network(cls, name: str, **kwargs) -> OneStepGenerator:
         """A generator that gives a published x4 or x2 network's own picture, whatever the noise, until it is trained.
 
@@ -152,6 +152,7 @@ class OneStepGenerator(nn.Module):
         unet = NetworkUNet(network, source).check()
         return cls(unet, PixelCodec(4), parametrization="residual", **kwargs).requires_grad_(False).eval()
 
+    @classmethod
     def from_pretrained(
         cls,
         folder: str | os.PathLike[str],
@@ -206,8 +207,8 @@ class OneStepGenerator(nn.Module):
         """Write a complete folder, whole or not at all: base weights, live LoRA apart, timesteps, prompt embedding.
 
         An existing folder is replaced only when the new one is complete. The text encoder is copied when it was loaded
-        from a folder that has one. What diffusers can run loads as its StableDiffusionPipeline, and the UNet's LoRA by
-        `pipeline.load_lora_weights(folder)`.
+        from a folder that has one. What diffusers can run loads as its StableDiffusionPipeline, with custom_pipeline
+        the folder as one that enlarges pictures, and the UNet's LoRA by `pipeline.load_lora_weights(folder)`.
         """
         from safetensors.torch import save_file
 
@@ -264,12 +265,14 @@ class OneStepGenerator(nn.Module):
             shutil.copytree(part, root / part.name)
 
     def _make_pipeline(self, root: Path) -> None:
-        """What diffusers looks for in the folder itself: the list of parts, and the UNet's LoRA."""
+        """What diffusers looks for in the folder itself: the list of parts, the method, and the UNet's LoRA."""
         import shutil
 
         text = (root / "text_encoder").is_dir() and (root / "tokenizer").is_dir()
         kind = type(self.vae).__name__ if self.vae is not None else None
         write_index(root, kind, self.schedule.get("_class_name", DEFAULT_SCHEDULE["_class_name"]), text)
+        vae_lora = self.vae is not None and bool(lora.adapters(self.vae))
+        write_pipeline(root, self.t_noise, self.t_diffusion, vae_lora, self.prompt)
         if (made := root / "unet_lora" / lora_files.DIFFUSERS_WEIGHTS).is_file():
             shutil.copyfile(made, root / made.name)
 
@@ -394,11 +397,11 @@ def _load_unet(folder: Path, dtype: torch.dtype | None) -> Any:
         raise FileNotFoundError(f"{folder / 'config.json'}: no such file; a model folder needs unet/config.json")
     config = read_config(folder / "config.json")
     kind = config.get("_class_name")
-    if kind in PIXEL_UNETS:
     weights = folder / "diffusion_pytorch_model.safetensors"
     if kind == "NetworkUNet":
         network = NetworkUNet.from_weights(config, read_tensors(weights), str(folder))
         return network.to(dtype) if dtype else network
+    if kind in PIXEL_UNETS:
         state = read_tensors(weights)
         with torch.device("meta"):  # judged before anything of its size is made
             needed = sum(p.numel() for p in PIXEL_UNETS[kind].from_config(config).parameters())

@@ -182,6 +182,21 @@ def write_index(root: Path, vae: str | None, scheduler: str, text: bool) -> None
     (root / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
+_PIPELINE = Path(__file__).resolve().parents[1] / "resources" / "pipeline.py"
+_CONSTANTS = re.compile(r"(?m)^T_NOISE, T_DIFFUSION, VAE_LORA, PROMPT = .*$")
+
+
+def write_pipeline(root: Path, t_noise: int, t_diffusion: int, vae_lora: bool, prompt: str) -> None:
+    """Write pipeline.py, which makes a pipeline of diffusers enlarge pictures as this generator does.
+
+    Args:
+        vae_lora: whether the VAE has a live LoRA, which no pipeline of diffusers loads.
+    """
+    values = f"{t_noise}, {t_diffusion}, {vae_lora}, {json.dumps(prompt)}"
+    line = f"T_NOISE, T_DIFFUSION, VAE_LORA, PROMPT = {values}"
+    (root / "pipeline.py").write_text(_CONSTANTS.sub(lambda _: line, _PIPELINE.read_text("utf-8"), count=1), "utf-8")
+
+
 def first_line(error: Exception) -> str:
     """What an error of a library says, without the advice that follows."""
     return (str(error).strip().splitlines() or ["no reason given"])[0][:300]
