@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from engine.io.files import atomic_path, atomic_write, sha256
 from gdpo.degradation import Degradation
 from gdpo.model.ncnn import load_ncnn, network
+from gdpo.model.networks import PUBLISHED, load_network
 from gdpo.photos.dataset import CropDataset
 from gdpo.randomness import generator_for, normal, uniform
 
