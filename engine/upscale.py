@@ -10,16 +10,16 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from engine.io import cli
 from engine.io.files import clean_leftovers
 from engine.io.images import MAX_BYTES, MAX_PIXELS, SUFFIXES
 from engine.jobs import plan
-from engine.pictures import parse_background
 from engine.runtime import color
-from engine.runtime.upscaler import Upscaler, default_model, output_size
-from engine.worker import Settings, Worker, model_identity
+from engine.runtime.upscaler import Upscaler, default_model
+from engine.settings import Settings
+from engine.worker import Worker, model_identity
 
 STREAM = "-"  # as input: standard input; as output: standard output
 
@@ -101,6 +101,8 @@ def main() -> int:
         output = inputs.pop()
     if not inputs:
         raise ValueError("name at least one input: python -m engine.upscale IN... OUT")
+    if options.threads < 0:
+        raise ValueError(f"threads must be 0 (all) or more; got {options.threads}")
     settings = _settings(options)
     _check_page(options.compare)
     with _streams(inputs, output, options) as (inputs, target, labels):
@@ -140,37 +142,11 @@ def main() -> int:
 
 
 def _settings(options: Any) -> Settings:
-    """How pictures are made, each option in its range."""
-    sides = {name: getattr(options, name) for name in ("width", "height", "longest") if getattr(options, name)}
-    if options.scale is not None and sides:
-        raise ValueError(f"scale and {', '.join(sides)} contradict each other; give one of them")
-    if options.longest and len(sides) > 1:
-        raise ValueError("longest goes with neither width nor height")
-    for name, side in sides.items():
-        if side < 1:
-            raise ValueError(f"{name} must be at least 1 pixel; got {side}")
-    if not 1 <= options.quality <= 100:
-        raise ValueError(f"quality must be 1 to 100; got {options.quality}")
-    if not 0 <= options.seed < 1 << 64:
-        raise ValueError(f"seed must be in [0, 2^64); got {options.seed}")
-    if options.max_pixels < 1:
-        raise ValueError(f"max-pixels must be at least 1; got {options.max_pixels}")
-    if options.threads < 0:
-        raise ValueError(f"threads must be 0 (all) or more; got {options.threads}")
-    if options.background is not None:
-        parse_background(options.background)
-    scale = 4.0 if options.scale is None else options.scale
-    output_size(1, 1, scale)
-    return Settings(
-        seed=options.seed,
-        scale=scale,
-        **sides,
-        tile=options.tile,
-        batch=options.batch,
-        color=options.color,
-        background=options.background,
-        wrap="both" if options.wrap else "horizontal" if options.wrap_x else "none",
-        quality=options.quality,
+    names = ("seed", "scale", "width", "height", "longest", "tile", "batch", "color", "background", "quality")
+    wrap: Literal["none", "both", "horizontal"] = "both" if options.wrap else "horizontal" if options.wrap_x else "none"
+    return Settings.of(
+        **{name: getattr(options, name) for name in names},
+        wrap=wrap,
         lossless=options.lossless,
         strip_metadata=options.strip_metadata,
         max_pixels=options.max_pixels,

@@ -8,63 +8,21 @@ import hashlib
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
+from typing import Any
 
 from engine.compare_page import ComparePage, compare_page
-from engine.io.formats import BY_SUFFIX
-from engine.io.images import MAX_PIXELS, Picture, check_writable, picture_size, read_image, write_image
+from engine.io.images import picture_size, read_image
 from engine.io.journal import FileState, Finding, Journal
 from engine.io.notices import say
 from engine.io.progress import Progress, print_event
 from engine.jobs import Job, numbered
-from engine.pictures import upscale_picture
-from engine.runtime import color
-from engine.runtime.upscaler import MAX_OUTPUT_PIXELS, Upscaler, output_size
-from engine.wrap import upscale_wrapped
+from engine.runtime.upscaler import Upscaler
+from engine.settings import Settings, lossless_of
 
 _FAILURES = (ValueError, OSError, RuntimeError, FloatingPointError, MemoryError)  # of one picture; the others go on
 _MEMORY = ("bad_alloc", "failed to allocate", "out of memory", "unable to allocate", "cannot allocate")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How pictures are made, as `python -m engine.upscale --help` explains it."""
-
-    seed: int = 0
-    scale: float = 4.0
-    width: int | None = None
-    height: int | None = None
-    longest: int | None = None
-    tile: int = 0
-    batch: int | None = None
-    color: str = color.DEFAULT
-    background: str | None = None
-    wrap: Literal["none", "both", "horizontal"] = "none"
-    quality: int = 95
-    lossless: bool = False
-    strip_metadata: bool = False
-    max_pixels: int = MAX_PIXELS
-
-    def factor(self, height: int, width: int) -> float:
-        """The scale for a picture of this size: the largest that keeps the result within the sides asked for."""
-        sides = [(self.width, width), (self.height, height), (self.longest, max(height, width))]
-        factors = [wanted / there for wanted, there in sides if wanted]
-        return min(factors) if factors else self.scale
-
-    def recipe(self, up: Upscaler, model: str) -> dict[str, Any]:
-        """Every option on which the bytes of a result depend; `model` says which one it is."""
-        size = {k: v for k in ("width", "height", "longest") if (v := getattr(self, k))} or {"scale": self.scale}
-        kept = ("seed", "color", "background", "wrap", "quality", "lossless", "strip_metadata")
-        tile = up.check_tiling(self.tile, self.batch)[0]
-        return (
-            {"version": _version(), "model": model, "backend": up.backend, "precision": up.manifest.precision}
-            | {"tile": tile, **size}
-            | {name: getattr(self, name) for name in kept}
-        )
 
 
 class Worker:
@@ -98,7 +56,6 @@ class Worker:
         self.failed: list[str] = []
         self.again: list[str] = []
         self.written = self.skipped = 0
-        self._limit = max(MAX_OUTPUT_PIXELS, 16 * settings.max_pixels)  # of the x4 and of results
         self._recipe = settings.recipe(up, model)
         self._journal = functools.cache(Journal)
 
@@ -136,7 +93,7 @@ class Worker:
         if finding.kind == "finished":
             if slider is not None:  # the page shows every picture, whenever it was finished
                 before = read_image(job.source, max_pixels=s.max_pixels)
-                after = read_image(job.target, max_pixels=self._limit)
+                after = read_image(job.target, max_pixels=s.limit)
                 slider.add(Path(job.name).name, before.pixels, after.pixels, before.icc)
             self.skipped += 1
             return {"status": "skipped"}
@@ -148,13 +105,10 @@ class Worker:
         journal = self._journal(job.target.parent)
         source = FileState.of(job.source)  # before it is read: a change in between must be seen by the next run
         picture = read_image(job.source, max_pixels=s.max_pixels)
-        result = self._upscaled(job, picture, progress)
-        done = result.without_metadata() if s.strip_metadata else result
-        write_image(
+        result = s.upscaled(self.up, picture, job.target, progress.tile)
+        s.write(
             job.target,
-            done,
-            quality=s.quality,
-            lossless=s.lossless and _lossless(job.target) != "always",
+            result,
             sealed=lambda staged: journal.record(
                 staged, job.target, job.source, source, self._recipe_of(job), origin=job.label
             ),
@@ -168,36 +122,6 @@ class Worker:
             self.again.append(f"{job.target}: made again: {finding.reason}")
             row["again"] = finding.reason
         return row
-
-    def _upscaled(self, job: Job, picture: Picture, progress: Progress) -> Picture:
-        s = self.settings
-        height, width = picture.pixels.shape[:2]
-        scale = s.factor(height, width)
-        size = output_size(height, width, scale, self._limit)
-        transparent = (
-            picture.alpha is not None and s.background is None and bool((picture.alpha != _full(picture)).any())
-        )
-        lossless = s.lossless and _lossless(job.target) != "always"
-        check_writable(job.target, size[1], size[0], alpha=transparent, lossless=lossless)
-
-        def upscale(picture: Picture, scale: float) -> Picture:
-            return upscale_picture(
-                self.up,
-                picture,
-                seed=s.seed,
-                tile=s.tile,
-                scale=scale,
-                color=s.color,
-                batch=s.batch,
-                background=s.background,
-                max_pixels=self._limit,
-                progress=progress.tile,
-            )
-
-        if s.wrap == "none":
-            return upscale(picture, scale)
-        native = self.up.manifest.geometry.scale
-        return upscale_wrapped(picture, lambda p: upscale(p, native), native, size, vertical=s.wrap == "both")
 
     def _look(self, job: Job) -> Finding:
         """What is known about the output; with --overwrite it does not matter."""
@@ -222,7 +146,7 @@ class Worker:
 
     def _recipe_of(self, job: Job) -> Mapping[str, Any]:
         """Without the options that the output's format does not have."""
-        choice = _lossless(job.target)
+        choice = lossless_of(job.target)
         lossless = self.settings.lossless and choice == "option"
         without: dict[str, Any] = {} if choice == "option" else {"lossless": None}
         return {**self._recipe, **without, **({"quality": None} if lossless or choice == "always" else {})}
@@ -267,20 +191,10 @@ class Worker:
 _SHOWN = 10  # of the pictures that were made again
 
 
-def _lossless(target: Path) -> str:
-    """Whether the output's format is lossless: "always", "option" or "never"."""
-    row = BY_SUFFIX.get(target.suffix.lower())
-    return row.lossless if row else "always"
-
-
 def _pixels(source: Path) -> int:
     """Pixels of a picture from its header; 1 where that cannot be read: it fails in its turn."""
     size = picture_size(source)
     return size[0] * size[1] if size else 1
-
-
-def _full(picture: Picture) -> int:
-    return int(np.iinfo(picture.pixels.dtype).max)
 
 
 def model_identity(folder: Path) -> str:
@@ -296,12 +210,3 @@ def model_identity(folder: Path) -> str:
             status = path.stat()
             digest.update(f"{path.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
-
-
-def _version() -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version("gdpo-sr")
-    except metadata.PackageNotFoundError:  # run from a checkout
-        return "0"

@@ -126,7 +126,7 @@ def test_sizes_and_colours_that_cannot_be(run, photo, tmp_path, options, message
 
 def test_a_side_is_met_exactly_whatever_the_input(tiny_engine):
     from engine.runtime.upscaler import output_size
-    from engine.worker import Settings
+    from engine.settings import Settings
 
     random = np.random.default_rng(0)
     for height, width, wanted in random.integers(1, 5000, (2000, 3)).tolist():

@@ -1,0 +1,157 @@
+"""How a picture is made: the options of `python -m engine.upscale`, and the one way from a picture to its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from engine.io.formats import BY_SUFFIX
+from engine.io.images import MAX_PIXELS, Picture, check_writable, write_image
+from engine.pictures import parse_background, upscale_picture
+from engine.runtime import color
+from engine.runtime.restore import Progress
+from engine.runtime.upscaler import MAX_OUTPUT_PIXELS, Upscaler, output_size
+from engine.wrap import upscale_wrapped
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pictures are made, as `python -m engine.upscale --help` explains it."""
+
+    seed: int = 0
+    scale: float = 4.0
+    width: int | None = None
+    height: int | None = None
+    longest: int | None = None
+    tile: int = 0
+    batch: int | None = None
+    color: str = color.DEFAULT
+    background: str | None = None
+    wrap: Literal["none", "both", "horizontal"] = "none"
+    quality: int = 95
+    lossless: bool = False
+    strip_metadata: bool = False
+    max_pixels: int = MAX_PIXELS
+
+    @classmethod
+    def of(cls, *, scale: float | None = None, **options: Any) -> Settings:
+        """Settings of options that a user gave, each in its range; of `scale` and the sides at most one kind.
+
+        Raises:
+            ValueError: an option that is not what it should be; the message names it.
+        """
+        settings = cls(**options, scale=4.0 if scale is None else scale)
+        sides = {name: side for name in ("width", "height", "longest") if (side := getattr(settings, name))}
+        if scale is not None and sides:
+            raise ValueError(f"scale and {', '.join(sides)} contradict each other; give one of them")
+        if settings.longest and len(sides) > 1:
+            raise ValueError("longest goes with neither width nor height")
+        for name, side in sides.items():
+            if side < 1:
+                raise ValueError(f"{name} must be at least 1 pixel; got {side}")
+        if not 1 <= settings.quality <= 100:
+            raise ValueError(f"quality must be 1 to 100; got {settings.quality}")
+        if not 0 <= settings.seed < 1 << 64:
+            raise ValueError(f"seed must be in [0, 2^64); got {settings.seed}")
+        if settings.max_pixels < 1:
+            raise ValueError(f"max-pixels must be at least 1; got {settings.max_pixels}")
+        if settings.color not in color.METHODS:
+            raise ValueError(f"color must be one of {', '.join(color.METHODS)}; got {settings.color!r}")
+        if settings.background is not None:
+            parse_background(settings.background)
+        output_size(1, 1, settings.scale)
+        return settings
+
+    def factor(self, height: int, width: int) -> float:
+        """The scale for a picture of this size: the largest that keeps the result within the sides asked for."""
+        sides = [(self.width, width), (self.height, height), (self.longest, max(height, width))]
+        factors = [wanted / there for wanted, there in sides if wanted]
+        return min(factors) if factors else self.scale
+
+    @property
+    def limit(self) -> int:
+        """Pixels of the largest x4 and of the largest result."""
+        return max(MAX_OUTPUT_PIXELS, 16 * self.max_pixels)
+
+    def recipe(self, up: Upscaler, model: str) -> dict[str, Any]:
+        """Every option on which the bytes of a result depend; `model` says which one it is."""
+        size = {k: v for k in ("width", "height", "longest") if (v := getattr(self, k))} or {"scale": self.scale}
+        kept = ("seed", "color", "background", "wrap", "quality", "lossless", "strip_metadata")
+        tile = up.check_tiling(self.tile, self.batch)[0]
+        return (
+            {"version": _version(), "model": model, "backend": up.backend, "precision": up.manifest.precision}
+            | {"tile": tile, **size}
+            | {name: getattr(self, name) for name in kept}
+        )
+
+    def upscaled(self, up: Upscaler, picture: Picture, target: Path, progress: Progress | None = None) -> Picture:
+        """The result for one picture.
+
+        Args:
+            up: a loaded model.
+            picture: as `read_image` gives it.
+            target: the file that it is for; what its format cannot hold is found before any work.
+            progress: called with (tiles done, tiles in all); what it raises cancels.
+
+        Raises:
+            ImageError: the format cannot hold the result.
+            ValueError: the result is larger than `limit`.
+            FloatingPointError: the model gave a value that is not finite.
+        """
+        height, width = picture.pixels.shape[:2]
+        scale = self.factor(height, width)
+        size = output_size(height, width, scale, self.limit)
+        transparent = (
+            picture.alpha is not None and self.background is None and bool((picture.alpha != _full(picture)).any())
+        )
+        check_writable(target, size[1], size[0], alpha=transparent, lossless=self._lossless(target))
+
+        def upscale(picture: Picture, scale: float) -> Picture:
+            return upscale_picture(
+                up,
+                picture,
+                seed=self.seed,
+                tile=self.tile,
+                scale=scale,
+                color=self.color,
+                batch=self.batch,
+                background=self.background,
+                max_pixels=self.limit,
+                progress=progress,
+            )
+
+        if self.wrap == "none":
+            return upscale(picture, scale)
+        native = up.manifest.geometry.scale
+        return upscale_wrapped(picture, lambda p: upscale(p, native), native, size, vertical=self.wrap == "both")
+
+    def write(self, target: Path, result: Picture, *, sealed: Callable[[Path], None] | None = None) -> None:
+        """Write a result (see `write_image`)."""
+        done = result.without_metadata() if self.strip_metadata else result
+        write_image(target, done, quality=self.quality, lossless=self._lossless(target), sealed=sealed)
+
+    def _lossless(self, target: Path) -> bool:
+        return self.lossless and lossless_of(target) != "always"
+
+
+def lossless_of(target: Path) -> str:
+    """Whether the output's format is lossless: "always", "option" or "never"."""
+    row = BY_SUFFIX.get(target.suffix.lower())
+    return row.lossless if row else "always"
+
+
+def _full(picture: Picture) -> int:
+    return int(np.iinfo(picture.pixels.dtype).max)
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("gdpo-sr")
+    except metadata.PackageNotFoundError:  # run from a checkout
+        return "0"
