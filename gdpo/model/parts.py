@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,20 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
         return load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file}: not a whole safetensors file ({first_line(error)})") from None
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Inside, a file that safetensors cannot write is an OSError that names `path`, as with every other writer."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def load_pretrained(kind: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:

@@ -27,15 +27,15 @@ def generator_at(folder: Path) -> OneStepGenerator:
         ValueError: a checkpoint that is damaged, or whose base is another model now. FileNotFoundError: no base.
     """
     found = checkpoints.load(folder)
-    identity = found.state.get("identity")
-    if not isinstance(identity, dict) or not isinstance(identity.get("model"), dict):
+    identity = found.state.identity
+    if not isinstance(identity.get("model"), dict):
         raise ValueError(
             f"{folder}: state.json does not tell which model was trained; is it a checkpoint of gdpo.train?"
         )
     options = {k: v for k, v in identity["model"].items() if k in ModelConfig.__dataclass_fields__}
     model = ModelConfig(**options)
     generator = base_of(model, int(identity.get("seed", 0)))
-    trained = found.tensors["ema"] if found.tensors.get("ema") else found.tensors.get("trainable", {})
+    trained = found.tensors["ema"] if found.tensors.get("ema") else found.tensors["trainable"]
     for part, module in (("unet", generator.unet), ("vae", generator.vae)):
         tensors = _of_part(trained, part)
         if not tensors:

@@ -2,52 +2,93 @@
 
 A checkpoint is staged in a folder beside, every file is flushed, the manifest (sizes and SHA-256 of the others) is
 written last, and one `os.replace` makes it visible. Old ones are removed only after that. So a folder named
-`checkpoint-N` is whole unless the disk damaged it, and then its manifest tells.
+`checkpoint-N` is whole unless something damaged it, and then reading it tells. The step in state.json is the one in the
+folder's name, and every file of tensors carries the SHA-256 of the state.json that it was saved with: parts of two
+checkpoints do not make one.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from engine.io.files import fsync, sha256
 from engine.io.folders import fsync_tree
+from gdpo.model.parts import disk_errors, first_line
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 NEWEST = ("latest", "auto")  # words of resume_from_checkpoint
+_REQUIRED = ("state.json", "trainable.safetensors", "optimizer.safetensors")
+_MAX_JSON = 16 << 20
+_DEEPEST = 16  # objects and lists inside each other
+_STATE = "state"  # in the header of a file of tensors: SHA-256 of its state.json
+
+
+class Damaged(ValueError):
+    """A folder that is not what a run saved as a checkpoint; the message names it and why."""
+
+
+class Facts(msgspec.Struct):
+    """state.json: what a run that goes on from here must know.
+
+    Attributes:
+        step: optimiser steps done.
+        identity: the options that the weights depend on, as TrainConfig.identity gives them.
+        data: fingerprint of the crops.
+        samples_per_step: batch x accumulation x processes.
+        scaler: state of the fp16 loss scaler, where there is one.
+    """
+
+    step: Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)]
+    identity: dict[str, Any]
+    data: str
+    samples_per_step: Annotated[int, msgspec.Meta(ge=1, lt=1 << 53)]
+    scaler: dict[str, int | float] | None = None
+
+
+class _File(msgspec.Struct, forbid_unknown_fields=True):
+    """An entry of manifest.json, which has one for each file, by name."""
+
+    bytes: Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)]
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
 @dataclass
 class Checkpoint:
-    """`tensors`: file stem -> name -> tensor (CPU); `state`: small JSON-able facts, with at least "step"."""
+    """`tensors`: file stem -> name -> tensor (CPU), with at least "trainable" and "optimizer"."""
 
     tensors: dict[str, dict[str, torch.Tensor]]
-    state: dict[str, Any]
+    state: Facts
 
 
 def save(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write `root/checkpoint-STEP`, then remove all but the newest `keep` valid-looking ones. Returns its path."""
-    step = checkpoint.state["step"]
+    step = checkpoint.state.step
     target = root / f"checkpoint-{step:07d}"
     staged = root / f".staged-checkpoint-{step:07d}"
     shutil.rmtree(staged, ignore_errors=True)
     try:
         staged.mkdir(parents=True)
+        (staged / "state.json").write_bytes(_json(checkpoint.state))
+        header = {_STATE: sha256(staged / "state.json")}
         for stem, tensors in checkpoint.tensors.items():
-            save_file({k: v.contiguous() for k, v in tensors.items()}, staged / f"{stem}.safetensors")
-        (staged / "state.json").write_text(json.dumps(checkpoint.state, indent=1) + "\n")
+            path = staged / f"{stem}.safetensors"
+            with disk_errors(path):
+                save_file({k: v.contiguous() for k, v in tensors.items()}, path, header)
         files = sorted(p for p in staged.iterdir())
-        manifest = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
+        manifest = {p.name: _File(p.stat().st_size, sha256(p)) for p in files}
         fsync_tree(staged)
-        (staged / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        (staged / "manifest.json").write_bytes(_json(manifest))
         fsync(staged / "manifest.json")
         fsync(staged)
         if target.exists():  # the same step saved again, by a run that went back past a damaged checkpoint
@@ -59,6 +100,10 @@ def save(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
     for _, old in _listed(root)[:-keep]:
         _remove(old)
     return target
+
+
+def _json(content: Any) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n"
 
 
 def _remove(folder: Path) -> None:
@@ -117,52 +162,89 @@ def exists(root: Path) -> bool:
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read a checkpoint after checking every file against its manifest.
+    """Read a checkpoint after checking every file against its manifest, and that they belong together.
 
     Raises:
-        ValueError: naming the file that is missing, cut or altered.
+        Damaged: naming what is missing, cut, altered or another checkpoint's.
         OSError: a file that is there could not be read, which says nothing about the checkpoint.
     """
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        entries = {str(name): (int(facts["bytes"]), str(facts["sha256"])) for name, facts in manifest.items()}
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder}: manifest.json cannot be read ({error})") from None
-    for name, (size, digest) in entries.items():
+        return _load(folder)
+    except (msgspec.MsgspecError, SafetensorError, UnicodeError, RecursionError) as error:
+        raise Damaged(f"{folder}: {first_line(error)}") from None
+
+
+def _load(folder: Path) -> Checkpoint:
+    manifest = msgspec.json.decode(_small(folder, "manifest.json"), type=dict[str, _File])
+    for name in dict.fromkeys((*_REQUIRED, *manifest)):
         path = folder / name
-        if Path(name).name != name or not path.is_file():
-            raise ValueError(f"{folder}: {name} is missing")
-        if path.stat().st_size != size or sha256(path) != digest:
-            raise ValueError(f"{folder}: {name} is not what was saved (cut short or altered)")
-    if "state.json" not in entries:
-        raise ValueError(f"{folder}: state.json is missing")
-    tensors = {n.removesuffix(".safetensors"): load_file(folder / n) for n in entries if n.endswith(".safetensors")}
-    return Checkpoint(tensors, json.loads((folder / "state.json").read_text()))
+        if name not in manifest or Path(name).name != name or not path.is_file():
+            raise Damaged(f"{folder}: {name} is missing")
+        entry = manifest[name]
+        if path.stat().st_size != entry.bytes or sha256(path) != entry.sha256:
+            raise Damaged(f"{folder}: {name} is not what was saved (cut short or altered)")
+    state = msgspec.json.decode(_small(folder, "state.json"), type=Facts)
+    if not _within(state.identity, _DEEPEST):
+        raise Damaged(f"{folder}: state.json is nested deeper than {_DEEPEST}")
+    named = re.search(r"checkpoint-(\d+)$", folder.name)  # a copy may have any other name
+    if named and int(named[1]) != state.step:
+        raise Damaged(f"{folder}: state.json is of step {state.step}")
+    tensors = {}
+    for name in manifest:
+        if name.endswith(".safetensors"):
+            with safe_open(folder / name, "pt") as file:  # older checkpoints have no such header
+                if (file.metadata() or {}).get(_STATE, manifest["state.json"].sha256) != manifest["state.json"].sha256:
+                    raise Damaged(f"{folder}: {name} was saved with another state.json")
+            tensors[name.removesuffix(".safetensors")] = load_file(folder / name)
+    return Checkpoint(tensors, state)
 
 
-def newest_valid(root: Path) -> tuple[Path, Checkpoint, list[str]]:
-    """The newest checkpoint that is whole, and one line for each newer one that is not.
+def _small(folder: Path, name: str) -> bytes:
+    """The bytes of a JSON file."""
+    path = folder / name
+    if not path.is_file():
+        raise Damaged(f"{folder}: {name} is missing")
+    if path.stat().st_size > _MAX_JSON:
+        raise Damaged(f"{folder}: {name} is larger than {_MAX_JSON >> 20} MiB")
+    return path.read_bytes()
+
+
+def _within(value: Any, depth: int) -> bool:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > 0 and all(_within(v, depth - 1) for v in inside)
+
+
+Check = Callable[[Path, Checkpoint], None]  # raises Damaged where the checkpoint is to be skipped
+
+
+def newest_valid(root: Path, check: Check = lambda folder, found: None) -> tuple[Path, Checkpoint, list[str]]:
+    """The newest checkpoint that is whole and passes `check`, and one line for each newer one that does not.
 
     Raises:
         FileNotFoundError: when there is none.
     """
-    passed_over: list[str] = []
+    skipped: list[str] = []
     for _, folder in reversed(_listed(root)):
         try:
-            return folder, load(folder), passed_over
-        except ValueError as error:
-            passed_over.append(str(error))
-    reasons = f" ({'; '.join(passed_over)})" if passed_over else ""
+            found = load(folder)
+            check(folder, found)
+        except Damaged as error:
+            skipped.append(str(error))
+        else:
+            return folder, found, skipped
+    reasons = f" ({'; '.join(skipped)})" if skipped else ""
     raise FileNotFoundError(f"{root} holds no valid checkpoint to resume from{reasons}")
 
 
-def find(root: Path, wanted: str) -> tuple[Path, Checkpoint, list[str]]:
+def find(root: Path, wanted: str, check: Check) -> tuple[Path, Checkpoint, list[str]]:
     """The checkpoint that `resume_from_checkpoint` names: "latest", or a folder."""
     if wanted in NEWEST:
-        return newest_valid(root)
+        return newest_valid(root, check)
     folder = Path(wanted) if Path(wanted).is_dir() else root / wanted
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{wanted}: no such checkpoint folder (resume_from_checkpoint takes latest, auto or a folder)"
         )
-    return folder, load(folder), []
+    found = load(folder)
+    check(folder, found)
+    return folder, found, []

@@ -9,16 +9,18 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from engine.io.cli import Terminated
+from engine.io.cli import Failed, Terminated
 from engine.io.files import atomic_write
 from gdpo.photos.dataset import Batch, CropDataset, loader
 from gdpo.photos.mixture import Mixture
 from gdpo.train import checkpoint as checkpoints
+from gdpo.train.checkpoint import Checkpoint
 from gdpo.train.config import TrainConfig
 from gdpo.train.methods.base import Method
 from gdpo.train.record import Record
@@ -42,6 +44,7 @@ def train_loop(
 
     Raises:
         KeyboardInterrupt, Terminated: Ctrl-C or SIGTERM, after the step under way and a checkpoint.
+        Failed: a disk that is full or fails; the last checkpoint is kept and named.
         StepFailed: a picture, a score or the GPU's memory; the steps before are saved.
         NonFiniteLoss: the last checkpoint is kept.
         ValueError, FileNotFoundError: a folder, a disk or a checkpoint with which the run cannot start.
@@ -64,7 +67,7 @@ def train_loop(
     batches = loader(dataset, samples, config.seed, config.data.num_workers, config.data.on_error)
 
     # Train.
-    with Stop(record.say) as stop, record.bar:
+    with Stop(record.say) as stop, record.bar, disk_failures(root, state):
         while state.step < config.max_train_steps:
             started = time.perf_counter()
             try:
@@ -87,10 +90,11 @@ def train_loop(
 
     # End.
     if main:
-        record.sheet(state, method)
-        with state.averaged():
-            method.save(root / "model")
-        record.end()
+        with disk_failures(root, state):
+            record.sheet(state, method)
+            with state.averaged():
+                method.save(root / "model")
+            record.end()
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -132,10 +136,17 @@ def resume(root: Path, config: TrainConfig, accelerator: Accelerator, state: Sta
             "or choose another --output_dir"
         )
     if wanted is not None and not (wanted == "auto" and not checkpoints.exists(root)):
-        folder, found, damaged = checkpoints.find(root, wanted)
+        note: str | None = None
+
+        def check(folder: Path, found: Checkpoint) -> None:
+            nonlocal note
+            note = check_same_run(folder, found.state, state, config)  # other options are not damage: they end it
+            state.check_fits(folder, found)
+
+        folder, found, damaged = checkpoints.find(root, wanted, check)
         for line in damaged:
             record.say(f"skipped a damaged checkpoint, which will be removed: {line}")
-        if note := check_same_run(folder, found.state, state, config):
+        if note:
             record.say(note)
         state.restore(folder, found)
         record.say(f"resumed from {folder}")
@@ -160,10 +171,28 @@ def save_before_failing(root: Path, config: TrainConfig, accelerator: Accelerato
     return f"The steps before it are saved ({folder}): continue with --resume_from_checkpoint latest when it is mended"
 
 
+@contextmanager
+def disk_failures(root: Path, state: State) -> Iterator[None]:
+    """Inside, a file that cannot be written ends the run with what was lost: nothing up to the last checkpoint."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise Failed(
+            f"{reason} (at step {state.step}); {last_checkpoint(root)}. "
+            "Mend that, then continue with --resume_from_checkpoint latest"
+        ) from error
+
+
 def last_checkpoint(root: Path) -> str:
     if not checkpoints.exists(root):
         return "there is no checkpoint yet"
-    return f"the last checkpoint is {checkpoints.newest_valid(root)[0]}"
+    try:
+        return f"the last checkpoint is {checkpoints.newest_valid(root)[0]}"
+    except FileNotFoundError as error:
+        return str(error)
 
 
 class Stop:

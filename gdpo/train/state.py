@@ -15,9 +15,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from gdpo.train import checkpoint as checkpoints
-from gdpo.train.checkpoint import Checkpoint
+from gdpo.train.checkpoint import Checkpoint, Damaged, Facts
 from gdpo.train.config import TrainConfig
 from gdpo.train.methods.base import Method
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
 
 
 @dataclass
@@ -94,16 +96,37 @@ class State:
         if self.average:
             tensors["ema"] = {k: p.cpu() for k, p in self.average.items()}
         scaler = self.scaler.state_dict() if self.scaler is not None else None
-        return checkpoints.save(root, Checkpoint(tensors, {"step": self.step, **self.identity, "scaler": scaler}), keep)
+        return checkpoints.save(root, Checkpoint(tensors, Facts(self.step, **self.identity, scaler=scaler)), keep)
+
+    def check_fits(self, folder: Path, found: Checkpoint) -> None:
+        """Find out whether `restore` can take a checkpoint that was made with the same options.
+
+        Raises:
+            Damaged: names the file and the first tensor that is another than this run's.
+        """
+        for stem in ("trainable", "ema") if self.average else ("trainable",):
+            saved = found.tensors.get(stem, {})
+            wrong = [k for k, p in self.parameters.items() if k not in saved or not _alike(saved[k], p)]
+            if wrong := wrong + [k for k in saved if k not in self.parameters]:
+                raise Damaged(f"{folder}/{stem}.safetensors does not fit this model (first: {wrong[0]})")
+        moments = found.tensors["optimizer"]
+        known = {f"{key}/{part}": p for key, p in self.parameters.items() for part in _MOMENTS}
+        for name in moments:
+            key = name.rpartition("/")[0]
+            whole = all(f"{key}/{part}" in moments for part in _MOMENTS)
+            if name not in known or not whole or not _alike(moments[name], known[name], name.endswith("/step")):
+                raise Damaged(f"{folder}/optimizer.safetensors does not fit this model (first: {name})")
+        if self.scaler is not None and (found.state.scaler or {}).keys() != self.scaler.state_dict().keys():
+            raise Damaged(f"{folder}/state.json: scaler must have {', '.join(self.scaler.state_dict())}")
 
     def restore(self, folder: Path, found: Checkpoint) -> None:
         """Become what was saved.
 
         Raises:
-            ValueError: another model's checkpoint; nothing was changed.
+            Damaged: see check_fits; nothing was changed.
         """
-        weights = self._fitting(folder, found, "trainable")
-        averages = self._fitting(folder, found, "ema") if self.average else {}
+        self.check_fits(folder, found)
+        weights, averages = found.tensors["trainable"], found.tensors.get("ema", {})
         moments = found.tensors["optimizer"]
         with torch.no_grad():
             for key, p in self.parameters.items():
@@ -112,22 +135,15 @@ class State:
                     self.average[key].copy_(averages[key])
                 if f"{key}/exp_avg" in moments:
                     self.optimizer.state[p] = {
-                        part: moments[f"{key}/{part}"].to("cpu" if part == "step" else p.device)
-                        for part in ("step", "exp_avg", "exp_avg_sq")
+                        part: moments[f"{key}/{part}"].to("cpu" if part == "step" else p.device) for part in _MOMENTS
                     }
-        if self.scaler is not None and found.state.get("scaler"):
-            self.scaler.load_state_dict(found.state["scaler"])
-        self.step = int(found.state["step"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(found.state.scaler)
+        self.step = found.state.step
 
-    def _fitting(self, folder: Path, found: Checkpoint, stem: str) -> dict[str, torch.Tensor]:
-        saved = found.tensors.get(stem, {})
-        wrong = [k for k, p in self.parameters.items() if k not in saved or saved[k].shape != p.shape]
-        wrong += [k for k in saved if k not in self.parameters]
-        if wrong:
-            raise ValueError(
-                f"{folder}/{stem}.safetensors does not fit this model (first: {wrong[0]}): another model's?"
-            )
-        return saved
+
+def _alike(saved: torch.Tensor, parameter: torch.Tensor, scalar: bool = False) -> bool:
+    return saved.is_floating_point() and saved.shape == (torch.Size() if scalar else parameter.shape)
 
 
 def samples_per_step(config: TrainConfig, accelerator: Accelerator) -> int:
@@ -135,7 +151,7 @@ def samples_per_step(config: TrainConfig, accelerator: Accelerator) -> int:
     return config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
 
 
-def check_same_run(folder: Path, saved: dict[str, Any], state: State, config: TrainConfig) -> str | None:
+def check_same_run(folder: Path, saved: Facts, state: State, config: TrainConfig) -> str | None:
     """Refuse a checkpoint from which this run cannot go on. An option that it does not know has its default there.
 
     Returns: a line to say where the data changed and that was allowed, else None.
@@ -144,7 +160,7 @@ def check_same_run(folder: Path, saved: dict[str, Any], state: State, config: Tr
         ValueError: names the first difference.
     """
     new = flat(json.loads(json.dumps(state.identity["identity"])))
-    old = flat(json.loads(json.dumps(type(config)().identity()))) | flat(saved["identity"])
+    old = flat(json.loads(json.dumps(type(config)().identity()))) | flat(saved.identity)
     for key in new:
         if old.get(key) != new[key]:
             raise ValueError(
@@ -152,12 +168,12 @@ def check_same_run(folder: Path, saved: dict[str, Any], state: State, config: Tr
                 "start a new output_dir to change it"
             )
     now = state.identity["samples_per_step"]
-    if saved["samples_per_step"] != now:
+    if saved.samples_per_step != now:
         raise ValueError(
-            f"{folder} took {saved['samples_per_step']} samples per step (batch x accumulation x processes), now it is "
+            f"{folder} took {saved.samples_per_step} samples per step (batch x accumulation x processes), now it is "
             f"{now}: keep the product"
         )
-    if saved["data"] == state.identity["data"]:
+    if saved.data == state.identity["data"]:
         return None
     changed = f"{folder} was trained on other crops than {config.data.folder} holds now"
     if not config.allow_data_change:

@@ -27,6 +27,7 @@ from engine.io.files import atomic_path, atomic_write, sha256
 from gdpo.degradation import Degradation
 from gdpo.model.ncnn import load_ncnn, network
 from gdpo.model.networks import PUBLISHED, load_network
+from gdpo.model.parts import disk_errors
 from gdpo.photos.dataset import CropDataset
 from gdpo.randomness import generator_for, normal, uniform
 
@@ -210,7 +211,7 @@ class Targets:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "about.json").is_file():
             atomic_write(self.folder / "about.json", json.dumps(self.about, indent=1) + "\n")
-        with atomic_path(self.file(number)) as staged:
+        with disk_errors(self.file(number)), atomic_path(self.file(number)) as staged:
             save_file(target._asdict(), staged, {"key": self.key, "hash": _hash(target)})
         return target
 

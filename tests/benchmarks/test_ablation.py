@@ -52,9 +52,8 @@ def test_variants_are_trained_measured_and_resumed(tmp_path, crops, trained, mon
 
 
 def test_another_models_checkpoint_is_refused(tmp_path, trained):
-    folder = checkpoints.save(
-        tmp_path, checkpoints.Checkpoint({"trainable": {"x": torch.ones(1)}}, {"step": 1}), keep=2
-    )
+    tensors, facts = {"trainable": {"x": torch.ones(1)}, "optimizer": {}}, checkpoints.Facts(1, {}, "crops", 1)
+    folder = checkpoints.save(tmp_path, checkpoints.Checkpoint(tensors, facts), keep=2)
     with pytest.raises(ValueError, match="another model's checkpoint"):
         gdpo_ablation.at_checkpoint(str(trained), folder)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.io import files, notices
+from engine.io import cli, files, notices
 from engine.io.files import atomic_path, atomic_write, clean_leftovers, fsync
 
 OLD = time.time() - 3600
@@ -148,6 +148,26 @@ def test_a_file_that_was_cleaned_away_before_it_was_locked_is_made_anew(tmp_path
     monkeypatch.setattr(files, "lock", lock)
     atomic_write(tmp_path / "a", "whole")
     assert taken and (tmp_path / "a").read_text() == "whole" and os.listdir(tmp_path) == ["a"]
+
+
+def test_a_rename_that_fails_names_the_file_and_not_the_one_beside(tmp_path, monkeypatch):
+    def replace(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source))
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError) as caught:
+        atomic_write(tmp_path / "a", "x")
+    assert caught.value.filename == str(tmp_path / "a") and caught.value.errno == errno.ENOSPC
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_is_one_line_and_exit_code_1(capsys, monkeypatch):
+    def main():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out.png")
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    assert end.value.code == 1 and capsys.readouterr().err == "error: out.png: No space left on device\n"
 
 
 def test_sealed_sees_the_whole_file_before_it_has_its_name(tmp_path):

@@ -20,6 +20,7 @@ from gdpo.photos.dataset import Batch
 from gdpo.train import checkpoint
 from gdpo.train.config import GDPOConfig
 from gdpo.train.step import StepFailed, optimizer_step
+from tests.support import faulty
 from tests.support.training import GDPO, NAOSD, ROOT, command, environment, train
 
 
@@ -112,8 +113,8 @@ def test_signal_saves_and_exits(crops, tmp_path, sent, code):
 # ---- bad input, as a new user would give it: exit code 2, one line that says what and how to mend it
 
 
-def refused(*arguments, code: int = 2) -> str:
-    done = train(*arguments, check=False)
+def refused(*arguments, code: int = 2, **extra) -> str:
+    done = train(*arguments, check=False, **extra)
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
@@ -224,6 +225,28 @@ def test_a_gpu_that_is_too_small_is_named_with_the_remedy():
         batches = iter([Batch(["a.png"], None, [0], torch.zeros(1, 3, 8, 8))])
         with pytest.raises(StepFailed, match=f"at step 8, {remedy} needs less memory: CUDA out of memory"):
             optimizer_step(config, Accelerator(cpu=True), method, state, batches)
+
+
+@pytest.mark.skipif(bool(faulty.missing()), reason=faulty.missing())
+@pytest.mark.parametrize(
+    ("where", "last"),
+    [
+        (".staged-checkpoint-0000002", 1),
+        pytest.param(".model.staged", 3, marks=pytest.mark.slow),
+        pytest.param("sheets", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_disk_that_fills_up_ends_the_run_in_one_line_that_names_the_last_checkpoint(crops, tmp_path, where, last):
+    run = tmp_path / "run"
+    common = (*NAOSD, f"--data.folder={crops}", f"--output_dir={run}", "--max_train_steps=3", "--checkpointing_steps=1")
+    disk = faulty.environment(faulty.build(tmp_path), run / where, "full", at=1 if where == "sheets" else 3)
+    line = refused(*common, "--validation_steps=2", code=1, **disk)
+    assert "No space left on device" in line and f"the last checkpoint is {run}/checkpoint-000000{last}" in line
+    assert "--resume_from_checkpoint latest" in line
+    assert not [p.name for p in run.iterdir() if p.name.startswith(".")] and not (run / "model").exists()
+    if where.startswith(".staged"):  # with space, the run goes on, and ends
+        train(*common, "--resume_from_checkpoint=latest")
+        assert (run / "model").is_dir()
 
 
 def test_captions_that_are_not_there_are_missed_at_once(crops, tmp_path):

@@ -267,8 +267,8 @@ def test_a_checkpoint_from_before_an_option_existed_is_resumed_from(crops, tmp_p
     train_here(monkeypatch, *common, "--max_train_steps=1")
     newest = run_folder / "checkpoint-0000001"
     saved = checkpoints.load(newest)
-    del saved.state["identity"]["grid_weight"], saved.state["identity"]["model"]["prompt"]
-    saved.state["identity"]["gone"] = 1
+    del saved.state.identity["grid_weight"], saved.state.identity["model"]["prompt"]
+    saved.state.identity["gone"] = 1
     checkpoints.save(run_folder, saved, keep=2)
     resumed = [*common, "--max_train_steps=2", "--resume_from_checkpoint=latest"]
     with pytest.raises(ValueError, match=r"was made with grid_weight=0\.0, now it is 0\.5"):
