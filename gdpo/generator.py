@@ -23,6 +23,7 @@ from gdpo.model.compact import CompactUNetConfig
 from gdpo.model.network_unet import NetworkUNet
 from gdpo.model.networks import PUBLISHED, load_network
 from gdpo.model.parts import (
+    disk_errors,
     first_line,
     load_pretrained,
     read_config,
@@ -214,7 +215,7 @@ class OneStepGenerator(nn.Module):
 
         from engine.io.folders import staged_folder
 
-        with staged_folder(Path(folder)) as root:
+        with disk_errors(Path(folder)), staged_folder(Path(folder)) as root:
             self._save_unet(root / "unet")
             save_codec(_without_lora(self.codec), root / "vae")
             for module, name in ((self.unet, "unet_lora"), (self.vae, "vae_lora")):
