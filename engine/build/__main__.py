@@ -7,11 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engine.build.builder import TARGETS, BuildOptions, architecture_of, build
 from engine.io import cli
+from engine.io.images import READABLE, read_image
+from engine.io.picture import to_8_bit
 from engine.runtime import manifest as manifests
 from engine.runtime.backends.tensorrt import load_module
 from engine.runtime.manifest import Manifest, Profile
+
+_MOST_PICTURES = 40  # more only take longer
 
 
 def profile_from(options: Any, exported: Manifest) -> Profile:
@@ -38,6 +44,21 @@ def _shape(text: str | None, exported: Manifest) -> tuple[int, int] | None:
     return int(found[2]), int(found[4]) * unit
 
 
+def _pictures(precision: str | None, folder: str | None) -> list[np.ndarray]:
+    """The calibration pictures, as 8-bit RGB."""
+    if precision != "int8":
+        if folder:
+            raise ValueError("--calibration is for --precision int8")
+        return []
+    if not folder:
+        raise ValueError(
+            "--precision int8 needs --calibration DIR, a folder of some pictures of the kind that will be upscaled "
+            "(python -m gdpo.assets demo-photos fetches four)"
+        )
+    files = [f for f in sorted(Path(folder).iterdir()) if f.suffix.lower() in READABLE][:_MOST_PICTURES]
+    return [to_8_bit(read_image(f).pixels) for f in files]
+
+
 def main() -> int:
     parser = cli.Parser(prog="python -m engine.build", description="Build an exported folder for a backend.")
     parser.add_argument("folder", help="a folder that engine.export wrote")
@@ -49,6 +70,9 @@ def main() -> int:
     for which in words:
         parser.add_argument(f"--{which}-shapes", metavar="image:BxCxHxW",
                             help=f"{words[which]} input shape of the plan (default: as exported)")  # fmt: skip
+    parser.add_argument("--precision", choices=("int8",),
+                        help="int8: quantized, for CPUs with VNNI, if pictures stay the same")  # fmt: skip
+    parser.add_argument("--calibration", metavar="DIR", help="pictures that int8 is calibrated on and checked with")
     parser.add_argument("--timing-cache", help="file that keeps timing measurements between builds")
     parser.add_argument("--builder-optimization-level", type=int, default=3, choices=range(6))
     parser.add_argument("--version-compatible", action="store_true",
@@ -62,7 +86,7 @@ def main() -> int:
     parser.add_argument("--quiet", action="store_true", help="do not show the backend's messages")
     options = parser.parse_args()
     source, out = Path(options.folder), Path(options.out)
-    backend = options.backend or _default_backend()
+    backend = options.backend or ("onnxruntime" if options.precision else _default_backend())
     chosen = BuildOptions(
         options.workspace,
         options.builder_optimization_level,
@@ -85,6 +109,8 @@ def main() -> int:
         timing_cache=cache,
         log=None if options.quiet else log,
         force=options.overwrite,
+        precision=options.precision or "as exported",
+        calibration=_pictures(options.precision, options.calibration),
     )
     from engine.info import describe
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from engine.build import int8
 from engine.build.onnxruntime import optimise
 from engine.build.tensorrt import BuildOptions, build_plan
 from engine.io.files import sha256
@@ -17,6 +20,7 @@ from engine.runtime.backends.tensorrt import load_module
 from engine.runtime.manifest import FolderError, Graph, Manifest, Profile
 
 TARGETS = ("onnxruntime", *PLANS)
+PRECISIONS = ("as exported", "int8")
 
 
 def build(
@@ -29,6 +33,8 @@ def build(
     timing_cache: Path | None = None,
     log: Callable[[str], None] | None = None,
     force: bool = False,
+    precision: str = "as exported",
+    calibration: Sequence[np.ndarray] = (),
 ) -> tuple[Manifest, bool]:
     """Build a folder, whole or not at all.
 
@@ -42,6 +48,8 @@ def build(
         timing_cache: of tensorrt: a file that remembers measurements between builds; made when missing.
         log: gets TensorRT's messages.
         force: build even when up to date.
+        precision: "as exported", or "int8" of an fp32 folder for onnxruntime (and OpenVINO; see engine.build.int8).
+        calibration: for int8, at least four pictures [H,W,3] uint8 of the kind that will be upscaled.
 
     Returns:
         The manifest, and whether anything was built.
@@ -60,6 +68,10 @@ def build(
     manifests.check_target(out)
     if timing_cache is not None and backend != "tensorrt":
         raise ValueError(f"timing_cache is for tensorrt; {backend} measures nothing while it builds")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
+    if precision == "int8" and backend != "onnxruntime":
+        raise ValueError(f"precision int8 is for backend onnxruntime (and OpenVINO); got {backend}")
     options = options or BuildOptions()
     options.check(backend)
     profile = _within(profile or exported.profile, exported)
@@ -73,11 +85,22 @@ def build(
         architecture=architecture_of(backend),
         extras={},
     )
+    pictures = list(calibration)
+    if precision == "int8":  # QDQ nodes are ONNX: the folder stays one that several backends run
+        built = replace(
+            built,
+            backend="onnx",
+            backend_version=exported.backend_version,
+            options=built.options | {"precision": precision, "calibration_sha256": int8.fingerprint(pictures)},
+        )
     if not force and _up_to_date(out, built):
         return manifests.load(out), False
     with staged_folder(out) as folder:
         graphs: dict[str, Graph] = {}
-        for name, entry in exported.graphs.items():
+        if precision == "int8":
+            graphs, figures = int8.quantize(exported, source, folder, pictures, log or (lambda text: None))
+            built = replace(built, parity=built.parity | figures)
+        for name, entry in exported.graphs.items() if precision != "int8" else ():
             if backend == "onnxruntime":
                 graphs[name] = optimise(exported, source, name, folder)
             else:
@@ -134,5 +157,5 @@ def _up_to_date(out: Path, wanted: Manifest) -> bool:
             found.read(out, name)
     except FolderError:
         return False
-    ignored: dict[str, Any] = {"graphs": wanted.graphs}
+    ignored: dict[str, Any] = {"graphs": wanted.graphs, "parity": wanted.parity}
     return replace(found, **ignored) == wanted and found.graphs.keys() == wanted.graphs.keys()
