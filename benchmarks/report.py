@@ -44,9 +44,16 @@ def newest(kind: str, **wanted: Any) -> list[Row]:
     return [r for r in found if r["commit"] == found[-1]["commit"]]
 
 
+def quality_rows(name: str) -> dict[str, Row]:
+    """Model -> its newest row of one set, of those that saw as many pictures as the last run did."""
+    found = rows.read_rows("quality")
+    images = newest("quality", set=name)[-1]["images"]
+    return {r["model"]: r for r in found if r["set"] == name and r["images"] == images}
+
+
 def quality(name: str) -> str:
     """Every model of one set, side by side."""
-    models = {r["model"]: r for r in newest("quality", set=name)}
+    models = quality_rows(name)
     columns = {key: _COLUMNS[key] for key in _COLUMNS if any(key in row for row in models.values())}
     head = ["", "parameters", "seconds", *(heading for heading, _ in columns.values())]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -61,7 +68,7 @@ def quality(name: str) -> str:
 
 def targets() -> str:
     """The targets of the model that ships, on RealSR: what it reaches and by how much it misses."""
-    models = {r["model"]: r for r in newest("quality", set="realsr")}
+    models = quality_rows("realsr")
     ours, hr, x4plus = models[_SHIPPED], models["hr"], models["Real-ESRGAN-x4plus"]
     checks = [
         ("PSNR-Y", "psnr_y", 1, "above animevideov3", models["Real-ESRGAN-anime"]["psnr_y"]),
