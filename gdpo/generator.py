@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from gdpo.model import lora, lora_files
+from gdpo.model import hub, lora, lora_files
 from gdpo.model.codecs import PixelCodec, load_codec, save_codec
 from gdpo.model.compact import CompactUNetConfig
 from gdpo.model.network_unet import NetworkUNet
@@ -165,12 +165,12 @@ class OneStepGenerator(nn.Module):
         """Load a diffusers folder (unet/ vae/ scheduler/ ...), with its `generator.json` and LoRA folders if any.
 
         Args:
-            folder: a local folder, or "hub:ORG/NAME" (the only form that touches the network).
+            folder: a local folder, or "hub:ORG/NAME", perhaps "@REVISION" (the only form that touches the network).
             t_noise, t_diffusion: override the timesteps that the folder remembers.
             dtype: of the base weights (LoRA weights stay fp32).
 
         Raises:
-            FileNotFoundError, ValueError: naming the file and what was expected in it.
+            FileNotFoundError, ValueError: naming the file and what was expected in it. ConnectionError: no Hub.
         """
         root = _resolve(folder)
         saved = _remembered(root / "generator.json")
@@ -235,6 +235,26 @@ class OneStepGenerator(nn.Module):
                 save_file({"prompt_embeds": embeds}, root / "prompt_embeds.safetensors")
                 self._copy_text_models(root)
                 self._make_pipeline(root)
+
+    def push_to_hub(self, repo_id: str, *, card: str | None = None, private: bool = False) -> str:
+        """Push what `save_pretrained` writes to the Hugging Face Hub, and return the repository's address.
+
+        Args:
+            repo_id: "ORG/NAME"; it is made if it is not there.
+            card: text of README.md; see gdpo.model.hub.model_card.
+            private: whether a new repository is private.
+
+        Raises:
+            ValueError: a bad name, or no right to it. ConnectionError: the Hub cannot be reached.
+        """
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as work:
+            folder = Path(work) / Path(repo_id).name
+            self.save_pretrained(folder)
+            if card is not None:
+                (folder / "README.md").write_text(card, "utf-8")
+            return hub.upload(folder, repo_id, private=private)
 
     def saved_bytes(self) -> int:
         """About how many bytes `save_pretrained` writes in fp32: all weights (spare adapters too) and text models."""
@@ -367,10 +387,8 @@ class OneStepGenerator(nn.Module):
 
 def _resolve(folder: str | os.PathLike[str]) -> Path:
     text = os.fspath(folder)
-    if text.startswith("hub:"):
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(text.removeprefix("hub:")))
+    if text.startswith(hub.PREFIX):
+        return hub.download(text)
     path = Path(text)
     if not path.is_dir():
         raise FileNotFoundError(
