@@ -23,7 +23,7 @@ One-step x4 super-resolution without a VAE: {parameters:.2f} M parameters on pix
 t={t_noise}, removed in one step. In: a photo; out: a sharper one, four times its size. Made for a laptop's CPU.
 
 - **Starting weights**: Real-ESRGAN animevideov3 (compact network), BSD-3-Clause, copyright 2021 Xintao Wang; licence
-  below. What its upsampler drew as a lattice is taken away by construction (gdpo.model.compact).
+  below. Penalties on grid and lattice (gdpo.train.losses.grid) take away the dots that its upsampler draws.
 - **Recipe**: `python examples/train_tiny.py`, that is {stages},
   on {train} crops of 256x256 from the photos below and two drawn pages of print, halved by area averaging.
   Degradation: from a plain bicubic reduction to the second-order process of Real-ESRGAN; of degraded crops, pictures

@@ -47,11 +47,10 @@ class CompactUNetConfig:
 
 
 class EvenConv2d(nn.Conv2d):
-    """A convolution in front of a pixel shuffle that cannot draw a lattice.
+    """A linear upsampler in front of a pixel shuffle that draws no lattice: its kernels have one sum for all 16 pixels.
 
-    Where features are even, as their mean over a texture is, each of them adds the same to all 16 pixels of a cell: its
-    kernels have one sum for all 16. So what is drawn has no power at the periods of the shuffle, but edges, where
-    features change from cell to cell, are as free as before.
+    So even areas stay even. The network's last convolution is free: held to the same sums it draws teeth at edges. What
+    it draws at the periods of the shuffle, the penalties on grid and lattice take away (gdpo.train.losses.grid).
     """
 
     cell = 16
@@ -88,7 +87,7 @@ class CompactUNet(nn.Module):
         self.conv_in = nn.Conv2d(2 * channels, config.width, 3, padding=1)  # the LR with grain, the LR
         self.convs = nn.ModuleList(nn.Conv2d(config.width, config.width, 3, padding=1) for _ in range(config.layers))
         self.acts = nn.ModuleList(nn.PReLU(config.width) for _ in range(config.layers + 1))
-        self.conv_out = EvenConv2d(config.width, config.out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(config.width, config.out_channels, 3, padding=1)
         self.gradient_checkpointing = False
         self._reset()
 
@@ -130,17 +129,12 @@ class CompactUNet(nn.Module):
 
     @torch.no_grad()
     def fold(self, timestep: int) -> None:
-        """Nothing depends on the timestep; plain convolutions take the place of the even ones: for an export."""
-        for name in ("base", "conv_out"):
-            even = getattr(self, name)
-            weight, bias = even.even()
-            plain = nn.Conv2d(
-                even.in_channels, even.out_channels, even.kernel_size, padding=even.padding, bias=bias is not None
-            ).to(weight)
-            plain.weight.copy_(weight)
-            if plain.bias is not None and bias is not None:
-                plain.bias.copy_(bias)
-            setattr(self, name, plain.requires_grad_(False))
+        """Nothing depends on the timestep; a plain convolution takes the place of the even one: for an export."""
+        even = self.base
+        plain = nn.Conv2d(even.in_channels, even.out_channels, even.kernel_size, padding=even.padding, bias=False)
+        plain = plain.to(even.weight)
+        plain.weight.copy_(even.even()[0])
+        self.base = plain.requires_grad_(False)
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor | int, encoder_hidden_states: torch.Tensor | None = None
@@ -163,8 +157,7 @@ def start_from(
 ) -> CompactUNet:
     """Give a CompactUNet the weights of a published network.
 
-    Without noise it then draws that network's picture, on bicubic where that has the nearest neighbour and less the
-    lattice: steps of 4 pixels that training takes away within minutes.
+    Without noise it then draws that network's picture.
 
     Args:
         weights: (weight, bias) of each convolution and (slope,) of each PReLU in order, as gdpo.model.ncnn reads them.
@@ -188,6 +181,10 @@ def start_from(
         for parameter, value in zip(layer.parameters(), values):
             parameter.copy_(value)
     unet.recover.weight.copy_(recovery(colours))
+    unet.base.weight.zero_()
+    middle = unet.config.base_kernel // 2
+    for c in range(colours):  # the published network's picture is added to the nearest neighbour
+        unet.base.weight[16 * c : 16 * c + 16, c, middle, middle] = 1
     unet.grain.weight.zero_()
     scale = 2 * grain * 4 / (1 - a_noise) ** 0.5 / 16  # a mean of 16 has a quarter of the deviation; [-1,1] has twice
     for c in range(colours):
