@@ -30,6 +30,8 @@ def add(
     targets: str | list[str],
     *,
     alpha: int | None = None,
+    rslora: bool = False,
+    dora: bool = False,
     train_whole: tuple[str, ...] = (),
     adapter: str = "default",
     seed: int = 0,
@@ -38,10 +40,15 @@ def add(
 
     Args:
         rank: of every adapted layer.
-        targets: a regular expression that full module names must match, or the names themselves.
+        targets: a regular expression that full module names must match, or the last parts of names.
         alpha: the scale is alpha/rank; None means alpha = rank.
+        rslora: the scale is alpha/sqrt(rank) (arXiv 2312.03732).
+        dora: the magnitude of each output channel is trained apart from its direction (arXiv 2402.09353).
         train_whole: modules to copy and train as they are, beside the LoRA.
         seed: of the random A matrices.
+
+    Raises:
+        ValueError: no module is called so, or one that a LoRA cannot adapt.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -53,11 +60,16 @@ def add(
         target_modules=targets,
         modules_to_save=list(train_whole) or None,
         init_lora_weights=True,
+        use_rslora=rslora,
+        use_dora=dora,
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is meant (VSD's fake)
         torch.manual_seed(seed_of(seed, "lora", adapter))
-        inject_adapter_in_model(config, model, adapter)
+        try:
+            inject_adapter_in_model(config, model, adapter)
+        except ValueError as error:
+            raise ValueError(f"no LoRA for the modules {targets} of {type(model).__name__}: {error}") from error
     # The base may be bf16; what is trained stays fp32.
     for parameter in parameters(model, adapter).values():
         parameter.data = parameter.data.float()

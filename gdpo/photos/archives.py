@@ -134,10 +134,10 @@ class Shards(Archive):
         return {name: texts[key] for name, key in keys.items() if key in texts}
 
 
-def _members(shard: Path) -> tuple[dict[str, tuple[int, int]], str]:
+def _members(shard: Path) -> tuple[dict[str, tuple[int, ...]], str]:
     """name -> (offset, bytes) of the files of a tar, and why it is broken, if it is."""
     size = os.path.getsize(shard)
-    found: dict[str, tuple[int, int]] = {}
+    found: dict[str, tuple[int, ...]] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
@@ -226,7 +226,7 @@ class Arrow(Archive):
         return Path(path).read_bytes() if path and os.path.isfile(path) else b""
 
     def captions(self) -> dict[str, str] | None:
-        found = {}
+        found: dict[str, str] = {}
         for split, part in self.parts.items():
             column = next((c for c in ("caption", "text") if c in part.column_names), None)
             if column:

@@ -119,17 +119,17 @@ class CropDataset:
             if not skip_broken or len(unreadable) == len(found):
                 raise ValueError(f"{unreadable[0]}{more}; take such {what}s away, or --data.on_error skip")
             self.notes.append(f"left out: {unreadable[0]}{more}")
-            found = [picture for picture in found if not isinstance(picture.size, str)]
-        small = [picture for picture in found if min(picture.size) < side]  # type: ignore[type-var]
+        sized = [(picture, picture.size) for picture in found if not isinstance(picture.size, str)]
+        small = [(picture, size) for picture, size in sized if min(size) < side]
         if small:
-            width, height = small[0].size
-            line = f"{self._store.label(small[0])} is {width}x{height}, smaller than the crop size {side}"
-            line += f", as are {len(small) - 1} more of {len(found)} pictures" if len(small) > 1 else ""
-            if not skip_small or len(small) == len(found):
+            picture, (width, height) = small[0]
+            line = f"{self._store.label(picture)} is {width}x{height}, smaller than the crop size {side}"
+            line += f", as are {len(small) - 1} more of {len(sized)} pictures" if len(small) > 1 else ""
+            if not skip_small or len(small) == len(sized):
                 remedy = "" if skip_small else "; to leave them out: --data.skip_small true"
                 raise ValueError(f"{line}{remedy}")
             self.notes.append(f"left out: {line}")
-        self._kept = [picture for picture in found if min(picture.size) >= side]  # type: ignore[type-var]
+        self._kept = [picture for picture, size in sized if min(size) >= side]
         self._check_scales()
         digest = hashlib.blake2b(self._store.identity.encode(), digest_size=16)
         for picture in self._kept:

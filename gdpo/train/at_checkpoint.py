@@ -46,7 +46,8 @@ def generator_at(folder: Path) -> OneStepGenerator:
             _replace(folder, module, tensors)
         else:
             alpha = None if model.lora_alpha is None else float(model.lora_alpha)
-            lora.attach(module, lora_files.Adapter(_bare(tensors), alpha), str(folder))
+            adapter = lora_files.Adapter(_bare(tensors), alpha, rslora=model.use_rslora, dora=model.use_dora)
+            lora.attach(module, adapter, str(folder))
     return generator.requires_grad_(False).eval()
 
 

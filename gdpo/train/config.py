@@ -18,6 +18,11 @@ def resumable(default: Any) -> Any:
     return field(default=default, metadata={"resumable": True})
 
 
+def future(default: Any) -> Any:
+    """An option that a resumed run may change, which is said: only the steps to come depend on it."""
+    return field(default=default, metadata={"future": True})
+
+
 @dataclass
 class ModelConfig:
     """Where the generator comes from and what of it is trained.
@@ -30,6 +35,10 @@ class ModelConfig:
         full: train every weight of the UNet instead of a LoRA (naosd only; the tiny preset's way).
         lora_rank: rank of the UNet's LoRA (and of the VAE encoder's in naosd).
         lora_alpha: the LoRA scale is lora_alpha/lora_rank; None means equal to the rank.
+        lora_target_modules: last parts of the names of the UNet's modules that get a LoRA, such as to_q or
+            attn1.to_out.0 (peft's target_modules); None: those of the paper.
+        use_rslora: the scale is lora_alpha/sqrt(lora_rank) (arXiv 2312.03732).
+        use_dora: train the magnitude of each output channel apart from its direction (arXiv 2402.09353).
         prompt: the fixed prompt of models with cross-attention; None takes what the folder remembers.
         gradient_checkpointing: recompute activations in the backward pass.
         channels_last: memory format of convolution weights and activations.
@@ -43,6 +52,9 @@ class ModelConfig:
     full: bool = False
     lora_rank: int = 4
     lora_alpha: int | None = None
+    lora_target_modules: list[str] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
     prompt: str | None = None
     gradient_checkpointing: bool = resumable(False)
     channels_last: bool = True
@@ -159,14 +171,14 @@ class TrainConfig:
     train_batch_size: int = resumable(1)
     gradient_accumulation_steps: int = resumable(1)
     max_train_steps: int = resumable(1000)
-    learning_rate: float = 5e-5
-    lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
-    lr_warmup_steps: int = 0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_weight_decay: float = 1e-2
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
+    learning_rate: float = future(5e-5)
+    lr_scheduler: Literal["constant", "cosine", "linear"] = future("constant")
+    lr_warmup_steps: int = future(0)
+    adam_beta1: float = future(0.9)
+    adam_beta2: float = future(0.999)
+    adam_weight_decay: float = future(1e-2)
+    adam_epsilon: float = future(1e-8)
+    max_grad_norm: float = future(1.0)
     ema_decay: float = 0.0
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     checkpointing_steps: int = resumable(500)
@@ -191,9 +203,15 @@ class TrainConfig:
             _require(0 <= getattr(self, name) < 1, name, "in [0,1)", getattr(self, name))
         if self.model.lora_alpha is not None:
             _at_least(1, self, "model.lora_alpha")
+        targets = self.model.lora_target_modules
+        _require(targets is None or all(targets or [""]), "model.lora_target_modules", "one or more names", targets)
         self.data.validate()
         widths = self.model.block_out_channels
         _require(min(widths, default=0) >= 1, "model.block_out_channels", "one or more widths of at least 1", widths)
+
+    def changeable(self) -> set[str]:
+        """Of `identity`, the options that a resumed run may set anew all the same: see `future`."""
+        return {f.name for f in fields(self) if f.metadata.get("future")} | {"max_train_steps"}
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the run that it continues: all that the weights depend on."""
@@ -260,7 +278,7 @@ class NAOSDConfig(TrainConfig):
     vsd_cfg: float = 7.5
     vsd_t: tuple[float, float] = (0.02, 0.5)
     vsd_lora_rank: int = 4
-    vsd_learning_rate: float = 5e-5
+    vsd_learning_rate: float = future(5e-5)
     negative_prompt: str | None = None
 
     def validate(self) -> None:

@@ -14,8 +14,8 @@ from engine.io.files import atomic_path
 _BAR = 18
 
 
-def sheet(columns: list[tuple[str, torch.Tensor]], path: Path) -> None:
-    """Write a sheet: a row per picture, a titled column per version.
+def sheet(columns: list[tuple[str, torch.Tensor]], path: Path) -> Image.Image:
+    """Write a sheet, and return it: a row per picture, a titled column per version.
 
     Args:
         columns: (title, images [B,3,H,W] in [-1,1]), all of one shape.
@@ -32,6 +32,7 @@ def sheet(columns: list[tuple[str, torch.Tensor]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as staged:
         page.save(staged)
+    return page
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -14,11 +14,13 @@ from tqdm import tqdm
 
 from engine.io.files import atomic_write
 from gdpo.photos.dataset import Batch
+from gdpo.train import checkpoint as checkpoints
 from gdpo.train import pictures
 from gdpo.train.config import TrainConfig
 from gdpo.train.methods.base import Method
 from gdpo.train.setup import environment
 from gdpo.train.state import State, flat
+from gdpo.train.tracker import Tracker
 
 
 class Record:
@@ -28,6 +30,7 @@ class Record:
         self.config, self.accelerator, self.main = config, accelerator, accelerator.is_main_process
         self.root = Path(config.output_dir)
         self.validation = validation and validation._replace(hr=validation.hr.to(accelerator.device))
+        self.tracker = Tracker(accelerator, config.report_to, self.root)
         self.bar: Any = None
 
     def start(self, step: int) -> None:
@@ -37,9 +40,10 @@ class Record:
             atomic_write(self.root / "config.json", json.dumps(config, indent=1) + "\n")
             made_with = json.dumps(environment(self.accelerator), indent=1)
             atomic_write(self.root / "environment.json", made_with + "\n")
+            before = pictures.read_metrics(self.root / "metrics.jsonl")
             self._cut_metrics(step)
-            if self.config.report_to != "none":
-                self.accelerator.init_trackers("gdpo", config=flat(config))
+            same_course = self.config.resume_from_checkpoint in checkpoints.NEWEST
+            self.tracker.start(step, flat(config), before if same_course else self._rows_until(step), same_course)
         steps = self.config.max_train_steps
         self.bar = tqdm(initial=step, total=steps, unit="step", disable=not self.main, file=sys.stderr)
 
@@ -66,7 +70,11 @@ class Record:
             return
         with state.averaged(), torch.no_grad():
             columns, figures = method.preview(self.validation)
-        pictures.sheet(columns, self.root / "sheets" / f"step-{state.step:07d}.png")
+            group = method.group(self.validation)
+        for name, stem, shown in (("sheet", "step", columns), ("group", "group", group)):
+            if shown:
+                page = pictures.sheet(shown, self.root / "sheets" / f"{stem}-{state.step:07d}.png")
+                self.tracker.picture(name, page, state.step)
         if figures:
             self._write_row({"step": state.step, **figures})
 
@@ -79,16 +87,14 @@ class Record:
     def _write_row(self, row: dict[str, Any]) -> None:
         with open(self.root / "metrics.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
-        if self.config.report_to != "none":
-            self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+        self.tracker.row(row)
 
     def _cut_metrics(self, first: int) -> None:
-        """Drop rows that a killed run wrote after the checkpoint from which this one goes on.
+        """Drop rows that a killed run wrote after the checkpoint from which this one goes on."""
+        rows = self._rows_until(first)
+        atomic_write(self.root / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
 
-        A sheet comes after the checkpoint of its step and is drawn again, so its row goes as well.
-        """
-        path = self.root / "metrics.jsonl"
-        rows = [
-            r for r in pictures.read_metrics(path) if r["step"] < first or (r["step"] == first and "step_time" in r)
-        ]
-        atomic_write(path, "".join(json.dumps(r) + "\n" for r in rows))
+    def _rows_until(self, step: int) -> list[dict[str, Any]]:
+        """The rows that stay. A sheet comes after the checkpoint of its step and is drawn again, so its row goes."""
+        rows = pictures.read_metrics(self.root / "metrics.jsonl")
+        return [r for r in rows if r["step"] < step or (r["step"] == step and "step_time" in r)]

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from gdpo.generator import OneStepGenerator
 from gdpo.model import lora
@@ -213,9 +214,35 @@ def validation_batch(config: TrainConfig, dataset: CropDataset | Mixture) -> Bat
     return next(iter(loader(held, [samples], seed=0, on_error=data.on_error)))
 
 
-def lora_targets(generator: OneStepGenerator) -> str:
-    """Which layers of the generator's UNet a LoRA adapts."""
-    return generator.unet.lora_targets if works_on_pixels(generator.unet) else lora.UNET_TARGETS
+def add_lora(generator: OneStepGenerator, model: ModelConfig, seed: int, *, train_whole: tuple[str, ...] = ()) -> None:
+    """Give the generator's UNet the LoRA that the options describe.
+
+    Raises:
+        ValueError: it has no module of a name in lora_target_modules.
+    """
+    unet = generator.unet
+    targets = unet.lora_targets if works_on_pixels(unet) else lora.UNET_TARGETS
+    if model.lora_target_modules is not None:
+        targets = model.lora_target_modules
+        names = [name for name, _ in unet.named_modules()]
+        for wanted in targets:
+            if not any(f".{name}".endswith(f".{wanted}") for name in names):
+                layers = [name for name, m in unet.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+                known = sorted({leaf for name in layers if not (leaf := name.rpartition(".")[2]).isdigit()})
+                raise ValueError(
+                    f"model.lora_target_modules must be (last parts of) names of the UNet's modules, such as "
+                    f"{', '.join(known[:8])}; got {wanted!r}"
+                )
+    lora.add(
+        unet,
+        model.lora_rank,
+        targets,
+        alpha=model.lora_alpha,
+        rslora=model.use_rslora,
+        dora=model.use_dora,
+        train_whole=train_whole,
+        seed=seed,
+    )
 
 
 class Prompts:

@@ -154,31 +154,32 @@ def samples_per_step(config: TrainConfig, accelerator: Accelerator) -> int:
 def check_same_run(folder: Path, saved: Facts, state: State, config: TrainConfig) -> str | None:
     """Refuse a checkpoint from which this run cannot go on. An option that it does not know has its default there.
 
-    Returns: a line to say where the data changed and that was allowed, else None.
+    Returns: a line to say what changed that may, else None.
 
     Raises:
         ValueError: names the first difference.
     """
     new = flat(json.loads(json.dumps(state.identity["identity"])))
     old = flat(json.loads(json.dumps(type(config)().identity()))) | flat(saved.identity)
-    for key in new:
-        if old.get(key) != new[key]:
-            raise ValueError(
-                f"{folder} was made with {key}={old.get(key)!r}, now it is {new[key]!r}: a resumed run must keep it; "
-                "start a new output_dir to change it"
-            )
+    changed = {key: f"{key}={value!r} (was {old.get(key)!r})" for key, value in new.items() if old.get(key) != value}
+    for key in [key for key in changed if key not in config.changeable()]:
+        raise ValueError(
+            f"{folder} was made with {key}={old.get(key)!r}, now it is {new[key]!r}: a resumed run must keep it; "
+            "start a new output_dir to change it"
+        )
+    notes = [f"from step {saved.step + 1} on, {', '.join(changed.values())}"] if changed else []
     now = state.identity["samples_per_step"]
     if saved.samples_per_step != now:
         raise ValueError(
             f"{folder} took {saved.samples_per_step} samples per step (batch x accumulation x processes), now it is "
             f"{now}: keep the product"
         )
-    if saved.data == state.identity["data"]:
-        return None
-    changed = f"{folder} was trained on other crops than {config.data.folder} holds now"
-    if not config.allow_data_change:
-        raise ValueError(f"{changed}; put them back, or go on with these: --allow_data_change true")
-    return f"{changed}; going on with these, from the next sample number"
+    if saved.data != state.identity["data"]:
+        other = f"{folder} was trained on other crops than {config.data.folder} holds now"
+        if not config.allow_data_change:
+            raise ValueError(f"{other}; put them back, or go on with these: --allow_data_change true")
+        notes.append(f"{other}; going on with these, from the next sample number")
+    return "; ".join(notes) or None
 
 
 def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -26,11 +26,12 @@ def stir(parameters, seed: int = 4) -> None:
             p.add_(0.05 * torch.randn(p.shape, generator=draws))
 
 
-def adapted(base: Path, alpha: int, whole: bool) -> OneStepGenerator:
+def adapted(base: Path, alpha: int, whole: bool, variant: str = "") -> OneStepGenerator:
     generator = OneStepGenerator.from_pretrained(base)
     train_whole = ("conv_in",) if whole else ()
-    lora.add(generator.unet, RANK, lora.UNET_TARGETS, alpha=alpha, train_whole=train_whole)
-    lora.add(generator.vae, RANK, lora.VAE_ENCODER_TARGETS, alpha=alpha)
+    options = {variant: True} if variant else {}
+    lora.add(generator.unet, RANK, lora.UNET_TARGETS, alpha=alpha, train_whole=train_whole, **options)
+    lora.add(generator.vae, RANK, lora.VAE_ENCODER_TARGETS, alpha=alpha, **options)
     stir([*lora.parameters(generator.unet).values(), *lora.parameters(generator.vae).values()])
     return generator
 
@@ -53,7 +54,17 @@ def off(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got - expected).abs().max())
 
 
-@pytest.fixture(scope="module", params=[(RANK, False), (2 * RANK, False), (2 * RANK, True)], ids=str)
+KINDS = [
+    (RANK, False),
+    (2 * RANK, False),
+    (2 * RANK, True),
+    (2 * RANK, True, "rslora"),
+    (2 * RANK, False, "dora"),
+    (2 * RANK, True, "dora"),
+]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=str)
 def saved(request, mini_sd, tmp_path_factory):
     """(folder, our picture, the base's picture, the text) of a model with a trained LoRA at this alpha."""
     generator = adapted(mini_sd, *request.param)

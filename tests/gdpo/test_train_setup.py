@@ -124,7 +124,6 @@ KEPT = [
     "model.channels_last",
     "model.block_out_channels",
     "model.layers_per_block",
-    "data.folder",
     "data.crop_size",
     "data.captions",
     "degradation.preset",
@@ -186,6 +185,7 @@ FREE = [
     "sample_batch_size",
     "backend",
     "data.num_workers",
+    "data.folder",
     "model.gradient_checkpointing",
 ]
 
@@ -275,6 +275,21 @@ def test_a_checkpoint_from_before_an_option_existed_is_resumed_from(crops, tmp_p
         train_here(monkeypatch, *resumed, "--grid_weight=0.5")
     train_here(monkeypatch, *resumed)
     assert "resumed from" in capfd.readouterr().err
+
+
+def test_a_resumed_run_may_change_what_only_the_future_depends_on(crops, tmp_path, monkeypatch, capfd):
+    run_folder = tmp_path / "run"
+    common = [*NAOSD, f"--data.folder={crops}", f"--output_dir={run_folder}", "--validation_images=0"]
+    train_here(monkeypatch, *common, "--max_train_steps=1")
+    resumed = [*common, "--max_train_steps=2", "--resume_from_checkpoint=latest"]
+    train_here(monkeypatch, *resumed, "--learning_rate=2e-3", "--lr_scheduler=linear", "--max_grad_norm=0.5")
+    said = capfd.readouterr().err
+    for change in ("learning_rate=0.002 (was 0.001)", "lr_scheduler='linear' (was 'constant')", "max_grad_norm=0.5"):
+        assert "from step 2 on, " in said and change in said
+    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["learning_rate"] for row in rows] == [1e-3, 1e-3]  # the second of a linear schedule: half of 2e-3
+    saved = checkpoints.load(run_folder / "checkpoint-0000002").state.identity
+    assert (saved["learning_rate"], saved["lr_scheduler"]) == (2e-3, "linear")
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,10 @@ class Method(ABC):
     def preview(self, batch: Batch) -> tuple[Columns, dict[str, float]]:
         """Columns of the before/after sheet of held-out pictures, and figures for the log."""
 
+    def group(self, batch: Batch) -> Columns:
+        """Columns of a sheet of several restorations of the same held-out pictures, for methods that compare them."""
+        return []
+
     def save(self, folder: Path) -> None:
         """Write the trained generator, its LoRA (if any) apart from the base."""
         save_trained(self.generator, self.config, folder)

@@ -23,7 +23,7 @@ from gdpo.train.config import GDPOConfig
 from gdpo.train.gain import compare
 from gdpo.train.group import Group, pick
 from gdpo.train.methods.base import Backward, Columns, Method, Metrics
-from gdpo.train.setup import group_noise, lora_targets
+from gdpo.train.setup import add_lora, group_noise
 
 
 class Predictions(NamedTuple):
@@ -41,10 +41,10 @@ class GDPO(Method):
 
     def __init__(self, config: GDPOConfig, accelerator: Accelerator):
         super().__init__(config, accelerator)
-        unet, model = self.generator.unet, config.model
+        unet = self.generator.unet
         if self._frozen_norms_are_fused():
             fuse_norms(self.generator.codec)
-        lora.add(unet, model.lora_rank, lora_targets(self.generator), alpha=model.lora_alpha, seed=config.seed)
+        add_lora(self.generator, config.model, config.seed)
         if accelerator.mixed_precision != "no":
             lora.leave_casts_to_autocast(unet)
         self.trained = lora.parameters(unet)
@@ -209,3 +209,18 @@ class GDPO(Method):
         columns = [("bicubic", bicubic), ("before", found.before), ("GDPO", found.after), ("HR", hr)]
         gains = {f"gain/{k}": float((v[:, 1] - v[:, 0]).mean()) for k, v in found.scores.items()}
         return columns, gains
+
+    @torch.no_grad()
+    def group(self, batch: Batch) -> Columns:
+        """A group of the policy's for each held-out picture, in the order of its rewards: what they like."""
+        config, g = self.config, self.config.num_generations
+        image = self.inputs(batch, as_inference=True)
+        with self.accelerator.autocast():
+            text = self.prompts(batch)
+            condition = self._grouped(self.encode(image))
+            noise = moved(group_noise(condition.shape, config.seed, "sample", batch.samples, g), condition)
+            x0 = self._chunked(self.sample, condition, noise, None if text is None else self._grouped(text))
+            images = self._chunked(self.decode, x0).unflatten(0, (-1, g)).float()
+        order = self._score(images, batch.hr * 2 - 1).reward.argsort(dim=1, descending=True)
+        titles = ["highest", *(f"{k + 1}." for k in range(1, g - 1)), "lowest"]
+        return list(zip(titles, pick(images, order).unbind(1)))

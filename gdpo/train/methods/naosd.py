@@ -25,7 +25,7 @@ from gdpo.train.losses.energy import EnergyScore
 from gdpo.train.losses.grid import grid_penalty, lattice_penalty, spectrum_penalty
 from gdpo.train.losses.vsd import VSD
 from gdpo.train.methods.base import Backward, Columns, Method, Metrics
-from gdpo.train.setup import group_noise, lora_targets
+from gdpo.train.setup import add_lora, group_noise
 from gdpo.train.teacher import Targets, upsampled, with_grain
 
 _EASIEST = 0.003  # of [-1,1]: an input with less error than this counts as one that has it
@@ -71,11 +71,18 @@ class NAOSD(Method):
             self.trained: dict[str, nn.Parameter] = {f"unet.{k}": p for k, p in generator.unet.named_parameters()}
         else:
             whole = ("conv_in",) if generator.uses_text else ()
-            rank, alpha, seed = config.lora_rank, config.lora_alpha, self.config.seed
-            lora.add(generator.unet, rank, lora_targets(generator), alpha=alpha, train_whole=whole, seed=seed)
+            add_lora(generator, config, self.config.seed, train_whole=whole)
             self.trained = {f"unet.{k}": p for k, p in lora.parameters(generator.unet).items()}
             if generator.vae is not None and type(generator.vae).__name__ == "AutoencoderKL":
-                lora.add(generator.vae, rank, lora.VAE_ENCODER_TARGETS, alpha=alpha, seed=seed)
+                lora.add(
+                    generator.vae,
+                    config.lora_rank,
+                    lora.VAE_ENCODER_TARGETS,
+                    alpha=config.lora_alpha,
+                    rslora=config.use_rslora,
+                    dora=config.use_dora,
+                    seed=self.config.seed,
+                )
                 self.trained |= {f"vae.{k}": p for k, p in lora.parameters(generator.vae).items()}
             if self.accelerator.mixed_precision != "no":
                 lora.leave_casts_to_autocast(generator)
