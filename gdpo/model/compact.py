@@ -157,7 +157,7 @@ def start_from(
 ) -> CompactUNet:
     """Give a CompactUNet the weights of a published network.
 
-    Without noise it then draws that network's picture.
+    Without noise it then draws that network's picture (and with `rebase` the same one on a smooth base).
 
     Args:
         weights: (weight, bias) of each convolution and (slope,) of each PReLU in order, as gdpo.model.ncnn reads them.
@@ -221,3 +221,36 @@ def recovery(channels: int = 3) -> torch.Tensor:
     for c in range(channels):
         full[c, 16 * c : 16 * c + 16] = kernel[0]
     return full
+
+
+@torch.no_grad()
+def rebase(unet: CompactUNet, lrs: torch.Tensor) -> CompactUNet:
+    """Put what the network draws on bicubic where `start_from` has it on the nearest neighbour; the picture stays.
+
+    The published network's residual also takes the steps of the nearest neighbour away. As long as that has to fit, a
+    weight that moves a little shows steps at every edge. The features before the last convolution hold the LR, so a
+    linear fit of that convolution gives the residual to bicubic (within one level of 255 on photos).
+
+    Args:
+        lrs: [B,3,h,w] in [0,1], varied pictures to fit on.
+    """
+    lr = 2 * lrs - 1
+    x = 0.5 * torch.cat([lr, lr], dim=1) + 0.5
+    x = unet.acts[0](unet.conv_in(x))
+    for conv, act in zip(unet.convs, unet.acts[1:]):
+        x = act(conv(x))
+    wanted = unet.conv_out(x) + 0.5 * unet.base(lr)
+    unet.base.weight.zero_()
+    for c in range(unet.config.out_channels // 16):
+        unet.base.weight[16 * c : 16 * c + 16, c] = bicubic(unet.config.base_kernel)
+    wanted = (wanted - 0.5 * unet.base(lr))[..., 3:-3, 3:-3]  # away from the border
+    features = F.unfold(x, 3)[:, :, :].unflatten(2, (x.shape[2] - 2, x.shape[3] - 2))[..., 2:-2, 2:-2]
+    a = features.movedim(1, 0).flatten(1).double()
+    a = torch.cat([a, torch.ones_like(a[:1])])  # [577, pixels]
+    b = wanted.movedim(1, 0).flatten(1).double()
+    gram = a @ a.T
+    gram.diagonal().add_(1e-4 * gram.diagonal().mean())
+    solved = torch.linalg.solve(gram, a @ b.T).T.to(unet.conv_out.weight)  # [48, 577]
+    unet.conv_out.weight.copy_(solved[:, :-1].view_as(unet.conv_out.weight))
+    unet.conv_out.bias.copy_(solved[:, -1])
+    return unet

@@ -7,6 +7,8 @@ import random
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 PANEL = 512
@@ -35,6 +37,27 @@ def draw_pages(out: Path, count: int = 2) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for seed in range(1, count + 1):
         page(seed).save(out / f"print-{seed}.png")
+
+
+def small_pictures(count: int, side: int = 64, seed: int = 0) -> torch.Tensor:
+    """[count,3,side,side] in [0,1]: print reduced to where it can hardly be read, and clouds of every fineness."""
+    rng = random.Random(seed)
+    torch_rng = torch.Generator().manual_seed(seed)
+    found = []
+    for number in range(count):
+        if number % 2:
+            panel = np.asarray(rng.choice([_text, _strokes, _shapes])(rng).resize((side, side), Image.Resampling.BOX))
+            found.append(torch.from_numpy(panel.copy()).permute(2, 0, 1).float() / 255)
+        else:
+            cloud = torch.zeros(3, side, side)
+            for octave in (4, 8, 16, 32, 64):
+                rough = (
+                    torch.randn(1, 3, octave, octave, generator=torch_rng) * (0.1 + 0.6 * rng.random()) / octave**0.5
+                )
+                gray = rough.mean(1, keepdim=True).expand_as(rough)
+                cloud += F.interpolate(0.3 * rough + gray, (side, side), mode="bicubic")[0]
+            found.append((cloud + 0.2 + 0.6 * rng.random()).clamp(0, 1))
+    return torch.stack(found)
 
 
 def _panel(rng: random.Random) -> tuple[Image.Image, Colour]:

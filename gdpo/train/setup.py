@@ -97,12 +97,14 @@ def _compact(t_noise: int | None, t_diffusion: int | None) -> OneStepGenerator:
         FileNotFoundError: they have not been fetched; the message names the command that does.
     """
     from gdpo.assets import asset
-    from gdpo.model.compact import CompactUNetConfig, start_from
+    from gdpo.model.compact import CompactUNetConfig, rebase, start_from
     from gdpo.model.ncnn import load_ncnn
+    from gdpo.photos.drawn import small_pictures
 
     generator = OneStepGenerator.tiny(CompactUNetConfig(), t_noise=t_noise, t_diffusion=t_diffusion)
     layers = load_ncnn(asset("real-esrgan") / "REALESRGAN_ANIMAVIDEOV3_UP4X")
     start_from(generator.unet, layers, a_noise=generator.a_n)
+    rebase(generator.unet, small_pictures(16))
     return generator.requires_grad_(False)
 
 

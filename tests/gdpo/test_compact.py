@@ -14,9 +14,10 @@ from engine.export.generator import export_generator
 from gdpo.degradation.resize import resize
 from gdpo.generator import OneStepGenerator
 from gdpo.model import lora
-from gdpo.model.compact import GRAIN, CompactUNet, CompactUNetConfig, EvenConv2d, recovery, start_from
+from gdpo.model.compact import GRAIN, CompactUNet, CompactUNetConfig, EvenConv2d, rebase, recovery, start_from
 from gdpo.model.exported import from_export
 from gdpo.model.ncnn import CompactNet
+from gdpo.photos.drawn import small_pictures
 
 SHAPE = CompactUNetConfig(width=12, layers=2)
 
@@ -72,6 +73,24 @@ def test_without_noise_it_starts_as_the_published_network(generator, published):
     drawn, theirs = generator.codec.decode(x0) / 2 + 0.5, published(lr)
     assert (drawn - theirs)[..., 20:-20, 20:-20].abs().max() < 0.02
     assert (theirs - F.interpolate(lr, scale_factor=4)).abs().mean() > 0.05  # teeth: the network does something
+
+
+def test_rebased_it_draws_the_same_on_bicubic():
+    """Of a network whose last features hold the LR, as a trained one's do."""
+    made = OneStepGenerator.tiny(CompactUNetConfig(width=24, layers=1), seed=1).requires_grad_(False)
+    torch.manual_seed(0)
+    layers = [(torch.randn(24, 3, 3, 3) * 0.2, torch.randn(24)), (torch.ones(24),)]
+    layers += [(torch.randn(24, 24, 3, 3) * 0.1, torch.randn(24)), (torch.ones(24),)]
+    layers += [(torch.randn(48, 24, 3, 3) * 0.01, torch.zeros(48))]
+    start_from(made.unet, layers, a_noise=made.a_n)
+    latents = made.encode(upsampled(small_pictures(2, side=32, seed=7)))
+    zero = torch.zeros_like(latents)
+    before, base = made.predict(latents, zero).x0, made.unet.base.weight.clone()
+    rebase(made.unet, small_pictures(16))
+    after = made.predict(latents, zero).x0
+    assert not torch.equal(made.unet.base.weight, base)
+    assert (after - before)[..., 4:-4, 4:-4].square().mean().sqrt() < 0.01
+    assert (before - latents).square().mean().sqrt() > 0.05  # teeth: the network does something
 
 
 def test_a_fresh_one_draws_bicubic():
