@@ -6,6 +6,8 @@ around them, so that what was stored there has no influence at all; the mask goe
 
 from __future__ import annotations
 
+import zlib
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,12 +15,13 @@ from typing import Any
 import numpy as np
 from PIL import ImageColor
 
+from engine.io.images import Put
 from engine.io.metadata import scaled_panorama
 from engine.io.picture import Picture, to_8_bit
 from engine.io.profiles import as_srgb
 from engine.runtime.color import Moments, adain_tables
 from engine.runtime.resample import resize
-from engine.runtime.upscaler import Upscaler
+from engine.runtime.upscaler import MAX_OUTPUT_PIXELS, Sink, Upscaler, output_size
 
 Progress = Callable[[int, int], None]
 _FAINT = 1 / 16  # below this opacity a colour is mixed with its surroundings: premultiplied files store it coarsely
@@ -28,35 +31,101 @@ _ROWS = 256  # handled at a time
 def upscale_picture(
     up: Upscaler, picture: Picture, *, background: str | None = None, progress: Progress | None = None, **options: Any
 ) -> Picture:
-    """Upscale colours and mask.
+    """Upscale colours and mask to a picture in memory. Arguments and errors: see `upscale_rows`."""
+    limit = options.get("max_pixels", MAX_OUTPUT_PIXELS)
+    height, width = picture.pixels.shape[:2]
+    size = output_size(height, width, options.get("scale", 4.0), limit)
+    like = outcome(picture, size, background)
+    pixels = np.empty((*size, 3), like.pixels.dtype)
+    alpha = None if like.alpha is None else np.empty(size, like.alpha.dtype)
+    done = 0
+
+    def put(rows: np.ndarray, mask: np.ndarray | None) -> None:
+        nonlocal done
+        pixels[done : done + len(rows)] = rows
+        if alpha is not None:
+            alpha[done : done + len(rows)] = mask
+        done += len(rows)
+
+    upscale_rows(up, picture, put, background=background, progress=progress, **options)
+    return replace(like, pixels=pixels, alpha=alpha)
+
+
+def outcome(picture: Picture, size: tuple[int, int], background: str | None = None) -> Picture:
+    """What becomes of a picture upscaled to (height, width), but for its pixels, which are still the input's.
+
+    Raises:
+        ImageError: its profile cannot be used, and has to be.
+    """
+    xmp = picture.xmp and scaled_panorama(picture.xmp, picture.pixels.shape[:2], size)
+    picture = replace(picture, xmp=xmp)
+    return picture if background is None else flatten(picture, parse_background(background))
+
+
+def upscale_rows(
+    up: Upscaler,
+    picture: Picture,
+    put: Put,
+    *,
+    background: str | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> None:
+    """Upscale colours and mask, row by row: nothing is in memory whole but the input (and, with AdaIN, the result).
 
     Args:
         up: a loaded model.
         picture: as `read_image` gives it.
+        put: takes rows [n,W,3] and, where `outcome` has transparency, their mask [n,W], from the top to the bottom; it
+            may keep neither. A gray picture, also one stored as RGB, is neutral in every pixel.
         background: a colour (see `parse_background`) on which transparency is flattened; None keeps it.
         progress: called with (tiles done, tiles in all), both passes together; what it raises cancels.
-        options: of `Upscaler.upscale`: seed, tile, scale, color, batch.
-
-    Returns:
-        The picture at its new size. A gray picture, also one stored as RGB, is neutral in every pixel.
+        options: of `Upscaler.upscale`: seed, tile, scale, color, batch, max_pixels.
 
     Raises:
         ValueError: an argument is not what it should be; the message names it.
         FloatingPointError: the model gave a value that is not finite.
     """
     colour = parse_background(background) if background is not None else None
-    passes = 1 if picture.alpha is None else 2
-    pixels = picture.pixels if picture.alpha is None else fill_hidden(picture.pixels, picture.alpha)
-    if picture.alpha is not None and options.get("color") == "adain":
-        result = _adain_of_visible(up, pixels, picture.alpha, _part(progress, 0, passes), options)
+    if picture.alpha is None:
+        up.upscale(picture.pixels, progress=progress, sink=lambda first, rows: put(rows, None), **options)
+        return
+    mask = _PackedRows()
+    _upscale_mask(up, picture.alpha, mask.put, _part(progress, 0, 2), options)
+
+    def masked(first: int, rows: np.ndarray) -> None:
+        alpha = mask.take(len(rows))
+        if colour is None:
+            put(rows, alpha)
+        else:
+            put(flatten(replace(picture, pixels=rows, alpha=alpha), colour).pixels, None)
+
+    pixels = fill_hidden(picture.pixels, picture.alpha)
+    if options.get("color") == "adain":
+        _adain_of_visible(up, pixels, picture.alpha, masked, _part(progress, 1, 2), options)
     else:
-        result = up.upscale(pixels, progress=_part(progress, 0, passes), **options)
-    alpha = None
-    if picture.alpha is not None:
-        alpha = _upscale_mask(up, picture.alpha, _part(progress, 1, passes), options)
-    xmp = picture.xmp and scaled_panorama(picture.xmp, picture.pixels.shape[:2], result.shape[:2])
-    done = replace(picture, pixels=result, alpha=alpha, xmp=xmp)
-    return done if colour is None else flatten(done, colour)
+        up.upscale(pixels, progress=_part(progress, 1, 2), sink=masked, **options)
+
+
+class _PackedRows:
+    """A mask that waits for its colours. Most of a mask is of one value, so that it takes little memory packed."""
+
+    def __init__(self) -> None:
+        self._packed: deque[tuple[tuple[int, ...], np.dtype, bytes]] = deque()
+        self._rows: np.ndarray | None = None
+
+    def put(self, rows: np.ndarray) -> None:
+        self._packed.append((rows.shape, rows.dtype, zlib.compress(rows.tobytes(), 1)))
+
+    def take(self, count: int) -> np.ndarray:
+        """The next rows that were put and not taken yet."""
+        rows = self._rows
+        while rows is None or len(rows) < count:
+            shape, dtype, packed = self._packed.popleft()
+            more = np.frombuffer(zlib.decompress(packed), dtype).reshape(shape)
+            rows = more if rows is None else np.concatenate([rows, more])
+        self._rows = rows[count:]
+        return rows[:count]
 
 
 def parse_background(text: str) -> tuple[int, int, int]:
@@ -139,8 +208,13 @@ def _doubled(plane: np.ndarray) -> np.ndarray:
 
 
 def _adain_of_visible(
-    up: Upscaler, pixels: np.ndarray, alpha: np.ndarray, progress: Progress | None, options: dict[str, Any]
-) -> np.ndarray:
+    up: Upscaler,
+    pixels: np.ndarray,
+    alpha: np.ndarray,
+    sink: Sink,
+    progress: Progress | None,
+    options: dict[str, Any],
+) -> None:
     """AdaIN whose statistics leave out the pixels that cannot be seen."""
     deep = pixels if pixels.dtype == np.uint16 else pixels * np.uint16(257)
     result = up.upscale(deep, progress=progress, **(options | {"color": "none"}))
@@ -153,26 +227,33 @@ def _adain_of_visible(
         seen = alpha[np.ix_(rows, columns)] > 0
         for moments, samples in ((made, result), (wanted, target)):
             moments.add(samples[band][seen].T[:, None])
-    if made.count:
-        tables = adain_tables(made, wanted)
-        for band in bands:
-            result[band] = np.stack([tables[c][result[band][..., c]] for c in range(3)], axis=2)
-    return result if pixels.dtype == np.uint16 else to_8_bit(result)
+    tables = adain_tables(made, wanted) if made.count else None
+    for band in bands:
+        part = result[band]
+        if tables is not None:
+            part = np.stack([tables[c][part[..., c]] for c in range(3)], axis=2)
+        sink(band.start, part if pixels.dtype == np.uint16 else to_8_bit(part))
 
 
-def _upscale_mask(up: Upscaler, alpha: np.ndarray, progress: Progress | None, options: dict[str, Any]) -> np.ndarray:
+def _upscale_mask(
+    up: Upscaler,
+    alpha: np.ndarray,
+    put: Callable[[np.ndarray], object],
+    progress: Progress | None,
+    options: dict[str, Any],
+) -> None:
     """The mask as a gray picture through the model, within the limits of its surroundings: flat areas stay exact."""
-    result = up.upscale(np.repeat(alpha[..., None], 3, axis=2), progress=progress, **(options | {"color": "wavelet"}))
-    height, width = result.shape[:2]
     least, most = _extremes(alpha)
-    rows = np.arange(height) * alpha.shape[0] // height
+    limit = options.get("max_pixels", MAX_OUTPUT_PIXELS)
+    height, width = output_size(alpha.shape[0], alpha.shape[1], options.get("scale", 4.0), limit)
     columns = np.arange(width) * alpha.shape[1] // width
-    out = np.empty((height, width), alpha.dtype)
-    for top in range(0, height, _ROWS):
-        band = slice(top, top + _ROWS)
-        at = np.ix_(rows[band], columns)
-        out[band] = np.clip(result[band, :, 0], least[at], most[at])
-    return out
+
+    def clip(first: int, rows: np.ndarray) -> None:
+        at = np.ix_(np.arange(first, first + len(rows)) * alpha.shape[0] // height, columns)
+        put(np.clip(rows[..., 0], least[at], most[at]))
+
+    gray = np.repeat(alpha[..., None], 3, axis=2)
+    up.upscale(gray, progress=progress, sink=clip, **(options | {"color": "wavelet"}))
 
 
 def _extremes(plane: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

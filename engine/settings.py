@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from engine.io.formats import BY_SUFFIX
-from engine.io.images import MAX_PIXELS, Picture, check_writable, write_image
-from engine.pictures import parse_background, upscale_picture
+from engine.io.images import MAX_PIXELS, Picture, Put, check_writable, image_writer, write_image
+from engine.pictures import outcome, parse_background, upscale_picture, upscale_rows
 from engine.runtime import color
 from engine.runtime.restore import Progress
 from engine.runtime.upscaler import MAX_OUTPUT_PIXELS, Upscaler, output_size
 from engine.wrap import upscale_wrapped
+
+Keep = Callable[[tuple[int, int, int], np.dtype], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -88,51 +91,87 @@ class Settings:
             | {name: getattr(self, name) for name in kept}
         )
 
-    def upscaled(self, up: Upscaler, picture: Picture, target: Path, progress: Progress | None = None) -> Picture:
-        """The result for one picture.
+    def make(
+        self,
+        up: Upscaler,
+        picture: Picture,
+        target: Path,
+        progress: Progress | None = None,
+        *,
+        keep: Keep | None = None,
+        **more: Any,
+    ) -> tuple[int, int]:
+        """Upscale one picture to a file, row by row: encoded while it is made (see `image_writer`).
 
         Args:
             up: a loaded model.
             picture: as `read_image` gives it.
-            target: the file that it is for; what its format cannot hold is found before any work.
+            target: the file to write; what its format cannot hold is found before any work.
             progress: called with (tiles done, tiles in all); what it raises cancels.
+            keep: given the result's shape and dtype, returns an array that gets the result's colours too.
+            more: of `image_writer`: notice, sealed.
+
+        Returns:
+            Height and width of the result.
 
         Raises:
             ImageError: the format cannot hold the result.
             ValueError: the result is larger than `limit`.
             FloatingPointError: the model gave a value that is not finite.
+            OSError: the file cannot be written.
         """
+        size = self._size(picture)
+        like = outcome(picture, size, self.background)
+        kept = None if keep is None else keep((*size, 3), like.pixels.dtype)
+        like = like.without_metadata() if self.strip_metadata else like
+        more |= {"quality": self.quality, "lossless": self._lossless(target)}
+        with image_writer(target, like, size, **more) as write:
+            done = 0
+
+            def put(rows: np.ndarray, alpha: np.ndarray | None) -> None:
+                nonlocal done
+                write(rows, alpha)
+                if kept is not None:
+                    kept[done : done + len(rows)] = rows
+                done += len(rows)
+
+            self._upscale(up, picture, size, put, progress)
+        return size
+
+    def _size(self, picture: Picture) -> tuple[int, int]:
         height, width = picture.pixels.shape[:2]
-        scale = self.factor(height, width)
-        size = output_size(height, width, scale, self.limit)
-        transparent = (
-            picture.alpha is not None and self.background is None and bool((picture.alpha != _full(picture)).any())
-        )
-        check_writable(target, size[1], size[0], alpha=transparent, lossless=self._lossless(target))
+        return output_size(height, width, self.factor(height, width), self.limit)
 
-        def upscale(picture: Picture, scale: float) -> Picture:
-            return upscale_picture(
-                up,
-                picture,
-                seed=self.seed,
-                tile=self.tile,
-                scale=scale,
-                color=self.color,
-                batch=self.batch,
-                background=self.background,
-                max_pixels=self.limit,
-                progress=progress,
-            )
-
+    def _upscale(
+        self, up: Upscaler, picture: Picture, size: tuple[int, int], put: Put, progress: Progress | None
+    ) -> None:
+        options: dict[str, Any] = {"seed": self.seed, "tile": self.tile, "batch": self.batch, "color": self.color}
+        options |= {"background": self.background, "max_pixels": self.limit, "progress": progress}
         if self.wrap == "none":
-            return upscale(picture, scale)
+            upscale_rows(up, picture, put, scale=self.factor(*picture.pixels.shape[:2]), **options)
+            return
         native = up.manifest.geometry.scale
-        return upscale_wrapped(picture, lambda p: upscale(p, native), native, size, vertical=self.wrap == "both")
+        whole = functools.partial(upscale_picture, up, scale=native, **options)
+        result = upscale_wrapped(picture, whole, native, size, vertical=self.wrap == "both")
+        put(result.pixels, result.alpha)
 
-    def write(self, target: Path, result: Picture, *, sealed: Callable[[Path], None] | None = None) -> None:
-        """Write a result (see `write_image`)."""
+    def upscaled(self, up: Upscaler, picture: Picture, target: Path, progress: Progress | None = None) -> Picture:
+        """The result for one picture in memory; see `make`."""
+        size = self._size(picture)
+        alpha = picture.alpha is not None and self.background is None
+        check_writable(target, size[1], size[0], alpha=alpha, lossless=self._lossless(target))
+        like = outcome(picture, size, self.background)
+        rows: list[tuple[np.ndarray, np.ndarray | None]] = []
+        self._upscale(
+            up, picture, size, lambda a, b: rows.append((a.copy(), None if b is None else b.copy())), progress
+        )
+        mask = [m for _, m in rows if m is not None]
+        return replace(like, pixels=np.concatenate([p for p, _ in rows]), alpha=np.concatenate(mask) if mask else None)
+
+    def write(self, target: Path, result: Picture, **more: Any) -> None:
+        """Write a result; `more` is of `write_image`: notice, sealed."""
         done = result.without_metadata() if self.strip_metadata else result
-        write_image(target, done, quality=self.quality, lossless=self._lossless(target), sealed=sealed)
+        write_image(target, done, quality=self.quality, lossless=self._lossless(target), **more)
 
     def _lossless(self, target: Path) -> bool:
         return self.lossless and lossless_of(target) != "always"
@@ -142,10 +181,6 @@ def lossless_of(target: Path) -> str:
     """Whether the output's format is lossless: "always", "option" or "never"."""
     row = BY_SUFFIX.get(target.suffix.lower())
     return row.lossless if row else "always"
-
-
-def _full(picture: Picture) -> int:
-    return int(np.iinfo(picture.pixels.dtype).max)
 
 
 def _version() -> str:

@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engine.compare_page import ComparePage, compare_page
 from engine.io.images import picture_size, read_image
 from engine.io.journal import FileState, Finding, Journal
@@ -105,18 +107,25 @@ class Worker:
         journal = self._journal(job.target.parent)
         source = FileState.of(job.source)  # before it is read: a change in between must be seen by the next run
         picture = read_image(job.source, max_pixels=s.max_pixels)
-        result = s.upscaled(self.up, picture, job.target, progress.tile)
-        s.write(
+        whole: list[np.ndarray] = []  # the result, where the page shows it
+
+        def keep(shape: tuple[int, int, int], dtype: np.dtype) -> np.ndarray:
+            whole.append(np.empty(shape, dtype))
+            return whole[0]
+
+        height, width = s.make(
+            self.up,
+            picture,
             job.target,
-            result,
+            progress.tile,
+            keep=None if slider is None else keep,
             sealed=lambda staged: journal.record(
                 staged, job.target, job.source, source, self._recipe_of(job), origin=job.label
             ),
         )
         self.written += 1
         if slider is not None:
-            slider.add(Path(job.name).name, picture.pixels, result.pixels, picture.icc)
-        height, width = result.pixels.shape[:2]
+            slider.add(Path(job.name).name, picture.pixels, whole[0], picture.icc)
         row = {"status": "written", "width": width, "height": height, "path": self.up.path}
         if finding.kind == "stale":
             self.again.append(f"{job.target}: made again: {finding.reason}")

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO
 
-import numpy as np
-
+from engine.io.bands import Bands
 from engine.io.codecs import heif, jpeg, jxl, plain, png, tiff, webp
 from engine.io.picture import Header, Notice, Picture
 from engine.io.sink import Sink
@@ -27,7 +26,7 @@ class Format:
         begins: a regular expression of the first bytes.
         header: reads what is known before pixels are decoded.
         read: decodes a file; what it returns is not yet turned upright.
-        write: encodes [H,W,1..4] samples to a sink; None where the format is only read.
+        write: encodes rows of 1 to 4 samples to a sink; None where the format is only read.
         deep, gray, alpha: it holds 16 bit, one channel, transparency.
         icc: it holds a profile; else colours are converted to sRGB.
         iptc: it holds IPTC.
@@ -41,7 +40,7 @@ class Format:
     begins: bytes
     header: Callable[[BinaryIO], Header]
     read: Callable[[bytes, Header, Notice], Picture]
-    write: Callable[[Sink, np.ndarray, Picture, int, bool, Notice], None] | None = None
+    write: Callable[[Sink, Bands, Picture, int, bool, Notice], None] | None = None
     deep: bool = False
     gray: bool = True
     alpha: bool = True

@@ -11,7 +11,8 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -19,18 +20,23 @@ from typing import BinaryIO
 import numpy as np
 
 from engine.io import metadata, profiles
+from engine.io.bands import Bands
 from engine.io.files import atomic_path
 from engine.io.formats import BY_SUFFIX, FORMATS, LONGEST_HEAD, READABLE, SUFFIXES, Format, format_of
 from engine.io.notices import warn_once
 from engine.io.picture import Header, ImageError, Notice, Picture, to_8_bit, upright
 from engine.io.sink import Sink
 
-__all__ = ["MAX_BYTES", "MAX_PIXELS", "MAX_SIDE", "READABLE", "SUFFIXES", "ImageError", "Picture", "check_writable",
-           "picture_size", "read_image", "write_image"]  # fmt: skip
+__all__ = ["MAX_BYTES", "MAX_PIXELS", "MAX_SIDE", "READABLE", "SUFFIXES", "ImageError", "Picture", "Put",
+           "check_writable", "image_writer", "picture_size", "read_image", "write_image"]  # fmt: skip
 
 MAX_PIXELS = 100_000_000  # of an input picture
 MAX_SIDE = 65_500  # decoders take seconds for pictures of a few columns and millions of rows
 MAX_BYTES = 1 << 30  # of an input file
+_ROWS = 256  # converted at a time
+
+Put = Callable[[np.ndarray, np.ndarray | None], object]  # takes the next rows [n,W,3] and their mask [n,W]
+Convert = Callable[[np.ndarray], np.ndarray]
 
 
 def _warn(message: str) -> None:
@@ -107,7 +113,27 @@ def write_image(
     notice: Notice = _warn,
     sealed: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a picture, atomically, in the format of the path's suffix.
+    """Write a picture, atomically, in the format of the path's suffix. Arguments and errors: see `image_writer`."""
+    size = picture.pixels.shape[:2]
+    with image_writer(path, picture, size, quality=quality, lossless=lossless, notice=notice, sealed=sealed) as put:
+        put(picture.pixels, picture.alpha)
+
+
+@contextmanager
+def image_writer(
+    path: str | os.PathLike[str],
+    like: Picture,
+    size: tuple[int, int],
+    *,
+    quality: int = 95,
+    lossless: bool = False,
+    notice: Notice = _warn,
+    sealed: Callable[[Path], None] | None = None,
+) -> Iterator[Put]:
+    """Write a picture whose rows come one after another, atomically, in the format of the path's suffix.
+
+    Yields a function that takes the next rows, [n,W,3], and, where `like` has transparency, their mask [n,W]. PNG, JPEG
+    and TIFF are encoded as rows come, in little memory; the encoders of WebP, AVIF and JPEG XL hold the whole picture.
 
     uint16 pixels become 8 bit where the format holds no more. A gray picture is written with one channel (BT.601 luma)
     where the format has that. JPEG and AVIF are written without chroma subsampling. What the picture's numbers mean is
@@ -115,41 +141,55 @@ def write_image(
 
     Args:
         path: ends in one of `SUFFIXES`.
-        picture: what to write; metadata included as far as the format holds it.
+        like: what to write but for its pixels, which only say of what dtype the rows are: metadata as far as the format
+            holds it, whether it is gray, whether it has transparency.
+        size: (height, width).
         quality: of lossy formats, 1 to 100.
         lossless: of WebP and JPEG XL; PNG and TIFF always are.
         notice: told which metadata was left out.
         sealed: called with the finished file before it gets its name (see `atomic_path`).
 
     Raises:
-        ImageError: an unknown suffix, or a format that cannot hold the picture (see `check_writable`).
+        ImageError: an unknown suffix, or a format that cannot hold the picture (see `check_writable`) or what its
+            numbers mean; before any row is asked for.
         OSError: the file cannot be written, or was not written whole.
     """
     path = Path(path)
-    height, width = picture.pixels.shape[:2]
-    check_writable(path, width, height, alpha=picture.alpha is not None, lossless=lossless)
+    check_writable(path, size[1], size[0], alpha=like.alpha is not None, lossless=lossless)
     row = BY_SUFFIX[path.suffix.lower()]
 
     def about(message: str) -> None:
         notice(f"{path}: {message}")
 
     try:
-        held = _as_held(picture, row, about)
+        held, convert = _as_held(like, row, size, about)
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from None
-    samples = _samples(held, row)
-    try:
-        with atomic_path(path, sealed=sealed) as staged, open(staged, "r+b", buffering=0) as file:
+    sample = _samples(held, row)
+    bands = Bands((*size, sample.shape[2]), sample.dtype)
+
+    def put(pixels: np.ndarray, alpha: np.ndarray | None = None) -> None:
+        for top in range(0, len(pixels), _ROWS):
+            rows = slice(top, top + _ROWS)
+            part = replace(held, pixels=convert(pixels[rows]), alpha=None if alpha is None else alpha[rows])
+            bands.put(_samples(part, row))
+
+    def encode() -> None:
+        try:
             sink = Sink(file)
-            try:
-                row.write(sink, samples, held, quality, lossless, about)  # type: ignore[misc]
-            except ImageError as error:
-                raise ImageError(f"{path}: {error}") from None
+            row.write(sink, bands, held, quality, lossless, about)  # type: ignore[misc]
             sink.close()
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
+        except ImageError as error:
+            raise ImageError(f"{path}: {error}") from None
+        except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
+
+    with (
+        atomic_path(path, sealed=sealed) as staged,
+        open(staged, "r+b", buffering=0) as file,
+        bands.encoding(encode),
+    ):
+        yield put
 
 
 def check_writable(
@@ -221,14 +261,21 @@ def _tidy(picture: Picture) -> Picture:
     return replace(picture, alpha=alpha, xmp=xmp, exif=metadata.upright_exif(picture.exif))
 
 
-def _as_held(picture: Picture, row: Format, notice: Notice) -> Picture:
-    """The picture as far as the format holds it: colours by another name, metadata that is true, the rest named."""
+def _as_held(picture: Picture, row: Format, size: tuple[int, int], notice: Notice) -> tuple[Picture, Convert]:
+    """How a format holds a picture of this size, and what its pixels become: metadata that is true, the rest named.
+
+    Returns:
+        One pixel with the metadata, and the function for [n,W,3] of all others.
+    """
+    corner = None if picture.alpha is None else picture.alpha[:1, :1]
+    picture = replace(picture, pixels=picture.pixels[:1, :1], alpha=corner)
     if row.name != "PNG":
         picture = profiles.as_tagged_by_profile(picture)
     gray_profile = picture.icc is not None and profiles.space_of(picture.icc) == "GRAY"
+    convert: Convert = lambda pixels: pixels  # noqa: E731
     if (picture.icc and not row.icc) or (gray_profile and not (picture.gray and row.gray)):
+        convert = profiles.to_srgb(picture)
         picture = profiles.as_srgb(picture)
-    size = picture.pixels.shape[:2]
     text, iptc = picture.text, picture.iptc
     if row.texts is not None and (left_out := sorted(set(text) - row.texts)):
         text = {key: value for key, value in text.items() if key in row.texts}
@@ -241,17 +288,15 @@ def _as_held(picture: Picture, row: Format, notice: Notice) -> Picture:
         notice("EXIF left out: it is damaged")
     exif = metadata.sized_exif(exif, size) if exif else None
     xmp = metadata.sized_xmp(picture.xmp, size) if picture.xmp else None
-    return replace(picture, exif=exif, xmp=xmp, text=text, iptc=iptc)
+    return replace(picture, exif=exif, xmp=xmp, text=text, iptc=iptc), convert
 
 
 def _samples(picture: Picture, row: Format) -> np.ndarray:
     """[H,W,1..4] as the format holds them."""
-    samples = picture.pixels if row.deep else to_8_bit(picture.pixels)
-    alpha = picture.alpha if row.deep or picture.alpha is None else to_8_bit(picture.alpha)
+    shallow = picture.pixels.dtype == np.uint8 or not row.deep
+    samples = to_8_bit(picture.pixels) if shallow else picture.pixels
+    alpha = to_8_bit(picture.alpha) if shallow and picture.alpha is not None else picture.alpha
     if picture.gray and row.gray:
-        luma = np.empty((*samples.shape[:2], 1), samples.dtype)
-        for top in range(0, len(luma), 256):
-            band = samples[top : top + 256].astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
-            luma[top : top + 256, :, 0] = np.rint(band)
-        samples = luma
+        luma = samples.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+        samples = np.rint(luma).astype(samples.dtype)[..., None]
     return samples if alpha is None else np.concatenate([samples, alpha[..., None]], axis=2)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
 from PIL import Image, ImageCms
 
-from engine.io.picture import ImageError, Picture
+from engine.io.picture import ImageError, Picture, to_8_bit
 
 TAGS = ("cICP", "sRGB", "gAMA", "cHRM")  # PNG's, the first that is there counts; cICP before and the others after iCCP
 _D65 = (0.3127, 0.3290)
@@ -145,7 +145,7 @@ def as_tagged_by_profile(picture: Picture) -> Picture:
 
 
 def as_srgb(picture: Picture) -> Picture:
-    """The same colours as sRGB numbers, without a profile.
+    """The same colours as sRGB numbers, without a profile; of 8 bit where there was one.
 
     Raises:
         ImageError: the profile cannot be used.
@@ -153,24 +153,34 @@ def as_srgb(picture: Picture) -> Picture:
     picture = as_tagged_by_profile(picture)
     if picture.icc is None:
         return picture
+    alpha = None if picture.alpha is None else to_8_bit(picture.alpha)
+    return replace(picture, pixels=to_srgb(picture)(picture.pixels), icc=None, alpha=alpha)
+
+
+def to_srgb(picture: Picture) -> Callable[[np.ndarray], np.ndarray]:
+    """What turns [n,W,3] in the colours of a picture's profile into sRGB, uint8.
+
+    lcms through Pillow takes 8 bit; where the numbers change anyway, and the target has 8 bit, nothing is lost.
+
+    Raises:
+        ImageError: the profile cannot be used.
+    """
+    assert picture.icc is not None
     gray = space_of(picture.icc) == "GRAY"
-    # lcms through Pillow takes 8 bit; where the numbers change anyway, and the target has 8 bit, nothing is lost.
-    from engine.io.picture import to_8_bit
-
-    samples = to_8_bit(picture.pixels)
-    image = Image.fromarray(np.ascontiguousarray(samples[..., 0]) if gray else samples)
-    pixels = np.asarray(_convert(image, picture.icc, gray="L" if gray else "RGB"))
-    return replace(picture, pixels=pixels, icc=None, alpha=None if picture.alpha is None else to_8_bit(picture.alpha))
-
-
-def _convert(image: Image.Image, icc: bytes, gray: str = "") -> Image.Image:
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        source, target = ImageCms.ImageCmsProfile(io.BytesIO(picture.icc)), ImageCms.createProfile("sRGB")
+        transform = ImageCms.buildTransform(source, target, "L" if gray else "RGB", "RGB")
     except (ImageCms.PyCMSError, OSError, ValueError) as error:
         raise ImageError(f"its colour profile cannot be used ({error}); convert the picture to sRGB") from error
-    assert converted is not None  # inPlace is off
-    return converted
+
+    def convert(pixels: np.ndarray) -> np.ndarray:
+        samples = to_8_bit(pixels)
+        image = Image.fromarray(np.ascontiguousarray(samples[..., 0] if gray else samples))
+        converted = ImageCms.applyTransform(image, transform)
+        assert converted is not None  # inPlace is off
+        return np.asarray(converted)
+
+    return convert
 
 
 def cmyk_to_rgb(samples: np.ndarray, icc: bytes | None) -> np.ndarray:

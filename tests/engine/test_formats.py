@@ -104,7 +104,61 @@ def test_a_jpeg_without_its_end_is_read_with_a_warning_one_without_pixels_is_not
         path.write_bytes(data[:cut])
         with pytest.raises(ImageError, match=r"truncated JPEG: (a part of its pixels is|its last scans are) missing"):
             read_image(path, notice=said.append)
+        path.write_bytes(data[:cut] + b"\xff\xd9")  # cut short, and given an end
+        if data[cut : cut + 2] != b"\xff\xda":
+            with pytest.raises(ImageError, match="truncated JPEG: a part of its pixels is missing"):
+                read_image(path, notice=said.append)
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("row", WRITABLE, ids=lambda row: row.name)
+@pytest.mark.parametrize("size", [(1, 1), (1, 70), (70, 1)])
+def test_pictures_of_one_pixel_one_row_one_column(tmp_path, row, size):
+    path = tmp_path / f"a{row.suffixes[0]}"
+    for dtype in (np.uint8, np.uint16):
+        for gray in (False, True):
+            pixels = np.full((*size, 3), np.iinfo(dtype).max // 5, dtype)
+            write_image(path, Picture(pixels, gray=gray))
+            result = read_image(path).pixels
+            assert result.shape == pixels.shape
+            assert np.abs(result / np.iinfo(result.dtype).max - 0.2).max() < 0.02
+
+
+def test_both_decoders_of_jpeg_agree(tmp_path):
+    """libvips decodes what is in order, Pillow what is not: the same pixels, whatever the subsampling."""
+    for name, options in {"a": {}, "b": {"subsampling": 0}, "c": {"subsampling": 1, "progressive": True}}.items():
+        for image in (Image.fromarray(gradient(123, 77)), Image.fromarray(gradient(123, 77)[..., 0])):
+            image.save(tmp_path / f"{name}.jpg", quality=80, **options)
+            with Image.open(tmp_path / f"{name}.jpg") as decoded:
+                want = np.asarray(decoded.convert("RGB"))
+            assert np.array_equal(read_image(tmp_path / f"{name}.jpg").pixels, want)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_a_transparent_gray_of_a_png_is_transparent(tmp_path, bits):
+    stored = np.arange(48).reshape(3, 16) * 5 % (1 << min(bits, 8)) * (257 if bits == 16 else 1)
+    lines = b""
+    for row in stored:
+        packed = "".join(format(value, f"0{bits}b") for value in row)
+        lines += b"\0" + int(packed, 2).to_bytes(len(packed) // 8)
+    clear = int(stored[1, 3])
+    head, color = struct.pack(">IIBBBBB", 16, 3, bits, 0, 0, 0, 0), struct.pack(">H", clear)
+    chunks = [(b"IHDR", head), (b"tRNS", color), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    body = b"".join(struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    picture = read_image(tmp_path / "a.png")
+    full = np.iinfo(picture.pixels.dtype).max
+    assert picture.gray and np.array_equal(picture.alpha == 0, stored == clear)
+    assert np.array_equal(picture.pixels[..., 0], stored * (full // ((1 << bits) - 1)))
+
+
+@pytest.mark.parametrize("compression", ["zstd", "lzma"])
+def test_a_compression_that_is_not_read_is_named(tmp_path, compression):
+    Image.fromarray(gradient()).save(tmp_path / "a.tif", compression=compression)
+    try:
+        assert np.array_equal(read_image(tmp_path / "a.tif").pixels, gradient())  # another build of libvips has it
+    except ImageError as error:
+        assert "its compression (" in str(error) and "save it with Deflate or LZW" in str(error)
 
 
 def strip_tiff(width, height):

@@ -34,7 +34,11 @@ PANORAMA = (
 
 def enlarging():
     """A model that repeats pixels."""
-    return SimpleNamespace(upscale=lambda rgb, progress=None: np.kron(rgb, np.ones((4, 4, 1), rgb.dtype)))
+
+    def upscale(rgb, *, sink, progress=None):
+        sink(0, np.kron(rgb, np.ones((4, 4, 1), rgb.dtype)))
+
+    return SimpleNamespace(upscale=upscale)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])

@@ -58,10 +58,11 @@ def test_a_result_that_used_hidden_colours_would_be_seen(up):
 class Darkening:
     """Enlarges fourfold; a model that darkens, and brightens the right half, where nothing is seen."""
 
-    def upscale(self, rgb, *, progress=None, color):
+    def upscale(self, rgb, *, progress=None, sink=None, color):
         large = np.kron(rgb.astype(np.float64) * 0.7, np.ones((4, 4, 1)))
         large[:, large.shape[1] // 2 :] += 0.3 * np.iinfo(rgb.dtype).max
-        return np.rint(large).astype(rgb.dtype)
+        result = np.rint(large).astype(rgb.dtype)
+        return result if sink is None else sink(0, result)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])

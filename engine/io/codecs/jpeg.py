@@ -1,16 +1,17 @@
-"""JPEG. Pillow decodes, libvips encodes; every segment but the pixels is written here."""
+"""JPEG, through libvips; Pillow reads what is damaged, and CMYK. Every segment but the pixels is written here."""
 
 from __future__ import annotations
 
 import io
 import struct
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, JpegImagePlugin
 
 from engine.io import metadata
-from engine.io.codecs.libraries import common_metadata, open_pillow, pixels_of, sensible_dpi, vips, vips_image
+from engine.io.bands import Bands
+from engine.io.codecs.libraries import common_metadata, open_pillow, pixels_of, samples_of, sensible_dpi, split, vips
 from engine.io.picture import Header, ImageError, Notice, Picture
 from engine.io.profiles import cmyk_to_rgb
 from engine.io.sink import Sink
@@ -31,13 +32,10 @@ def read(data: bytes, known: Header, notice: Notice) -> Picture:
     if scans > MAX_SCANS or scans * known.width * known.height > MAX_WORK:
         raise ImageError(f"a JPEG of {scans} scans; at most {MAX_SCANS} are read, fewer of a large picture")
     image = open_pillow(JpegImagePlugin.JpegImageFile, io.BytesIO(data))
-    try:
-        image.load()
-    except OSError as error:
-        if "truncated" not in str(error):
-            raise
-        image = _without_end(data)
-        notice("the end of this JPEG is missing; all of its pixels are there")
+    samples = _samples(data)
+    if samples is None or image.mode not in ("L", "RGB"):
+        image = _loaded(image, data, notice)
+        samples = None
     info, found = image.info, common_metadata(image.info)
     density = info.get("jfif_density") if info.get("jfif_unit") in (1, 2) else None  # Pillow's dpi may be made up
     found["dpi"] = sensible_dpi([d * (2.54 if info["jfif_unit"] == 2 else 1) for d in density]) if density else None
@@ -49,8 +47,35 @@ def read(data: bytes, known: Header, notice: Notice) -> Picture:
         pixels, gray = cmyk_to_rgb(np.asarray(image), found["icc"]), False
         found["icc"] = None
     else:
-        pixels, gray, _ = pixels_of(image)
+        pixels, gray, _ = pixels_of(image) if samples is None else split(samples)
     return Picture(pixels, gray, None, "JPEG", iptc=iptc or None, text=text, **found)
+
+
+def _samples(data: bytes) -> np.ndarray | None:
+    """Pixels [H,W,bands] of a JPEG about which its decoder has nothing to say; None of one that needs a second look.
+
+    Raises:
+        ImageError: it lacks pixels, for which decoders put gray.
+    """
+    try:
+        return samples_of(vips().Image.jpegload_buffer(data, fail_on="warning", access="sequential"))
+    except vips().Error as error:
+        if "premature end of data segment" in str(error) and data.rstrip(b"\0").endswith(_END):
+            raise ImageError("truncated JPEG: a part of its pixels is missing") from None
+        return None
+
+
+def _loaded(image: Any, data: bytes, notice: Notice) -> Any:
+    """Decoded by Pillow, which takes more kinds of damage than libvips."""
+    try:
+        image.load()
+        return image
+    except OSError as error:
+        if "truncated" not in str(error):
+            raise
+    image = _without_end(data)
+    notice("the end of this JPEG is missing; all of its pixels are there")
+    return image
 
 
 def _decoded(text: bytes) -> str:
@@ -103,10 +128,10 @@ def _all_refined(data: bytes) -> bool:
     return not any(bit for row in bits.values() for bit in row)
 
 
-def write(sink: Sink, samples: np.ndarray, picture: Picture, quality: int, lossless: bool, notice: Notice) -> None:
+def write(sink: Sink, bands: Bands, picture: Picture, quality: int, lossless: bool, notice: Notice) -> None:
     """Stream a JPEG without chroma subsampling. Optimised Huffman tables would hold the whole picture in memory."""
     own = _segments_of(picture, notice)
-    image = vips_image(samples)
+    image = bands.image()
     with sink.target(lambda head: head[:2] + own + head[2:]) as target:
         image.jpegsave_target(target, Q=quality, subsample_mode="off", keep="none")
 

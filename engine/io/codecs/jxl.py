@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from engine.io import metadata
+from engine.io.bands import Bands
 from engine.io.codecs import jpeg
 from engine.io.codecs.libraries import common_metadata, pixels_of, unpremultiply
 from engine.io.picture import Header, ImageError, Notice, Picture
@@ -154,14 +155,14 @@ def read(data: bytes, known: Header, notice: Notice) -> Picture:
     return Picture(np.ascontiguousarray(pixels), gray, alpha, "JXL", **found)
 
 
-def write(sink: Sink, samples: np.ndarray, picture: Picture, quality: int, lossless: bool, notice: Notice) -> None:
+def write(sink: Sink, bands: Bands, picture: Picture, quality: int, lossless: bool, notice: Notice) -> None:
     _, encoder = _plugin()
-    mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[samples.shape[2]]
+    mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[bands.shape[2]]
     own = encoder(mode=mode, lossless=lossless, quality=100 if lossless else quality, decoding_speed=0, effort=5,
                   use_container=False, use_original_profile=False, num_threads=1)  # fmt: skip
-    height, width = samples.shape[:2]
+    height, width = bands.shape[:2]
     blocks = {"exif": picture.exif, "jumb": None, "xmp": picture.xmp, "compress": False}
-    sink.write(own(samples.tobytes(), width, height, jpeg_encode=False, **blocks))
+    sink.write(own(bands.array().tobytes(), width, height, jpeg_encode=False, **blocks))
 
 
 def _plugin() -> tuple[Any, Any]:

@@ -74,8 +74,7 @@ def vips() -> Any:
 
 def samples_of(image: Any) -> np.ndarray:
     """A libvips image as [H,W,bands] uint8 or uint16."""
-    samples = image.numpy()
-    return samples[..., None] if samples.ndim == 2 else samples
+    return image.numpy().reshape(image.height, image.width, image.bands)
 
 
 def vips_image(samples: np.ndarray) -> Any:

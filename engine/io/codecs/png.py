@@ -18,7 +18,8 @@ import numpy as np
 from PIL import PngImagePlugin
 
 from engine.io import metadata
-from engine.io.codecs.libraries import open_pillow, pixels_of, samples_of, split, vips, vips_image
+from engine.io.bands import Bands
+from engine.io.codecs.libraries import open_pillow, pixels_of, samples_of, split, vips
 from engine.io.picture import Header, ImageError, Notice, Picture
 from engine.io.profiles import TAGS
 from engine.io.sink import Sink
@@ -87,11 +88,14 @@ def read(data: bytes, known: Header, notice: Notice) -> Picture:
     else:
         image = open_pillow(PngImagePlugin.PngImageFile, io.BytesIO(data))
         image.load()
+        clear = image.info.get("transparency")
+        if isinstance(clear, int) and data[25:26] == b"\0" and (bits := data[24]) in (2, 4):
+            image.info["transparency"] = clear * 255 // ((1 << bits) - 1)  # Pillow scales the samples but not this one
         pixels, gray, alpha = pixels_of(image)
     return Picture(pixels, gray, alpha, "PNG", **found)
 
 
-def write(sink: Sink, samples: np.ndarray, picture: Picture, quality: int, lossless: bool, notice: Notice) -> None:
+def write(sink: Sink, bands: Bands, picture: Picture, quality: int, lossless: bool, notice: Notice) -> None:
     """Stream a PNG: the encoder's pixels between our chunks."""
     own = _chunks_of(picture)
 
@@ -107,8 +111,7 @@ def write(sink: Sink, samples: np.ndarray, picture: Picture, quality: int, lossl
             at = end
         return b"".join(kept) + head[at:]
 
-    depth = 16 if samples.dtype == np.uint16 else 8
-    image = vips_image(samples)
+    depth, image = 8 * bands.dtype.itemsize, bands.image()
     with sink.target(edit) as target:
         image.pngsave_target(target, bitdepth=depth, filter="all", compression=6, keep="none")
 

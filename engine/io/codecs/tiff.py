@@ -9,6 +9,7 @@ import numpy as np
 from PIL import TiffImagePlugin
 
 from engine.io import metadata
+from engine.io.bands import Bands
 from engine.io.codecs.libraries import (
     common_metadata,
     open_pillow,
@@ -16,7 +17,6 @@ from engine.io.codecs.libraries import (
     sensible_dpi,
     split,
     vips,
-    vips_image,
 )
 from engine.io.picture import Header, ImageError, Notice, Picture
 from engine.io.profiles import cmyk_to_rgb, lab_to_rgb
@@ -29,6 +29,7 @@ _FULL_RANGE = (0, 255, 128, 255, 128, 255)
 _PALETTE, _CMYK, _YCBCR, _LAB = 3, 5, 6, 8
 _NAMES = {9: "ICC L*a*b*", 10: "ITU L*a*b*", 32803: "a colour filter array", 32844: "LogL", 32845: "LogLuv",
           34892: "linear raw"}  # fmt: skip
+_COMPRESSIONS = {34887: "LERC", 34925: "LZMA", 50000: "Zstandard", 50001: "WebP", 50002: "JPEG XL"}
 _COLORS = {0: 1, 1: 1, 2: 3, 3: 1, 4: 1, 5: 4, 6: 3, 8: 3}  # photometric interpretation -> samples of a pixel
 _JPEG = (6, 7)
 _TRANSPARENCY = (1, 2)  # premultiplied, which libvips divides, and not
@@ -95,7 +96,14 @@ def read(data: bytes, known: Header, notice: Notice) -> Picture:
         what = f"{image.bands} x {image.format} ({image.interpretation})"
         raise ImageError(f"pixels of the kind {what} are not read; convert the picture to RGB of 8 or 16 bit")
     found = _metadata(data, image)
-    samples = samples_of(image)
+    try:
+        samples = samples_of(image)
+    except vips().Error as error:
+        if "not configured" not in str(error):
+            raise
+        kind = _whole(tags, _COMPRESSION, 1)
+        how = _COMPRESSIONS.get(kind, f"of kind {kind}")
+        raise ImageError(f"its compression ({how}) is not read here; save it with Deflate or LZW") from None
     extra = _value(tags, _EXTRA) or ()
     extra = extra if isinstance(extra, tuple) else (extra,)
     # A palette is expanded already, to gray or to RGB.
@@ -179,9 +187,9 @@ def _metadata(data: bytes, image: Any) -> dict[str, Any]:
     return found
 
 
-def write(sink: Sink, samples: np.ndarray, picture: Picture, quality: int, lossless: bool, notice: Notice) -> None:
+def write(sink: Sink, bands: Bands, picture: Picture, quality: int, lossless: bool, notice: Notice) -> None:
     """Write a TIFF through a target that can go back, then put EXIF into its directory."""
-    image = vips_image(samples)
+    image = bands.image()
     types = vips().GValue
     for name, block in {"icc-profile-data": picture.icc, "xmp-data": picture.xmp}.items():
         if block:
@@ -192,7 +200,7 @@ def write(sink: Sink, samples: np.ndarray, picture: Picture, quality: int, lossl
         image = image.copy(xres=picture.dpi[0] / 25.4, yres=picture.dpi[1] / 25.4)
     with sink.target(seekable=True) as target:
         image.tiffsave_target(target, compression="deflate", predictor="horizontal", resunit="inch",
-                              bigtiff=samples.nbytes > _BIG)  # fmt: skip
+                              bigtiff=bands.nbytes > _BIG)  # fmt: skip
     if not picture.dpi:
         clear_resolution(sink)
     for name, exif, iptc in (("EXIF", picture.exif, None), ("IPTC", None, picture.iptc)):

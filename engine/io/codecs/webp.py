@@ -11,6 +11,7 @@ import numpy as np
 from PIL import AvifImagePlugin, Image, WebPImagePlugin
 
 from engine.io import metadata
+from engine.io.bands import Bands
 from engine.io.codecs import isobmff
 from engine.io.codecs.libraries import common_metadata, open_pillow, pixels_of, samples_of, split, vips
 from engine.io.picture import Header, ImageError, Notice, Picture, upright
@@ -55,20 +56,18 @@ def _deep_avif(data: bytes, depth: int, known: Header, found: dict[str, Any]) ->
     return upright(Picture(pixels, gray, alpha, "AVIF", **found), back)
 
 
-def write(kind: str) -> Callable[[Sink, np.ndarray, Picture, int, bool, Notice], None]:
-    def write_pixels(
-        sink: Sink, samples: np.ndarray, picture: Picture, quality: int, lossless: bool, notice: Notice
-    ) -> None:
+def write(kind: str) -> Callable[[Sink, Bands, Picture, int, bool, Notice], None]:
+    def write_pixels(sink: Sink, bands: Bands, picture: Picture, quality: int, lossless: bool, notice: Notice) -> None:
         options: dict[str, Any] = {"quality": quality, "icc_profile": picture.icc}
         if picture.exif:
             options["exif"] = b"Exif\0\0" + picture.exif
         if picture.xmp:
             options["xmp"] = picture.xmp
         if kind == "WEBP":
-            options |= {"lossless": lossless, "method": 4, "exact": samples.shape[2] == 4}
+            options |= {"lossless": lossless, "method": 4, "exact": bands.shape[2] == 4}
         else:
             options |= {"subsampling": "4:4:4", "speed": 6}
-        sink.write(_encoded(Image.fromarray(samples), kind, options, notice).getbuffer())
+        sink.write(_encoded(Image.fromarray(bands.array()), kind, options, notice).getbuffer())
 
     return write_pixels
 
