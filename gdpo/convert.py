@@ -9,6 +9,8 @@ RELEASED is either of the authors' two released forms, or this project's:
 
 It may also be a published super-resolution network, x4 or x2, of an architecture that spandrel knows, or an ncnn file
 of Real-ESRGAN's: the folder is a generator that gives the network's own pixels, and learns to use the noise in NAOSD.
+
+And back: with --out NAME.safetensors RELEASED is a model folder, and the file a network that spandrel's users load.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from gdpo.model.networks import PUBLISHED, is_network
 from gdpo.model.parts import load_pretrained, read_json
 from gdpo.model.prompts import PromptEncoder
 from gdpo.model.released import ReleasedLora, read_released
+from gdpo.model.single_file import save_single_file
 
 RELEASED_ALPHA = 8  # peft's default, which the authors' code left: the scale is 8 / rank
 
@@ -79,6 +82,21 @@ def convert(
         if vae is not None:
             _attach(released, generator.vae, vae, lora_alpha)
     generator.save_pretrained(target)
+
+
+def to_network(
+    folder: str | os.PathLike[str], out: str | os.PathLike[str], *, seed: int = 0, overwrite: bool = False
+) -> str:
+    """Write a model folder as one .safetensors file for spandrel; see gdpo.model.single_file.
+
+    Returns: the name of the architecture.
+
+    Raises:
+        FileExistsError: `out` exists. ValueError: see save_single_file.
+    """
+    if Path(out).exists() and not overwrite:
+        raise FileExistsError(f"{os.fspath(out)} exists; --overwrite replaces it")
+    return save_single_file(OneStepGenerator.from_pretrained(folder), Path(out), seed)
 
 
 def _attach(file: Path, model: Any, released: ReleasedLora, alpha: int) -> None:
@@ -198,7 +216,10 @@ def main() -> None:
         f"(.pth, .safetensors, .param) or one of {', '.join(PUBLISHED)}",
     )
     parser.add_argument("--base", type=str | None, help="diffusers folder of the base model")
-    parser.add_argument("--out", type=str, required=True, help="the model folder to make")
+    parser.add_argument(
+        "--out", type=str, required=True, help="the model folder to make, or NAME.safetensors: a network for spandrel"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the noise in NAME.safetensors")
     parser.add_argument(
         "--lora-alpha", type=PositiveInt, default=RELEASED_ALPHA, help="alpha of the LoRA: its scale is alpha / rank"
     )
@@ -206,6 +227,10 @@ def main() -> None:
     parser.add_argument("--t-diffusion", type=int | None, help="timestep given to the UNet (default: 100)")
     parser.add_argument("--overwrite", action="store_true", help="replace an --out that holds a model")
     args = parser.parse_args()
+    if Path(args.out).suffix == ".safetensors":
+        name = to_network(args.released, args.out, seed=args.seed, overwrite=args.overwrite)
+        print(f"{args.out}: {args.released} as a network of spandrel's architecture {name}")
+        return
     convert(
         args.released,
         args.out,

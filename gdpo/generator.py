@@ -150,8 +150,11 @@ class OneStepGenerator(nn.Module):
             folder, stem = PUBLISHED[name]
             file = asset(folder) / f"{stem}.bin"
         network, source = load_network(file)
-        unet = NetworkUNet(network, source).check()
-        return cls(unet, PixelCodec(4), parametrization="residual", **kwargs).requires_grad_(False).eval()
+        unet = NetworkUNet(network, source)
+        generator = cls(unet, PixelCodec(4), parametrization="residual", **kwargs).requires_grad_(False).eval()
+        unet.signal = math.sqrt(generator.a_n)
+        unet.check()
+        return generator
 
     @classmethod
     def from_pretrained(

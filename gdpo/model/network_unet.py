@@ -75,13 +75,15 @@ class NetworkUNet(nn.Module):
     Args:
         network: as gdpo.model.networks reads it.
         source: "file" and "sha256" of where it is from.
+        signal: the factor of the picture in the noisy latent, sqrt(alpha_bar) of the generator's t_noise.
 
     Raises:
         ValueError: a network that takes no noise, or does not give the same picture twice.
     """
 
-    def __init__(self, network: Network, source: dict[str, str] | None = None):
+    def __init__(self, network: Network, source: dict[str, str] | None = None, signal: float = 1.0):
         super().__init__()
+        self.signal = signal
         self.architecture, self.scale, self.source = network.architecture, network.scale, dict(source or {})
         self.multiple = network.multiple
         self.network = network.model
@@ -154,7 +156,7 @@ class NetworkUNet(nn.Module):
         self.gradient_checkpointing = True
 
     def config_dict(self) -> dict:
-        about = {"architecture": self.architecture, "scale": self.scale, "source": self.source}
+        about = {"architecture": self.architecture, "scale": self.scale, "source": self.source, "signal": self.signal}
         return {"_class_name": "NetworkUNet", **about}
 
     @classmethod
@@ -174,7 +176,10 @@ class NetworkUNet(nn.Module):
         source = config.get("source", {})
         if not isinstance(source, dict) or not all(isinstance(v, str) for v in source.values()):
             raise ValueError(f"{where}: source must hold texts; got {source!r:.60}")
-        unet = cls(network, source)
+        signal = config.get("signal", 1.0)
+        if not isinstance(signal, int | float) or not 0 < signal <= 1:
+            raise ValueError(f"{where}: signal must be a number above 0 and up to 1; got {signal!r:.40}")
+        unet = cls(network, source, float(signal))
         noise = state.get("noise.weight")
         if noise is None or noise.shape != unet.noise.weight.shape or len(state) != len(own) + 1:
             raise ValueError(
@@ -235,7 +240,7 @@ class NetworkUNet(nn.Module):
                 f"sample must be [B,{2 * CHANNELS},h,w] with h and w multiples of {m}; got {tuple(sample.shape)}"
             )
         noisy, condition = sample[:, :CHANNELS], sample[:, CHANNELS:]
-        lr, noise = self.recover(condition).to(sample.dtype), noisy - condition
+        lr, noise = self.recover(condition).to(sample.dtype), noisy - self.signal * condition
         if self.gradient_checkpointing and torch.is_grad_enabled():
             picture = checkpoint(self.draw, lr, noise, use_reentrant=False)
         else:
