@@ -153,8 +153,11 @@ def fsync(path: Path) -> None:
 
 def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> None:
     """Write a whole file or nothing."""
+    data = content.encode() if isinstance(content, str) else content
     with atomic_path(path) as staged:
-        staged.write_bytes(content.encode() if isinstance(content, str) else content)
+        staged.write_bytes(data)
+        if (size := staged.stat().st_size) != len(data):
+            raise OSError(errno.EIO, f"{size} bytes are on the disk where {len(data)} were written", str(path))
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -177,8 +177,8 @@ class Journal:
                 size = os.fstat(handle).st_size
                 if size and os.pread(handle, 1, size - 1) != b"\n":  # a killed run's torn line
                     line = b"\n" + line
-                if os.write(handle, line) < len(line):
-                    raise OSError("the disk is full")
+                while line:  # a disk may take a part; a full one raises
+                    line = line[os.write(handle, line) :]
                 os.fsync(handle)
             finally:
                 os.close(handle)

@@ -1,7 +1,7 @@
 /* A disk that fails, for any program: LD_PRELOAD=faulty_disk.so. Every operation below the folder FAULTY_ROOT that
  * needs space or flushes counts; from number FAULTY_AT on (1 is the first), they fail as FAULTY_KIND says:
  *   full    ENOSPC, from then on        short   half of that write, then ENOSPC
- *   io      EIO, once                   lost    that write claims success and writes nothing
+ *   io      EIO, once                   lost    writes claim success and write nothing, from then on
  *   tiny    writes and reads of at most 7 and 512 bytes, which is allowed     nosync  fsync answers EINVAL
  *   slow    every operation takes 2 ms more                                   eintr   every other write is interrupted
  *   bad     reads fail with EIO, from then on
@@ -78,7 +78,7 @@ static int next(int writes) {
   if (is("full")) return errno = ENOSPC, FAIL;
   if (is("short")) return number == at && writes ? HALF : (errno = ENOSPC, FAIL);
   if (is("io")) return number == at ? (errno = EIO, FAIL) : PASS;
-  if (is("lost")) return number == at && writes ? LOST : PASS;
+  if (is("lost")) return writes ? LOST : PASS;
   return PASS;
 }
 
@@ -87,12 +87,14 @@ static size_t less(int what, size_t size) {
   return is("tiny") && size > 7 ? 7 : size;
 }
 
+static ssize_t swallowed(int fd, size_t size) { return lseek(fd, (off_t)size, SEEK_CUR), (ssize_t)size; }
+
 ssize_t write(int fd, const void* data, size_t size) {
   REAL(ssize_t, "write", int, const void*, size_t);
   if (!watched(fd)) return real(fd, data, size);
   const int what = next(1);
   if (what == FAIL) return -1;
-  return what == LOST ? (ssize_t)size : real(fd, data, less(what, size));
+  return what == LOST ? swallowed(fd, size) : real(fd, data, less(what, size));
 }
 
 ssize_t pwrite(int fd, const void* data, size_t size, off_t at) {
@@ -113,7 +115,7 @@ ssize_t writev(int fd, const struct iovec* parts, int n) {
   if (what == PASS && !is("tiny")) return real(fd, parts, n);
   size_t whole = 0;
   for (int i = 0; i < n; ++i) whole += parts[i].iov_len;
-  if (what == LOST) return (ssize_t)whole;
+  if (what == LOST) return swallowed(fd, whole);
   const struct iovec first = {parts[0].iov_base, less(what, parts[0].iov_len)};
   return real(fd, &first, 1);
 }
