@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from engine.io.formats import BY_SUFFIX
-from engine.io.images import MAX_PIXELS, Picture, Put, check_writable, image_writer, write_image
+from engine.io.images import MAX_PIXELS, Picture, Put, image_writer
 from engine.pictures import outcome, parse_background, upscale_picture, upscale_rows
 from engine.runtime import color
 from engine.runtime.restore import Progress
@@ -154,24 +154,6 @@ class Settings:
         whole = functools.partial(upscale_picture, up, scale=native, **options)
         result = upscale_wrapped(picture, whole, native, size, vertical=self.wrap == "both")
         put(result.pixels, result.alpha)
-
-    def upscaled(self, up: Upscaler, picture: Picture, target: Path, progress: Progress | None = None) -> Picture:
-        """The result for one picture in memory; see `make`."""
-        size = self._size(picture)
-        alpha = picture.alpha is not None and self.background is None
-        check_writable(target, size[1], size[0], alpha=alpha, lossless=self._lossless(target))
-        like = outcome(picture, size, self.background)
-        rows: list[tuple[np.ndarray, np.ndarray | None]] = []
-        self._upscale(
-            up, picture, size, lambda a, b: rows.append((a.copy(), None if b is None else b.copy())), progress
-        )
-        mask = [m for _, m in rows if m is not None]
-        return replace(like, pixels=np.concatenate([p for p, _ in rows]), alpha=np.concatenate(mask) if mask else None)
-
-    def write(self, target: Path, result: Picture, **more: Any) -> None:
-        """Write a result; `more` is of `write_image`: notice, sealed."""
-        done = result.without_metadata() if self.strip_metadata else result
-        write_image(target, done, quality=self.quality, lossless=self._lossless(target), **more)
 
     def _lossless(self, target: Path) -> bool:
         return self.lossless and lossless_of(target) != "always"

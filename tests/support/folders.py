@@ -46,7 +46,7 @@ def model(image: str = "image") -> bytes:
     return made.SerializeToString()
 
 
-def write_folder(folder: Path, content: bytes, data: bytes | None = None) -> Path:
+def write_folder(folder: Path, content: bytes, data: bytes | None = None, profile: Profile | None = None) -> Path:
     """A folder whose manifest fits `content`, whatever that is, and the weights `data` beside it."""
     folder.mkdir(parents=True)
     (folder / "generator.onnx").write_bytes(content)
@@ -63,7 +63,7 @@ def write_folder(folder: Path, content: bytes, data: bytes | None = None) -> Pat
         {} if data is None else {"generator.onnx.data": hashlib.sha256(data).hexdigest()},
     )
     geometry = Geometry(scale=4, factor=4, channels=48, multiple=16, overlap=64)
-    Manifest("onnx", "opset 18", "fp32", geometry, Profile(), {"generator": graph}).save(folder)
+    Manifest("onnx", "opset 18", "fp32", geometry, profile or Profile(), {"generator": graph}).save(folder)
     return folder
 
 

@@ -1,0 +1,1 @@
+"""The HTTP service: `python -m engine.serve` (docs/serve.md)."""
