@@ -3,7 +3,7 @@
     python -m benchmarks.gpu [--parts kernels gdpo-step] [--again gdpo-step] [--minutes 9] [--out DIR] [--dry]
 
 A sequence of parts, each a process of its own with a time limit and a log file (PARTS below, `--list` shows them). What
-a part finished is remembered in DIR/state.json: the next call at the same commit on the same GPU goes on with the rest.
+a part finished is remembered in DIR/state.json: the next call at the same commit on the same GPU does the rest.
 A part whose package is missing is skipped with the reason; the others go on. Exit code 1 names what is not done. On an
 H100 one call is meant to reach the parts down to tensorrt-rtx and the 1024 pixels of inference-large at small batches
 (expected from the work, not measured yet; docs/gpu.md). The plots are drawn in any case.

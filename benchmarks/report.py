@@ -67,7 +67,7 @@ def quality(name: str) -> str:
 
 
 def targets() -> str:
-    """The targets of the model that ships, on RealSR: what it reaches and by how much it misses."""
+    """The targets of the bundled model, on RealSR: what it reaches and by how much it misses."""
     models = quality_rows("realsr")
     ours, hr, x4plus = models[_SHIPPED], models["hr"], models["Real-ESRGAN-x4plus"]
     checks = [

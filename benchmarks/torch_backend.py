@@ -5,7 +5,7 @@
 Every step of the ladder is on top of those before it. The whole ladder is measured where a user waits for one picture
 and at a batch of 8, both of the first size; elsewhere its ends are. Before a figure is taken, the output is compared
 with fp32 (relative L2), and a figure of a wrong result is not kept: exit code 1 names it, and what time did not reach
-or a library refused. Called again, it goes on with the shapes that have no rows of this commit and GPU. Contenders
+or a library refused. Called again, it does the shapes that have no rows of this commit and GPU. Contenders
 take turns in two rounds; a figure is the median of all calls on pictures that are on the device, the spread each
 round's median.
 The floor: FLOP counted on the definition over the rate of a large bf16 product measured in the same run.

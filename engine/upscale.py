@@ -17,6 +17,7 @@ from engine.io.files import clean_leftovers
 from engine.io.images import MAX_BYTES, MAX_PIXELS, SUFFIXES
 from engine.jobs import plan
 from engine.runtime import color
+from engine.runtime.backends.registry import BACKENDS
 from engine.runtime.upscaler import Upscaler, default_model
 from engine.settings import Settings
 from engine.worker import Worker, model_identity
@@ -75,7 +76,10 @@ def parser() -> cli.Parser:
     files.add_argument("--compare", metavar="PAGE.html", help="write a page with a before/after slider")
     machine = p.add_argument_group("machine")
     machine.add_argument(
-        "--backend", default="auto", help="auto, onnxruntime, openvino, tensorrt, tensorrt-rtx or torch"
+        "--backend",
+        default="auto",
+        metavar="NAME",
+        help=f"auto, {', '.join(BACKENDS)} (auto: what the model was built for)",
     )
     machine.add_argument("--device", help="cpu, cuda or cuda:N")
     machine.add_argument("--precision", default="auto", choices=("auto", "fp32", "fp16", "bf16"),

@@ -1,6 +1,6 @@
 """The bundled model, from photos to engine folder: python examples/train_tiny.py [--out DIR].
 
-Every step is a command that you can run yourself; interrupted, it goes on where it was. The photos come from Debian's
+Every step is a command that you can run yourself; after an interruption it continues. The photos come from Debian's
 wallpaper packages; none of them is in RealSR. The folder gets a model card (README.md) that names every photo.
 """
 

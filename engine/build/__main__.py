@@ -74,7 +74,8 @@ def main() -> int:
                         help="int8: quantized, for CPUs with VNNI, if pictures stay the same")  # fmt: skip
     parser.add_argument("--calibration", metavar="DIR", help="pictures that int8 is calibrated on and checked with")
     parser.add_argument("--timing-cache", help="file that keeps timing measurements between builds")
-    parser.add_argument("--builder-optimization-level", type=int, default=3, choices=range(6))
+    parser.add_argument("--builder-optimization-level", type=int, default=3, choices=range(6), metavar="0..5",
+                        help="effort of TensorRT's search for fast kernels")  # fmt: skip
     parser.add_argument("--version-compatible", action="store_true",
                         help="build a plan that later TensorRT versions can load")  # fmt: skip
     parser.add_argument("--refit", action="store_true", help="build a plan whose weights can be replaced")

@@ -33,7 +33,8 @@ class HelpFormatter(DefaultHelpFormatter):
     """Types and defaults after each text, without the defaults that say nothing: null, False, empty."""
 
     def _expand_help(self, action: Action) -> str:
-        text = re.sub(r"(, )?default: (null|False|\[\])?(?=\))", "", super()._expand_help(action))
+        text = re.sub(r"type: <function .*? at 0x\w+>(, )?", "", super()._expand_help(action))
+        text = re.sub(r"(, )?default: (null|False|\[\])?(?=\))", "", text)
         return text.replace(" ()", "")
 
 

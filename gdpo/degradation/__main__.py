@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from engine.io.cli import Parser, run
-from engine.io.images import SUFFIXES, Picture, check_writable, read_image, write_image
+from engine.io.images import READABLE, Picture, check_writable, read_image, write_image
 from gdpo.degradation.config import DegradationConfig
 from gdpo.degradation.pipeline import Degradation
 
@@ -50,9 +50,9 @@ def _photos(source: Path) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise ValueError(f"--in {source}: no such file or folder")
-    photos = sorted(path for path in source.iterdir() if path.suffix.lower() in SUFFIXES)
+    photos = sorted(path for path in source.iterdir() if path.suffix.lower() in READABLE)
     if not photos:
-        raise ValueError(f"--in {source}: no photo in it ({' '.join(SUFFIXES)})")
+        raise ValueError(f"--in {source}: no photo in it ({' '.join(sorted(READABLE))})")
     return photos
 
 

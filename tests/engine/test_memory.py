@@ -45,6 +45,28 @@ line = next(line for line in Path("/proc/self/status").read_text().splitlines() 
 print(code, int(line.split()[1]) / 1024)
 """
 
+STREAM = """
+import sys
+from pathlib import Path
+import numpy as np
+from engine.io.images import Picture, image_writer
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+height, width, alpha = 6000, 5000, sys.argv[1].endswith("png")
+small = np.zeros((1, 1, 3), np.uint8)
+band = np.repeat(np.arange(width, dtype=np.uint32)[None, :, None] // 7 % 256, 60, 0).repeat(3, 2).astype(np.uint8)
+seen = []
+for path, rows in ((Path(sys.argv[1]).with_stem("warm"), 60), (Path(sys.argv[1]), height)):
+    with image_writer(path, Picture(small, alpha=small[..., 0] if alpha else None), (rows, width)) as put:
+        for _ in range(0, rows, 60):
+            put(band, band[..., 0] if alpha else None)
+    seen.append(peak())
+print(*seen)
+"""
+
 
 def python(code, *arguments):
     done = subprocess.run(
@@ -77,3 +99,14 @@ def test_a_large_picture_takes_bounded_memory(tiny_engine, tmp_path, width, heig
     print(f"{16 * width * height / 1e6:.0f} megapixels: {peak:.0f} MiB")
     assert code == 0 and peak < limit
     assert read_image(tmp_path / "out.jpg").pixels.shape == (4 * height, 4 * width, 3)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+def test_rows_are_encoded_as_they_come(tmp_path, suffix):
+    """A picture of 86 MiB (114 with its mask) is written in a fraction of that, and is all there."""
+    from engine.io.images import picture_size
+
+    small, large = python(STREAM, tmp_path / f"out.{suffix}")
+    print(f"{suffix}: {small:.0f} MiB for 60 rows, {large:.0f} MiB for 6000")
+    assert large - small < 40
+    assert picture_size(tmp_path / f"out.{suffix}") == (6000, 5000)

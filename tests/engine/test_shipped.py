@@ -1,4 +1,4 @@
-"""The model that ships: whole, small, documented; on photos that it never saw it does what it is for."""
+"""The bundled model: whole, small, documented; on photos that it never saw it does what it is for."""
 
 import json
 from pathlib import Path

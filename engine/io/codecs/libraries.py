@@ -37,7 +37,7 @@ def pixels_of(image: Image.Image) -> tuple[np.ndarray, bool, np.ndarray | None]:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         alpha = np.asarray(image.getchannel("A"))
-    return np.asarray(image.convert("RGB")), gray, alpha
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB")), gray, alpha
 
 
 def common_metadata(info: dict[Any, Any]) -> dict[str, Any]:
