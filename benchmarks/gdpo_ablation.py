@@ -1,11 +1,12 @@
-"""The paper's ablation at small scale: GDPO, DPO (best against worst) and fixed weights (rho 0.5), with equal steps.
+"""The paper's ablation at small scale, with equal steps: GDPO, fixed weights (rho 0.5), and other algorithms on the
+same groups: Diffusion-DPO (best against worst), DP2O-SR's pairs, GRPO on the one-step likelihood, DiffusionNFT.
 
     python -m benchmarks.gdpo_ablation --config configs/tiny-gdpo.yaml --steps 300 --every 50 --out runs/ablation
 
 All of them start from the model of the configuration, see the same pictures and noises, and are judged alike, at every
 checkpoint, on held-out crops (gdpo.evaluation.before_after): the attribute-aware reward against the starting model,
 PSNR-Y, the no-reference score, and the two artefact figures. The curves show where a reward begins to be hacked: it
-still rises while fidelity falls or an artefact figure climbs. Interrupted, it goes on where it was.
+still rises while fidelity falls or an artefact figure climbs. After an interruption it continues where it stopped.
 """
 
 from __future__ import annotations
@@ -30,8 +31,11 @@ from gdpo.train import checkpoint as checkpoints
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "GDPO": (),
-    "DPO": ("--algorithm", "dpo"),
+    "DPO": ("--algorithm", "diffusion_dpo"),
     "rho=0.5": ("--rho", "0.5"),
+    "DP2O": ("--algorithm", "dp2o"),
+    "GRPO": ("--algorithm", "grpo"),
+    "NFT": ("--algorithm", "nft"),
 }
 
 

@@ -313,9 +313,16 @@ class GDPOConfig(TrainConfig):
     """Group direct preference optimisation of a trained generator.
 
     Args:
-        algorithm: "gdpo" (the whole group, weighted by advantage) or "dpo" (best against worst).
+        algorithm: "gdpo" (the whole group, weighted by advantage), or for comparison, on the same groups: "grpo" (on
+            the one-step likelihood), "nft" (DiffusionNFT), "diffusion_dpo" (best against worst), "dp2o" (the best
+            against the worst in pairs, DP2O-SR); formulas in gdpo.train.losses.preference.
         num_generations: G, samples per picture.
-        beta: of the loss.
+        beta: of the loss: a picture's log-likelihood is -beta/2 times its mean squared error of prediction.
+        epsilon: grpo: likelihood ratios count within 1 - epsilon and 1 + epsilon.
+        kl: grpo: weight of the divergence from the reference.
+        nft_strength: nft: how far the positive and the negative policy lie from the reference (the paper's beta).
+        num_pairs: dp2o: how many of the best meet as many of the worst.
+        mean_reward_std: dp2o: the usual `reward_std`; groups with more spread count for more.
         reward_funcs: names of the registry or module:function of your own; see gdpo.scores.registry. "region_fidelity"
             and "region_detail" measure fidelity where the picture is smooth and detail where it is textured.
         reward_weights: one number per reward function, relative to each other; None weighs alike.
@@ -335,9 +342,14 @@ class GDPOConfig(TrainConfig):
         compile_frozen: torch.compile of what is frozen and compared with nothing: the sampler and the autoencoder.
     """
 
-    algorithm: Literal["gdpo", "dpo"] = "gdpo"
+    algorithm: Literal["gdpo", "grpo", "nft", "diffusion_dpo", "dp2o"] = "gdpo"
     num_generations: int = 6
     beta: float = 5000.0
+    epsilon: float = 0.2
+    kl: float = 0.04
+    nft_strength: float = 1.0
+    num_pairs: int = 2
+    mean_reward_std: float = 0.3
     reward_funcs: list[str] = field(default_factory=lambda: ["psnr_y", "maniqa", "musiq"])
     reward_weights: list[float] | None = None
     reward_normalization: Literal["group", "weighted", "none"] = "group"
@@ -352,8 +364,11 @@ class GDPOConfig(TrainConfig):
     def validate(self) -> None:
         super().validate()
         _require(self.num_generations >= 2, "num_generations", "at least 2 (a group is compared)", self.num_generations)
-        _at_least(0, self, "sample_batch_size")
-        _above_0(self, "beta")
+        _at_least(0, self, "sample_batch_size", "kl")
+        _above_0(self, "beta", "epsilon", "nft_strength")
+        pairs, half = self.num_pairs, self.num_generations // 2
+        _require(self.algorithm != "dp2o" or 1 <= pairs <= half, "num_pairs", f"1 to {half} (half a group)", pairs)
+        _require(0 <= self.mean_reward_std <= 1, "mean_reward_std", "in [0,1]", self.mean_reward_std)
         _require(bool(self.reward_funcs), "reward_funcs", "at least one name", self.reward_funcs)
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
             raise ValueError(

@@ -236,7 +236,7 @@ def report(folder: str) -> dict[str, Any]:
         found["waits"] = dict(watch.waits)
         found["kernels"] = sorted({launch["name"] for launch in launches})
         found["places"] = sorted({str(value.device) for value in values if isinstance(value, torch.Tensor)})
-        options: dict[str, Any] = {"algorithm": "dpo", "reward_weights": [1.0, 2.0]}
+        options: dict[str, Any] = {"algorithm": "diffusion_dpo", "reward_weights": [1.0, 2.0]}
         for preset in ("dpo", "tiny"):
             if preset == "tiny":
                 setup.read_base = lambda config: generator.OneStepGenerator.tiny(TinyUNetConfig())

@@ -216,7 +216,7 @@ def best_against_worst(samples, hr):
 
 @pytest.mark.parametrize(
     ("options", "normalise"),
-    [({}, advantages), ({"sample_batch_size": 5}, advantages), ({"algorithm": "dpo"}, best_against_worst)],
+    [({}, advantages), ({"sample_batch_size": 5}, advantages), ({"algorithm": "diffusion_dpo"}, best_against_worst)],
     ids=["gdpo", "gdpo in chunks", "dpo"],
 )
 def test_advantage_loss_and_gradient(options, normalise, taken, batch, mini_sd):

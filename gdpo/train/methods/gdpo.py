@@ -1,4 +1,7 @@
-"""GDPO: group direct preference optimisation of a trained one-step generator (paper, section 3.2 and 3.3)."""
+"""GDPO: group direct preference optimisation of a trained one-step generator (paper, section 3.2 and 3.3).
+
+Other algorithms (`algorithm`) learn from the same groups, for comparison: gdpo.train.losses.preference.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from gdpo.scores.rewards import build_rewards, require_finite
 from gdpo.train.config import GDPOConfig
 from gdpo.train.gain import compare
 from gdpo.train.group import Group, pick
+from gdpo.train.losses.preference import diffusion_dpo_loss, dp2o_loss, grpo_loss, nft_loss
 from gdpo.train.methods.base import Backward, Columns, Method, Metrics
 from gdpo.train.setup import add_lora, group_noise
 
@@ -91,15 +95,16 @@ class GDPO(Method):
         """Sample a group for each picture, score it, learn from the comparison."""
         group = self._sample(batch, step)
         judged = self._score(group.images.float(), batch.hr * 2 - 1)
-        group, advantage, keep = self._select(group, judged.advantage)
-        predictions = self._predict(group, batch.samples, keep)
-        loss, margin = self._compare(predictions, advantage, judged.mask)
+        keep = self._kept(judged.reward)
+        predictions = self._predict(group if keep is None else group.pick(keep), batch.samples, keep)
+        loss, margin = self._compare(predictions, judged, keep)
         backward(loss)
         require_finite(judged.scores)  # on a GPU only now: until here the host has queued kernels without waiting
         metrics = {
             "loss": loss,
             "rewards/margins": margin.mean(),
             "rewards/accuracies": (margin > 0).float().mean(),
+            "drift/prediction": (predictions.policy.detach() - predictions.reference).square().mean(),
         }
         return {k: v.detach() for k, v in (self._log(judged) | metrics).items()}
 
@@ -124,13 +129,13 @@ class GDPO(Method):
         """[B,G,3,H,W] against [B,3,H,W], both in [-1,1]."""
         return self.reward(images, hr)
 
-    def _select(self, group: Group, advantage: Tensor) -> tuple[Group, Tensor, Tensor | None]:
-        """What is compared: the group, its advantage [B,K], and which samples these are ([B,K]; None for all)."""
-        if self.config.algorithm == "gdpo":
-            return group, advantage.float(), None
-        keep = torch.stack([advantage.argmax(1), advantage.argmin(1)], dim=1)  # best against worst: a group of two
-        told_apart = (advantage.gather(1, keep).diff(dim=1) != 0).float()  # a tie teaches nothing
-        return group.pick(keep), torch.cat([told_apart, -told_apart], dim=1), keep
+    def _kept(self, reward: Tensor) -> Tensor | None:
+        """Which samples are compared: the numbers of the best and the worst, best first, [B,K]; None for all."""
+        n = {"diffusion_dpo": 1, "dp2o": self.config.num_pairs}.get(self.config.algorithm)
+        if n is None:
+            return None
+        order = reward.argsort(dim=1, descending=True, stable=True)
+        return torch.cat([order[:, :n], order[:, -n:]], dim=1)
 
     def _predict(self, group: Group, samples: list[int], keep: Tensor | None) -> Predictions:
         """The noise in the group's latents, as the policy (with gradient) and the reference see it."""
@@ -148,13 +153,22 @@ class GDPO(Method):
             policy = generator.predict(latents, fresh, flat.text, flat.condition).noise_pred
         return Predictions(*(x.float().unflatten(0, (-1, k)) for x in (policy, reference, fresh)))
 
-    def _compare(self, predictions: Predictions, advantage: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _compare(self, predictions: Predictions, judged: Judged, keep: Tensor | None) -> tuple[Tensor, Tensor]:
         """Loss [] and margin [B]."""
-        policy, reference, noise = predictions
-        return gdpo_loss(
-            policy, noise, reference, advantage,
-            beta=self.config.beta, weight=self._loss_weight(mask, noise), backend=self.config.backend,
-        )  # fmt: skip
+        config, (policy, reference, noise) = self.config, predictions
+        weight, advantage = self._loss_weight(judged.mask, noise), judged.advantage.float()
+        reward = judged.reward if keep is None else judged.reward.gather(1, keep)
+        seen, beta = (policy, noise, reference), config.beta
+        if config.algorithm == "gdpo":
+            return gdpo_loss(*seen, advantage, beta=beta, weight=weight, backend=config.backend)
+        if config.algorithm == "grpo":
+            return grpo_loss(*seen, advantage, beta=beta, epsilon=config.epsilon, kl=config.kl, weight=weight)
+        if config.algorithm == "nft":
+            return nft_loss(*seen, advantage, beta=beta, strength=config.nft_strength, weight=weight)
+        if config.algorithm == "diffusion_dpo":
+            return diffusion_dpo_loss(*seen, reward, beta=beta, weight=weight)
+        spread = judged.reward.std(dim=1)
+        return dp2o_loss(*seen, reward, spread, beta=beta, mean_spread=config.mean_reward_std, weight=weight)
 
     @torch.no_grad()
     def _log(self, judged: Judged) -> Metrics:
