@@ -170,11 +170,31 @@ def fill_hidden(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     Returns:
         [H,W,3]: equal to pixels wherever the opacity is 1/16 or more, free of what stood where it is 0.
     """
-    weight = np.minimum(alpha.astype(np.float32) / (np.iinfo(alpha.dtype).max * _FAINT), 1)
-    out = np.empty_like(pixels)
+    height, width = alpha.shape
+    # The first step down and the last step up are done in bands: nothing of the picture's size is in floating point.
+    bands = [slice(top, min(top + _ROWS, height)) for top in range(0, height, _ROWS)]
+    small = [slice(band.start // 2, (band.stop + 1) // 2) for band in bands]
+    total = np.empty(((height + 1) // 2, (width + 1) // 2), np.float32)
+    for band, rows in zip(bands, small):
+        total[rows] = _sum_of_four(_visibility(alpha[band]))
+    out, mean, share = np.empty_like(pixels), np.empty_like(total), np.minimum(total, 1)
     for channel in range(3):
-        out[..., channel] = np.rint(_push_pull(pixels[..., channel].astype(np.float32), weight))
+        for band, rows in zip(bands, small):
+            seen = pixels[band, :, channel] * _visibility(alpha[band])
+            mean[rows] = _sum_of_four(seen) / np.maximum(total[rows], np.float32(1e-6))
+        around = _push_pull(mean, share)
+        for band, rows in zip(bands, small):
+            start = max(rows.start - 1, 0)  # bilinear: a row more on both sides
+            wide = _doubled(around[start : rows.stop + 1])[2 * (rows.start - start) :, :width]
+            weight = _visibility(alpha[band])
+            mixed = pixels[band, :, channel] * weight + wide[: len(weight)] * (1 - weight)
+            out[band, :, channel] = np.rint(mixed)
     return out
+
+
+def _visibility(alpha: np.ndarray) -> np.ndarray:
+    """float32 in [0,1]: 1 from an opacity of 1/16 on."""
+    return np.minimum(alpha.astype(np.float32) / (np.iinfo(alpha.dtype).max * _FAINT), 1)
 
 
 def _push_pull(plane: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -243,13 +263,15 @@ def _upscale_mask(
     options: dict[str, Any],
 ) -> None:
     """The mask as a gray picture through the model, within the limits of its surroundings: flat areas stay exact."""
-    least, most = _extremes(alpha)
     limit = options.get("max_pixels", MAX_OUTPUT_PIXELS)
     height, width = output_size(alpha.shape[0], alpha.shape[1], options.get("scale", 4.0), limit)
     columns = np.arange(width) * alpha.shape[1] // width
 
     def clip(first: int, rows: np.ndarray) -> None:
-        at = np.ix_(np.arange(first, first + len(rows)) * alpha.shape[0] // height, columns)
+        source = np.arange(first, first + len(rows)) * alpha.shape[0] // height
+        start = max(source[0] - 1, 0)
+        least, most = _extremes(alpha[start : source[-1] + 2])
+        at = np.ix_(source - start, columns)
         put(np.clip(rows[..., 0], least[at], most[at]))
 
     gray = np.repeat(alpha[..., None], 3, axis=2)
