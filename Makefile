@@ -1,7 +1,9 @@
 # make demo         upscale a real photo, tune the bundled model on real photos (GDPO), show what changed, deploy it
 # make test         everything that must hold, on a machine without a GPU
 # make test-all     the same with the long form of each check, and the documentation site
-# make docs         the documentation site, in site/
+# make docs         the documentation site, in site/, with the browser page where npm is
+# make web          the browser page, in web/dist, and what the examples in Node need
+# make wheel        a wheel for Linux in dist/, tried in an environment of its own
 # make lint         ruff, mypy, import-linter
 # make bench-gpu    every figure that needs a GPU, under 9 minutes; continues where it stopped (GPU_ARGS=--dry: on the CPU)
 PYTHON ?= python3
@@ -10,6 +12,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
 export OMP_NUM_THREADS ?= 2
+NODE := $(if $(shell command -v npm),web/node_modules/.ready examples/programs/node_modules/.ready)
 
 .PHONY: help setup demo test test-all bench-gpu lint docs clean
 help:
@@ -34,10 +37,10 @@ setup: $(VENV)/.ready
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
-test: setup lint
+test: setup lint $(NODE)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow"
 
-test-all: setup lint docs
+test-all: setup lint docs $(NODE)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 # No set-up: on a GPU machine the torch that is there has CUDA. benchmarks/gpu.py says what else it needs.
@@ -54,8 +57,26 @@ lint: setup
 $(VENV)/.docs: $(DEPENDS) | $(BIN)/python
 	$(PIP) install -c constraints.txt -e '.[docs]'
 	@touch $@
-docs: $(VENV)/.docs
+docs: $(VENV)/.docs $(if $(shell command -v npm),web)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.PHONY: web wheel
+# The two node_modules are left alone while their lock files do not change; vite packs the page anew.
+%/node_modules/.ready: %/package-lock.json
+	npm --prefix $* ci && touch $@ || echo "make: npm ci failed in $*; tests that need it are skipped" >&2
+web: $(NODE)
+	npm --prefix web run build
+
+# auditwheel names the oldest Linux that the compiler and C library here allow: manylinux_2_28 in that container.
+wheel: setup
+	rm -rf build/wheel
+	GDPO_BUILD_CSRC=1 $(BIN)/python -m build --wheel --no-isolation --outdir build/wheel/built .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/built/*.whl
+	$(PYTHON) -m venv build/wheel/clean
+	build/wheel/clean/bin/pip -q install -c constraints.txt "$$(ls -t dist/*.whl | head -1)"
+	cd build/wheel && clean/bin/python -c "from PIL import Image; \
+	  Image.open('$(CURDIR)/docs/realsr-few.jpg').crop((0, 0, 80, 60)).save('photo.jpg')" && \
+	  clean/bin/gdpo-upscale photo.jpg photo.png
 
 clean:
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
