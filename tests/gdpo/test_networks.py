@@ -120,6 +120,7 @@ def test_a_folder_gives_the_networks_pixels_whatever_the_noise(name, tmp_path):
     torch.save(net.state_dict(), tmp_path / "net.pth")
     convert(tmp_path / "net.pth", tmp_path / "model")
     generator = OneStepGenerator.from_pretrained(tmp_path / "model")
+    assert generator.unet.windowed == (name == "SwinIR")
     lr = to_tensor(photo(32, 64))
     latents = generator.encode(enlarged(lr))
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
