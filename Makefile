@@ -1,6 +1,9 @@
 # make demo         upscale a real photo, tune the bundled model on real photos (GDPO), show what changed, deploy it
 # make test         everything that must hold, on a machine without a GPU
 # make test-all     the same with the long form of each check, and the documentation site
+# make attack       an hour of attacks on everything, ATTACK_ARGS="--minutes 60"; goes on where it stopped (docs/reliability.md)
+# make sbom         what the default install brings, in build/sbom.cdx.json (CycloneDX)
+# make audit        known vulnerabilities of the pinned versions
 # make docs         the documentation site, in site/, with the browser page where npm is
 # make web          the browser page, in web/dist, and what the examples in Node need
 # make wheel        a wheel for Linux in dist/, tried in an environment of its own
@@ -14,7 +17,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 export OMP_NUM_THREADS ?= 2
 NODE := $(if $(shell command -v npm),web/node_modules/.ready examples/programs/node_modules/.ready)
 
-.PHONY: help setup demo test test-all bench-gpu lint docs clean
+.PHONY: help setup demo test test-all attack sbom audit bench-gpu lint docs clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -42,6 +45,26 @@ test: setup lint $(NODE)
 
 test-all: setup lint docs $(NODE)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+ATTACK_ARGS ?= --minutes 60 --report
+attack: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attack $(ATTACK_ARGS)
+
+# What ships is an environment of its own, and so are the tools that look at it.
+$(VENV)/.release: | $(BIN)/python
+	$(BIN)/python -m venv $(VENV)/release
+	$(VENV)/release/bin/python -m pip --disable-pip-version-check -q install cyclonedx-bom pip-audit
+	@touch $@
+sbom: $(VENV)/.release
+	rm -rf build/shipped && $(PYTHON) -m venv build/shipped
+	GDPO_BUILD_CSRC=auto build/shipped/bin/python -m pip --disable-pip-version-check -q install -c constraints.txt .
+	build/shipped/bin/python -m pip --disable-pip-version-check -q uninstall -y pip setuptools
+	$(VENV)/release/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+	  -o build/sbom.cdx.json build/shipped/bin/python
+audit: $(VENV)/.release
+	@$(BIN)/python -c 'import urllib.request as r; r.urlopen("https://pypi.org/pypi/pip/json", timeout=20)' 2>/dev/null || \
+	  { echo "make audit: the advisory database (pypi.org) cannot be reached from here; nothing was checked" >&2; exit 2; }
+	$(VENV)/release/bin/pip-audit -r constraints.txt --no-deps --disable-pip --progress-spinner off
 
 # No set-up: on a GPU machine the torch that is there has CUDA. benchmarks/gpu.py says what else it needs.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)

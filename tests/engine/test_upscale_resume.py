@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -237,23 +236,6 @@ def test_where_memory_lacks_a_smaller_tile_is_named(run, photo, tmp_path, monkey
     for tile, advice in (("0", "try --tile 64"), ("128", "try --tile 64"), ("16", "too large for this machine")):
         code, _, err = run(source, tmp_path / "o.png", "--tile", tile)
         assert code == 1 and "not enough memory" in err and advice in err
-
-
-@pytest.mark.parametrize("module", ["engine.upscale", "gdpo.train"])
-def test_an_interrupt_during_imports_is_one_line(module, tmp_path):
-    """The interrupt comes as the first heavy module is looked for."""
-    (tmp_path / "numpy").mkdir()
-    (tmp_path / "numpy" / "__init__.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)\n")
-    done = subprocess.run(
-        [sys.executable, "-m", module, "a", "b"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        timeout=60,
-    )
-    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
 
 
 @pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&-", "<&-", "| true", "> /dev/full"])

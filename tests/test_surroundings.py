@@ -1,0 +1,106 @@
+"""Every command in poor surroundings: success, or a line on stderr; never a traceback."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.support.folders import model, write_folder
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = [
+    "engine.upscale", "engine.info", "engine.bench", "engine.build", "engine.export", "gdpo.train", "gdpo.prepare",
+    "gdpo.evaluate", "gdpo.merge", "gdpo.convert", "gdpo.assets", "gdpo.targets", "gdpo.random_folder",
+]  # fmt: skip
+BUNDLED = ROOT / "engine" / "data" / "tiny"
+WORK = {  # what each is asked to do, in a folder with photos/, small/ and folder/; it may refuse
+    "engine.upscale": "photos/0.png out.png --model folder",
+    "engine.info": "folder",
+    "engine.build": "folder --out out --backend onnxruntime",
+    "engine.export": "model --out out",
+    "gdpo.train": "naosd --data.folder=photos --output_dir=out --max_train_steps=1 --model.full=true --vsd_weight=0 "
+    "--perceptual_weight=0 --data.crop_size=64 --model.block_out_channels=[8] --validation_images=1",
+    "gdpo.prepare": "photos --out out --size 64",
+    "gdpo.evaluate": "--lr small --hr photos --model folder --out out",
+    "gdpo.merge": "model --out out",
+    "gdpo.convert": f"{BUNDLED} --out out",
+    "gdpo.assets": "no-such-asset",
+    "gdpo.targets": "--data.folder=photos --output_dir=out",
+    "gdpo.random_folder": "out",
+}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def shell(text: str, cwd: Path, **more) -> subprocess.CompletedProcess:
+    command = ["bash", "-c", text, sys.executable]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, **more)
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_an_interrupt_during_imports_is_one_line(module, tmp_path):
+    """The interrupt comes as the first heavy module is looked for."""
+    for heavy in ("numpy", "torch", "yaml"):
+        (tmp_path / heavy).mkdir()
+        (tmp_path / heavy / "__init__.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", module, *WORK.get(module, "folder").split()],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_help_into_a_closed_pipe_without_a_home_in_the_c_locale(module, tmp_path):
+    text = f'unset HOME; ulimit -n 64; LANG=C LC_ALL=C "$0" -m {module} --help | head -n 1; exit ${{PIPESTATUS[0]}}'
+    done = shell(text, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and "usage:" in done.stdout and os.listdir(tmp_path) == []
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory) -> Path:
+    """photos/, small/, folder/ and model/."""
+    work = tmp_path_factory.mktemp("given")
+    for place, size in (("photos", 128), ("small", 32)):
+        (work / place).mkdir()
+        for i in range(2):
+            grain = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(grain).resize((size, size)).save(work / place / f"{i}.png")
+    write_folder(work / "folder", model())
+    made = shell(f'"$0" -m gdpo.convert {BUNDLED} --out model', work)
+    assert made.returncode == 0, made.stderr
+    return work
+
+
+POOR = [
+    'unset HOME; ulimit -n 64; LANG=C LC_ALL=C {} < /dev/null | true; exit "${{PIPESTATUS[0]}}"',
+    "HOME=/proc/nowhere XDG_CACHE_HOME= {} 2>&1 > /dev/full",
+    "ulimit -v 250000; {}",
+    "ulimit -v 900000; {}",
+    "ulimit -v 3000000; {}",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("module", WORK)
+def test_work_in_poor_surroundings_is_done_or_ends_in_a_line(module, given):
+    for number, poor in enumerate(POOR):
+        subprocess.run(["rm", "-rf", given / "out", given / "out.png"], check=True)
+        done = shell(
+            poor.replace("{}", f'"$0" -m {module} {WORK[module]}').replace("{{", "{").replace("}}", "}"), given
+        )
+        said = done.stderr + done.stdout
+        assert "Traceback" not in said and done.returncode in (0, 1, 2), f"{poor}: exit {done.returncode}\n{said}"
+        assert done.returncode == 0 or "error: " in said or "failed" in said, f"{poor}: exit {done.returncode}\n{said}"
+        expected = module not in ("gdpo.assets", "gdpo.targets", "gdpo.merge")
+        assert done.returncode == 0 or not expected or number > 0, f"{poor}: exit {done.returncode}\n{said}"
