@@ -76,7 +76,8 @@ class Shards(Archive):
         status = os.stat(shard)
         what = f"{os.path.realpath(shard)}\0{status.st_size}\0{status.st_mtime_ns}"
         cache = cache_file(f"shard\0{what}")
-        known = read_cache(cache, 2)
+        names, facts = read_cache(cache, 2)
+        known: dict[str, tuple[int, ...]] = dict(zip(names, map(tuple, facts.tolist())))
         if not known:
             known, broken = _members(shard)
             if broken:

@@ -12,6 +12,7 @@ import os
 import re
 import stat
 import sys
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,10 +51,16 @@ class Listing:
     dangling: dict[str, str] = field(default_factory=dict)
 
 
-def natural(name: str) -> list:
-    """A sort key by which crop9 comes before crop10; ties of case and zeros are broken by the name itself."""
-    words = re.split(r"(\d+)", name)
-    return [*((int(w), w) if w.isdigit() and w.isascii() else (0, w.lower()) for w in words), (0, name)]
+def natural(name: str) -> str:
+    """A sort key by which crop9 comes before crop10, without regard to case. Names that differ in case alone have the
+    same key: sort by the name first."""
+    return re.sub("[0-9]+", _countable, name.lower())
+
+
+def _countable(match: re.Match) -> str:
+    """Digits such that texts of them sort as the numbers do: how many there are, then they, then zeros before them."""
+    digits = match[0].lstrip("0")
+    return f"\0{len(digits):03}{digits}{match[0]}\0"
 
 
 def listing(folder: Path) -> Listing:
@@ -63,15 +70,16 @@ def listing(folder: Path) -> Listing:
         OSError: a folder that cannot be listed.
     """
     found = Listing(folder)
-    pictures: list[tuple[str, os.stat_result]] = []
+    names: list[str] = []
+    facts, places = array("q"), array("Q")  # bytes and time; device and number: millions of small objects take memory
     links: list[tuple[str, str]] = []
-    seen: set[tuple[int, int]] = set()  # device and number of each folder and file
+    folders: set[tuple[int, int]] = set()
 
     def walk(path: str, name: str, status: os.stat_result) -> None:
         """Take what lies in a folder; links wait until all that is there without them is known."""
-        if (status.st_dev, status.st_ino) in seen:
+        if (status.st_dev, status.st_ino) in folders:
             return
-        seen.add((status.st_dev, status.st_ino))
+        folders.add((status.st_dev, status.st_ino))
         with os.scandir(path) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
@@ -85,12 +93,14 @@ def listing(folder: Path) -> Listing:
                     take(below, entry.stat())
 
     def take(name: str, status: os.stat_result) -> None:
-        seen.add((status.st_dev, status.st_ino))
-        pictures.append((name, status))
+        names.append(name)
+        facts.extend((status.st_size, status.st_mtime_ns))
+        places.extend((status.st_dev, status.st_ino))
 
     walk(os.fspath(folder), "", os.stat(folder))
     while links:
-        now, links = sorted(links, key=lambda link: natural(link[0])), []
+        seen = set(zip(places[::2], places[1::2]))
+        now, links = sorted(sorted(links), key=lambda link: natural(link[0])), []
         for name, path in now:
             try:
                 status = os.stat(path)
@@ -98,16 +108,21 @@ def listing(folder: Path) -> Listing:
                 if _is_picture(name) or not Path(name).suffix:
                     found.dangling[name] = os.readlink(path)
                 continue
+            place = (status.st_dev, status.st_ino)
             if stat.S_ISDIR(status.st_mode):
+                before = len(names)
                 walk(path, f"{name}/", status)
-            elif _is_picture(name) and stat.S_ISREG(status.st_mode) and (status.st_dev, status.st_ino) not in seen:
+                seen.update(zip(places[2 * before :: 2], places[2 * before + 1 :: 2]))
+            elif _is_picture(name) and stat.S_ISREG(status.st_mode) and place not in seen:
+                seen.add(place)
                 take(name, status)
-    for name, status in sorted(pictures, key=lambda item: natural(item[0])):
-        if os.path.splitext(name)[1].lower() in READABLE:
-            found.names.append(name)
-            found.stats.append((status.st_size, status.st_mtime_ns))
+    by_name = sorted(range(len(names)), key=names.__getitem__)
+    for i in sorted(by_name, key=lambda i: natural(names[i])):
+        if os.path.splitext(names[i])[1].lower() in READABLE:
+            found.names.append(names[i])
+            found.stats.append((facts[2 * i], facts[2 * i + 1]))
         else:
-            found.others.append(name)
+            found.others.append(names[i])
     return found
 
 
@@ -204,11 +219,16 @@ def remembered_sizes(
         look: position -> size.
     """
     cache = cache_file(what)
-    known = read_cache(cache, 4)
-    sizes: list[Size | None] = []
-    for name, facts in zip(names, stats):
-        entry = known.get(name)
-        sizes.append((entry[2], entry[3]) if entry is not None and entry[:2] == facts else None)
+    known, facts = read_cache(cache, 4)
+    sizes: list[Size | None]
+    if known == list(names) and np.array_equal(facts[:, :2], np.array(stats, np.int64).reshape(-1, 2)):
+        shared: dict[tuple[int, int], tuple[int, int]] = {}  # most pictures have one of a few sizes
+        return [shared.setdefault(size, size) for size in map(tuple, facts[:, 2:].tolist())]
+    row = {name: i for i, name in enumerate(known)}
+    sizes = [None] * len(names)
+    for i, (name, facts_of) in enumerate(zip(names, stats)):
+        if (at := row.get(name)) is not None and tuple(facts[at, :2].tolist()) == facts_of:
+            sizes[i] = (int(facts[at, 2]), int(facts[at, 3]))
     todo = [i for i, size in enumerate(sizes) if size is None]
     for i in tqdm(todo, desc="headers", unit="picture", delay=1, disable=not progress, file=sys.stderr):
         sizes[i] = look(i)
@@ -239,17 +259,17 @@ def cache_file(what: str) -> Path:
     return Path(home) / "gdpo" / "headers" / f"{hashlib.blake2b(os.fsencode(what), digest_size=16).hexdigest()}.npz"
 
 
-def read_cache(file: Path, columns: int) -> dict[str, tuple[int, ...]]:
-    """name -> that many numbers; nothing where there is no cache or it is damaged."""
+def read_cache(file: Path, columns: int) -> tuple[list[str], np.ndarray]:
+    """N names, and as many numbers of each [N,columns] int64; nothing where there is no cache or it is damaged."""
     try:
         with open(file, "rb") as f, np.load(f, allow_pickle=False) as content:
             names = os.fsdecode(content["names"].tobytes()).split("\0")
             facts = content["facts"]
-        if facts.shape != (len(names), columns) or facts.dtype != np.int64:
-            return {}
-        return dict(zip(names, map(tuple, facts.tolist())))
+        if facts.shape == (len(names), columns) and facts.dtype == np.int64:
+            return names, facts
     except Exception:  # of many kinds; a cache is a convenience
-        return {}
+        pass
+    return [], np.zeros((0, columns), np.int64)
 
 
 def write_cache(file: Path, rows: Sequence[tuple[str, tuple[int, ...]]]) -> None:

@@ -77,5 +77,6 @@ def find_sources(photos: list[Path], out: Path) -> Sources:
                     "its names must be paths below that folder"
                 )
             found.captions |= mine
-    found.photos = sorted(sources.values(), key=lambda s: natural(s.name))
+    by_name = sorted(sources.values(), key=lambda s: s.name)
+    found.photos = sorted(by_name, key=lambda s: natural(s.name))
     return found

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -292,3 +293,21 @@ def test_headers_are_read_once_and_what_changed_again(tmp_path, monkeypatch):
         assert len(picture_sizes(listing(folder))) == 6 and len(opened) == 6
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     assert len(picture_sizes(listing(folder))) == 6
+
+
+def test_a_start_takes_little_memory_for_each_picture(tmp_path, monkeypatch):
+    """A process that trains holds 350 MB of libraries; 200,000 pictures may take 150 more, also on the way."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder, count = tmp_path / "pictures", 3000
+    folder.mkdir()
+    Image.effect_noise((40, 40), 50).save(tmp_path / "one.png")
+    for i in range(count):
+        (folder / f"photo{i // 20:06d}-ab12cd34-{i % 20:05d}-00000.png").hardlink_to(tmp_path / "one.png")
+    CropDataset(folder, "train", 32)
+    tracemalloc.start()
+    try:
+        data = CropDataset(folder, "train", 32)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(data) == count and peak / count < 750
