@@ -12,6 +12,8 @@ import pytest
 from engine.runtime.core import library
 from tests.support.cpp import CMAKE, ROOT, build, run
 
+FUZZERS = tuple(f"fuzz_{name}" for name in ("manifest", "ppm", "views", "folder"))
+
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
@@ -77,9 +79,19 @@ def asan(shared, compiler) -> Path:
     """The tests and the fuzzers, under AddressSanitizer and UndefinedBehaviorSanitizer."""
     cuda = find_nvcc() is not None
     settings = ("-DGDPO_TESTS=ON", "-DGDPO_SANITIZE=address,undefined", f"-DGDPO_CUDA={'ON' if cuda else 'OFF'}")
-    fuzzers = [f"fuzz_{name}" for name in ("manifest", "ppm", "views", "folder")]
-    targets = ("test_parts", "test_upscaler", "test_c_api", *fuzzers, *(["test_cuda", "fake_cuda"] if cuda else []))
+    targets = ("test_parts", "test_upscaler", "test_c_api", *FUZZERS, *(["test_cuda", "fake_cuda"] if cuda else []))
     return shared("asan", lambda out: build(out, *settings, targets=targets))
+
+
+@pytest.fixture(scope="session")
+def libfuzzer(shared, compiler) -> Path:
+    """The fuzzers as Clang builds them: guided by what each input reaches, under both sanitizers."""
+    names = ["clang", *(f"clang-{version}" for version in range(25, 13, -1))]
+    clang = next(filter(None, map(shutil.which, names)), None) or pytest.skip("needs clang and its sanitizers")
+    beside = Path(clang).with_name(Path(clang).name.replace("clang", "clang++"))
+    chosen = (f"-DCMAKE_C_COMPILER={clang}", f"-DCMAKE_CXX_COMPILER={beside}")
+    settings = ("-DGDPO_TESTS=ON", "-DGDPO_SANITIZE=address,undefined,fuzzer-no-link", "-DGDPO_CUDA=OFF")
+    return shared("libfuzzer", lambda out: build(out, *chosen, *settings, "-DGDPO_WERROR=OFF", targets=FUZZERS))
 
 
 @pytest.fixture(scope="session")

@@ -42,15 +42,42 @@ def test_another_choice_is_named(choice, tmp_path):
     assert done.returncode != 0 and "GDPO_BUILD_CSRC must be auto, 1 or 0" in done.stderr
 
 
+def source_tree(out) -> None:
+    """What a build needs, without what was built."""
+    out.mkdir()
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, out)
+    for name in ("gdpo", "kernels", "engine", "csrc"):
+        shutil.copytree(ROOT / name, out / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_what_is_built_in_isolation_runs_in_an_environment_of_its_own(tmp_path):
+    """sdist, wheel from the sdist, `pip install` of that, `engine.upscale` from another folder."""
+    source_tree(tmp_path / "source")
+    command = [sys.executable, "-m", "build", "--outdir", tmp_path / "dist", tmp_path / "source"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"GDPO_BUILD_CSRC": "0"}
+    pinned = environment | {"PIP_CONSTRAINT": str(ROOT / "constraints.txt")}
+    done = subprocess.run(command, capture_output=True, text=True, env=pinned, timeout=600)
+    if "No matching distribution" in done.stdout + done.stderr:
+        pytest.skip("needs a package index")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    wheel = next((tmp_path / "dist").glob("*.whl"))
+    own = tmp_path / "own" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "own"], check=True, timeout=120)
+    subprocess.run([own, "-m", "pip", "install", "-q", wheel], check=True, env=pinned, timeout=600)
+    (tmp_path / "elsewhere").mkdir()
+    code = "from PIL import Image; Image.new('RGB', (16, 16), 'teal').save('a.png')"
+    for arguments in (["-c", code], ["-m", "engine.upscale", "a.png", "b.png"]):
+        subprocess.run([own, *arguments], cwd=tmp_path / "elsewhere", check=True, env=environment, timeout=120)
+    assert (tmp_path / "elsewhere" / "b.png").stat().st_size > 100
+
+
 @pytest.mark.slow
 def test_the_wheel_contains_the_compiled_module(compiler, tmp_path):
     """Through a source distribution, which must hold all that the build needs."""
-    (tmp_path / "source").mkdir()
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path / "source")
-    for name in ("gdpo", "kernels", "engine", "csrc"):
-        ignored = shutil.ignore_patterns("__pycache__", "*.so")
-        shutil.copytree(ROOT / name, tmp_path / "source" / name, ignore=ignored)
+    source_tree(tmp_path / "source")
     code = "import sys; from setuptools import build_meta as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"
 
     def make(what, source):

@@ -39,17 +39,38 @@ def test_threads_are_clean_under_the_thread_sanitizer(tsan, folders, runtime):
     assert "8 pictures as expected, 2 cancelled" in run(tsan / "tests" / "test_threads", folders, env=environment)
 
 
-@pytest.mark.parametrize("seconds", [2, pytest.param(200, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("target", ["manifest", "ppm", "views", "folder"])
-def test_foreign_bytes_end_in_a_typed_error(asan, folders, runtime, target, seconds, tmp_path):
-    """Earlier findings first, then mutants of good files."""
-    seeds = {
+def seeds_of(target: str, folders: Path) -> list[Path]:
+    """Good files, and earlier findings."""
+    good = {
         "manifest": [folders / "plain" / "manifest.json"],
         "ppm": [folders / "in.ppm"],
         "views": [folders / "plain" / "manifest.sha256", folders / "in.ppm"],
         "folder": [folders / "plain" / "generator.onnx", folders / "inputs" / "generator.onnx"],
     }[target]
-    seeds += sorted((REGRESSIONS / target).glob("*"))
+    return good + sorted((REGRESSIONS / target).glob("*"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("target", ["manifest", "ppm", "views", "folder"])
+def test_libfuzzer_finds_nothing(libfuzzer, folders, runtime, target, tmp_path):
+    """GDPO_FUZZ_SECONDS a target (600 for a release)."""
+    seconds = int(os.environ.get("GDPO_FUZZ_SECONDS", "20"))
+    (tmp_path / "corpus").mkdir()
+    for number, seed in enumerate(seeds_of(target, folders)):
+        shutil.copy(seed, tmp_path / "corpus" / str(number))
+    environment = runtime | {"GDPO_FUZZ_FOLDER": str(folders / "plain"), "TMPDIR": str(tmp_path)}
+    limits = (f"-max_total_time={seconds}", "-timeout=20", "-rss_limit_mb=4096", "-seed=1", "-print_final_stats=1")
+    said = run(libfuzzer / "tests" / f"fuzz_{target}", *limits, "corpus", cwd=tmp_path, env=environment)
+    assert "stat::number_of_executed_units" in said
+    print(f"{target}: {said[said.index('stat::number') :].splitlines()[0]}")
+
+
+@pytest.mark.parametrize("seconds", [2, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("target", ["manifest", "ppm", "views", "folder"])
+def test_foreign_bytes_end_in_a_typed_error(asan, folders, runtime, target, seconds, tmp_path):
+    """Earlier findings first, then mutants of good files."""
+    seeds = seeds_of(target, folders)
     environment = runtime | {"GDPO_FUZZ_FOLDER": str(folders / "plain"), "TMPDIR": str(tmp_path)}
     program = asan / "tests" / f"fuzz_{target}"
     run(program, seconds, 1, *seeds, cwd=tmp_path, env=environment)
