@@ -93,7 +93,7 @@ web: $(NODE)
 # auditwheel names the oldest Linux that the compiler and C library here allow: manylinux_2_28 in that container.
 wheel: setup
 	rm -rf build/wheel
-	GDPO_BUILD_CSRC=1 $(BIN)/python -m build --wheel --no-isolation --outdir build/wheel/built .
+	GDPO_BUILD_CSRC=1 $(BIN)/python -m build --no-isolation --outdir build/wheel/built .  # through a source distribution
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/built/*.whl
 	$(PYTHON) -m venv build/wheel/clean
 	build/wheel/clean/bin/pip -q install -c constraints.txt "$$(ls -t dist/*.whl | head -1)"
