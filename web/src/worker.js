@@ -70,6 +70,13 @@ async function decode(file) {
   return context.getImageData(0, 0, width, height);
 }
 
+/** One line. */
+function reason(error, name) {
+  const text = String(error.message || error).split('\n')[0];
+  const memory = error instanceof RangeError || /memory|allocat/i.test(text);
+  return memory ? `${name}: this browser has not enough memory for it; use the command line or a smaller copy.` : text;
+}
+
 let opened;
 
 self.onmessage = async ({ data: { file, seed, wanted } }) => {
@@ -85,6 +92,6 @@ self.onmessage = async ({ data: { file, seed, wanted } }) => {
     self.postMessage({ kind: 'done', blob: await png.finish() });
   } catch (error) {
     opened = undefined;
-    self.postMessage({ kind: 'failed', message: error.message || String(error) });
+    self.postMessage({ kind: 'failed', message: reason(error, file.name) });
   }
 };
