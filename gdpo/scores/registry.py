@@ -76,6 +76,16 @@ def _vgg(device: torch.device) -> PerPicture:
     return lambda x, y: distance(x * 2 - 1, y * 2 - 1)
 
 
+def _brisque(device: torch.device) -> PerPicture:
+    from gdpo.scores.metrics.brisque import brisque, load_brisque
+
+    try:
+        load_brisque()
+    except FileNotFoundError as error:
+        raise Unavailable(str(error)) from error
+    return lambda x, y: brisque(x)
+
+
 def load_pyiqa(weights: PyiqaWeights, device: torch.device) -> Callable:
     """A metric of the optional package pyiqa.
 
@@ -126,6 +136,7 @@ SCORES: dict[str, Score] = {
     "niqe": Score("perceptual", -1, "NIQE with blocks of 96, of pictures with two or more", _own("niqe")),
     "niqe-32": Score("perceptual", -1, "NIQE with blocks of 32, for crops", _own("niqe", model="photos-32")),
     "piqe": Score("perceptual", -1, "PIQE; it rewards fine grids, so never alone", _own("piqe")),
+    "brisque": Score("perceptual", -1, "BRISQUE, a regression on scene statistics (extra brisque)", _brisque),
     "naturalness": Score("perceptual", 1, "no-reference, offline, made for crops of 64 and more", _own("naturalness")),
     "grid_artefact": Score("fidelity", -1, "grid in flat areas, 8-bit levels", _own("grid_artefact", reference=True)),
     "lattice_artefact": Score("fidelity", -1, "dots of a pixel shuffle, dB", _own("lattice_artefact", reference=True)),

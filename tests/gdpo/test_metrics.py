@@ -131,11 +131,11 @@ def test_niqe_features_are_the_definition(photos):
 
 
 def test_niqe_halves_as_bicubic_with_antialias():
-    from gdpo.scores.metrics.niqe_model import _half
+    from gdpo.scores.metrics.niqe_model import half
 
     y = torch.rand(1, 48, 64, dtype=torch.float64)
     want = F.interpolate(y[:, None], scale_factor=0.5, mode="bicubic", antialias=True)[:, 0]
-    got = _half(y)
+    got = half(y)
     torch.testing.assert_close(got[:, 2:-2, 2:-2], want[:, 2:-2, 2:-2], rtol=0, atol=1e-6)
     assert got.shape == (1, 24, 32)
 

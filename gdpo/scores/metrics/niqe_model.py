@@ -114,7 +114,7 @@ def niqe_features(x: Tensor, block: int) -> Tensor:
     """[N,3,H,W] in [0,1] -> [N,K,36] fp64: 18 numbers of each block, and 18 of the same block halved."""
     rows, columns = x.shape[2] // block, x.shape[3] // block
     y = luma_255(to_8bit(x.double()) / 255).round()[:, : rows * block, : columns * block]
-    scales = [(y, block), (_half(y / 255) * 255, block // 2)]
+    scales = [(y, block), (half(y / 255) * 255, block // 2)]
     return torch.cat([_features(_mscn(p)[0], size) for p, size in scales], dim=-1)
 
 
@@ -131,7 +131,7 @@ def _mscn(y: Tensor) -> tuple[Tensor, Tensor]:
     return (y - mean) / (deviation + 1), deviation
 
 
-def _half(y: Tensor) -> Tensor:
+def half(y: Tensor) -> Tensor:
     """MATLAB's imresize(y, 0.5): bicubic a=-0.5 stretched by two, borders mirrored."""
     t = (torch.arange(8, dtype=torch.float64) - 3.5).abs() / 2
     taps = torch.where(t <= 1, 1.5 * t**3 - 2.5 * t**2 + 1, -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2)
@@ -148,17 +148,17 @@ def _blocks(m: Tensor, size: int) -> Tensor:
 
 def _features(mscn: Tensor, size: int) -> Tensor:
     blocks = _blocks(mscn, size)
-    shape, left, right = _fit(blocks)
+    shape, left, right = _scaled(blocks)
     out = [shape, (left + right) / 2]
     for shift in _NEIGHBOURS:
-        shape, left, right = _fit(blocks * blocks.roll(shift, (2, 3)))
+        shape, left, right = _scaled(blocks * blocks.roll(shift, (2, 3)))
         mean = (right - left) * torch.exp(torch.lgamma(2 / shape) - torch.lgamma(1 / shape))
         out += [shape, mean, left, right]
     return torch.stack(out, dim=-1)
 
 
-def _fit(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Asymmetric generalised Gaussian by moments: [N,K,h,w] -> shape, left and right scale [N,K]; NaN where flat."""
+def fit(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Asymmetric generalised Gaussian by moments: [N,K,h,w] -> shape, left, right deviation [N,K]; NaN where flat."""
     square = v * v
     negative = v < 0
     count = negative.sum((2, 3))
@@ -166,10 +166,24 @@ def _fit(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     right = ((square * (v > 0)).sum((2, 3)) / (v > 0).sum((2, 3))).sqrt()
     g = left / right
     ratio = v.abs().mean((2, 3)).square() / square.mean((2, 3))
-    ratio = ratio * (g**3 + 1) * (g + 1) / (g**2 + 1) ** 2
-    shapes, ratios = _SHAPES.to(v.device), _RATIOS.to(v.device)
+    return shape_of(ratio * (g**3 + 1) * (g + 1) / (g**2 + 1) ** 2), left, right
+
+
+def shape_of(ratio: Tensor) -> Tensor:
+    """The shape of the generalised Gaussian whose (E|v|)^2 / E v^2 is nearest to this; NaN where that is not finite."""
+    shapes, ratios = _SHAPES.to(ratio.device), _RATIOS.to(ratio.device)
     above = torch.searchsorted(ratios, ratio.nan_to_num(0).contiguous()).clamp(1, len(ratios) - 1)
     nearest = torch.where(ratio - ratios[above - 1] <= ratios[above] - ratio, above - 1, above)
-    shape = torch.where(ratio.isfinite(), shapes[nearest], ratio)
-    scale = torch.exp((torch.lgamma(1 / shape) - torch.lgamma(3 / shape)) / 2)
+    return torch.where(ratio.isfinite(), shapes[nearest], ratio)
+
+
+def spread_of(shape: Tensor) -> Tensor:
+    """The scale of a generalised Gaussian of unit deviation."""
+    return torch.exp((torch.lgamma(1 / shape) - torch.lgamma(3 / shape)) / 2)
+
+
+def _scaled(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`fit` with scales in place of deviations."""
+    shape, left, right = fit(v)
+    scale = spread_of(shape)
     return shape, left * scale, right * scale
