@@ -13,7 +13,7 @@ inside the group:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -82,9 +82,18 @@ class GroupReward:
                 f"got {len(self.weights)}"
             )
 
+    def start(self, samples: Tensor, target: Tensor) -> dict[str, Callable[[], Tensor]]:
+        """Send the samples to the rewards that other processes compute; by name, functions that wait for them."""
+        return {r.name: r.start(samples, target) for r in self.rewards if r.start is not None}
+
     @torch.no_grad()
-    def __call__(self, samples: Tensor, target: Tensor) -> Judged:
+    def __call__(
+        self, samples: Tensor, target: Tensor, started: Mapping[str, Callable[[], Tensor]] | None = None
+    ) -> Judged:
         """Score samples [B,G,3,H,W] against target [B,3,H,W], both in [-1,1].
+
+        Args:
+            started: what `start` returned for the same pictures; None starts and waits.
 
         Raises:
             ValueError: names the reward whose score is of another shape, failed or (on a CPU) is not finite.
@@ -94,7 +103,9 @@ class GroupReward:
             smooth = torch.full_like(smooth, float(self.rho))
             texture = 1 - smooth
         statistics = attribute_statistics(samples, target, mask, backend=self.backend)
-        scores = {r.name: r.score(samples, target, statistics) for r in self.rewards}
+        started = self.start(samples, target) if started is None else started
+        here = {r.name: r.score(samples, target, statistics) for r in self.rewards if r.name not in started}
+        scores = {r.name: here[r.name] if r.name in here else started[r.name]() for r in self.rewards}
         try:
             reward, advantage = self._compared(scores, smooth, texture)
         except ValueError:  # the kernel looks at values where that costs nothing, but cannot name the reward

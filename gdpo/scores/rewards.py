@@ -19,12 +19,13 @@ from tqdm import tqdm
 
 from gdpo.kernels import AttributeStatistics
 from gdpo.scores.registry import SCORES, Kind, Score, Unavailable, find
+from gdpo.scores.remote import Patience, RemoteReward
 
 
 class GroupScore(Protocol):
-    """What a reward computes: [B,G,3,H,W] and [B,3,H,W] in [-1,1], statistics of the group -> [B,G]."""
+    """What a reward computes: [B,G,3,H,W] and [B,3,H,W] in [-1,1], statistics (None for a server) -> [B,G]."""
 
-    def __call__(self, samples: Tensor, target: Tensor, statistics: AttributeStatistics) -> Tensor: ...
+    def __call__(self, samples: Tensor, target: Tensor, statistics: AttributeStatistics | None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -36,21 +37,28 @@ class Reward:
         kind: "fidelity" or "perceptual".
         score: (samples [B,G,3,H,W] in [-1,1], target [B,3,H,W] in [-1,1], statistics) -> [B,G] fp32, without gradient.
             Raises ValueError, naming the reward, where a score has another shape or a user's function raises.
+        start: of a reward that another process computes: (samples, target) -> a function that waits for the scores.
     """
 
     name: str
     kind: Kind
     score: GroupScore
+    start: Callable[[Tensor, Tensor], Callable[[], Tensor]] | None = None
 
 
-def build_rewards(names: Sequence[str], device: str | torch.device = "cpu") -> list[Reward]:
+def build_rewards(
+    names: Sequence[str], device: str | torch.device = "cpu", patience: Patience | None = None
+) -> list[Reward]:
     """The rewards of a configuration, in its order.
 
     Args:
         names: names of gdpo.scores.registry.SCORES, or `module:function` of the user's own: function(samples [N,3,H,W]
             in [-1,1], target [N,3,H,W] in [-1,1]) -> [N], higher is better; an attribute `kind` ("fidelity" or
             "perceptual", the default) may be set on it.
+            With a true attribute `groupwise` it sees one whole group instead: function(samples [G,3,H,W], target
+            [3,H,W]) -> [G]. Or `http://HOST:PORT/score/NAME`, which `python -m gdpo.rewards serve` answers.
         device: where the rewards' networks go.
+        patience: with a reward over HTTP; None: the defaults of Patience.
 
     Raises:
         ValueError: an unknown or repeated name, or a module:function that is not there or not callable.
@@ -61,13 +69,20 @@ def build_rewards(names: Sequence[str], device: str | torch.device = "cpu") -> l
     repeated = {n for n in names if list(names).count(n) > 1}
     if repeated:
         raise ValueError(f"reward_funcs names {sorted(repeated)[0]!r} more than once; use reward_weights instead")
-    return [_build(name, torch.device(device)) for name in names]
+    rewards = [_build(name, torch.device(device), patience or Patience()) for name in names]
+    for i, reward in enumerate(rewards):
+        if reward.name in [r.name for r in rewards[:i]]:
+            raise ValueError(f"reward_funcs has {reward.name!r} twice, here and at a URL; drop one of them")
+    return rewards
 
 
-def _build(name: str, device: torch.device) -> Reward:
+def _build(name: str, device: torch.device, patience: Patience) -> Reward:
+    if name.startswith(("http://", "https://")):
+        return _remote(name, patience)
     if ":" in name:
         kind, function = _users_own(name)
-        return Reward(name, kind, _checked(name, _per_picture(_copied(name, function))))
+        shaped = _per_group if getattr(function, "groupwise", False) else _per_picture
+        return Reward(name, kind, _checked(name, shaped(_copied(name, function))))
     if name == "niqe":
         raise ValueError(
             "reward 'niqe' is called 'niqe-32' now: NIQE with blocks of 32, as it always was in training "
@@ -100,7 +115,7 @@ def _of_registry(name: str, entry: Score, device: torch.device) -> GroupScore:
 def _per_picture(score: Callable[[Tensor, Tensor], Tensor]) -> GroupScore:
     """A score of pictures [N,3,H,W] in [-1,1] against their targets as a score of groups."""
 
-    def grouped(samples: Tensor, target: Tensor, statistics: AttributeStatistics) -> Tensor:
+    def grouped(samples: Tensor, target: Tensor, statistics: AttributeStatistics | None) -> Tensor:
         targets = target.unsqueeze(1).expand_as(samples)
         values = score(samples.flatten(0, 1), targets.flatten(0, 1))
         n = samples.shape[:2].numel()
@@ -110,6 +125,42 @@ def _per_picture(score: Callable[[Tensor, Tensor], Tensor]) -> GroupScore:
         return values.unflatten(0, samples.shape[:2])
 
     return grouped
+
+
+def _per_group(score: Callable[[Tensor, Tensor], Tensor]) -> GroupScore:
+    """A score of one group [G,3,H,W] against its target [3,H,W], -> [G], as a score of groups."""
+
+    def grouped(samples: Tensor, target: Tensor, statistics: AttributeStatistics | None) -> Tensor:
+        found = []
+        for group, hr in zip(samples, target):
+            values = score(group, hr)
+            if not isinstance(values, Tensor) or values.shape != (len(group),) or values.is_complex():
+                got = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+                raise ValueError(f"it must return one number per sample of the group, [{len(group)}]; got {got}")
+            found.append(values)
+        return torch.stack(found)
+
+    return grouped
+
+
+# ---- over HTTP
+
+
+def _remote(url: str, patience: Patience) -> Reward:
+    remote = RemoteReward(url, patience)
+
+    def start(samples: Tensor, target: Tensor) -> Callable[[], Tensor]:
+        waiting = remote.start(samples, target)
+
+        def scores() -> Tensor:
+            try:
+                return waiting()
+            except ValueError as error:
+                raise ValueError(f"reward {remote.name!r}: {error}") from error
+
+        return scores
+
+    return Reward(remote.name, remote.kind, lambda samples, target, statistics: start(samples, target)(), start)
 
 
 # ---- the user's own
@@ -152,7 +203,7 @@ def _checked(name: str, score: GroupScore) -> GroupScore:
     """No gradient, fp32, [B,G]. The values are left to `require_finite`: looking at them makes the host wait."""
 
     @torch.no_grad()
-    def checked(samples: Tensor, target: Tensor, statistics: AttributeStatistics) -> Tensor:
+    def checked(samples: Tensor, target: Tensor, statistics: AttributeStatistics | None) -> Tensor:
         if samples.ndim != 5 or target.shape != (samples.shape[0], *samples.shape[2:]):
             raise ValueError(
                 f"reward {name!r}: samples must be [B,G,3,H,W] and target [B,3,H,W]; "

@@ -97,6 +97,7 @@ def train(method: str, config: TrainConfig) -> None:
     import torch
     from accelerate import Accelerator
 
+    from gdpo.train.guard import Guard
     from gdpo.train.loop import train_loop
     from gdpo.train.setup import dataset_of, precision, tracker, validation_batch
 
@@ -111,9 +112,11 @@ def train(method: str, config: TrainConfig) -> None:
     dataset = dataset_of(config, accelerator)
     if config.data.captions and dataset.captions is None:
         raise ValueError(f"data.captions is set, but {config.data.folder} has no captions.jsonl")
-    validation = validation_batch(config, dataset)
+    validation = validation_batch(config, dataset, config.validation_images)
+    guard = Guard(config, accelerator, validation_batch(config, dataset, config.guard_images) if config.guard else None)
     module, _, name = METHODS[method].method.partition(":")
-    train_loop(config, accelerator, getattr(import_module(module), name)(config, accelerator), dataset, validation)
+    made = getattr(import_module(module), name)(config, accelerator)
+    train_loop(config, accelerator, made, dataset, validation, guard)
 
 
 if __name__ == "__main__":

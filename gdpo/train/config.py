@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, is_dataclass
 from operator import attrgetter
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from gdpo.degradation import DegradationConfig
 from gdpo.train.teacher import TeacherConfig
@@ -159,6 +160,12 @@ class TrainConfig:
         validation_steps: steps between before/after sheets; 0 draws one at the end only.
         validation_images: pictures on a sheet.
         logging_steps: steps between rows of metrics.
+        guard: scores of held-out pictures, each with how much worse it may become: {psnr_y: -0.3, brisque: +10%}, or
+            "log". From the start in gdpo, from the best value so far in naosd. The best checkpoint is kept in best/.
+        guard_steps: steps between these evaluations; 0: validation_steps.
+        guard_images: held-out pictures that are evaluated.
+        guard_action: beyond a limit, end the run, or go on; either way the model is made of the best checkpoint.
+        guard_best: which checkpoint within all limits is the best: the "last", or that with the best value of a score.
         report_to: tracker beside metrics.jsonl.
         backend: of gdpo.kernels.
     """
@@ -188,6 +195,11 @@ class TrainConfig:
     validation_steps: int = resumable(500)
     validation_images: int = resumable(4)
     logging_steps: int = resumable(1)
+    guard: dict[str, float | str] = field(default_factory=dict, metadata={"resumable": True})
+    guard_steps: int = resumable(0)
+    guard_images: int = resumable(16)
+    guard_action: Literal["stop", "keep_best"] = resumable("stop")
+    guard_best: str = resumable("last")
     report_to: Literal["none", "tensorboard", "wandb"] = resumable("none")
     backend: Literal["auto", "torch", "triton"] = resumable("auto")
 
@@ -197,7 +209,13 @@ class TrainConfig:
         _at_least(1, self, "logging_steps", "data.crop_size", "model.lora_rank", "model.layers_per_block")
         _at_least(2, self, "checkpoints_total_limit")
         _at_least(0, self, "lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "validation_steps")
-        _at_least(0, self, "validation_images", "data.num_workers")
+        _at_least(0, self, "validation_images", "data.num_workers", "guard_steps")
+        _at_least(1, self, "guard_images")
+        every = self.guard_steps or self.validation_steps
+        _require(not self.guard or every > 0, "guard_steps", "at least 1 with a guard", self.guard_steps)
+        _require(
+            self.guard_best in ("last", *self.guard), "guard_best", "last or a score of guard", repr(self.guard_best)
+        )
         _above_0(self, "learning_rate", "adam_epsilon")
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             _require(0 <= getattr(self, name) < 1, name, "in [0,1)", getattr(self, name))
@@ -323,9 +341,12 @@ class GDPOConfig(TrainConfig):
         nft_strength: nft: how far the positive and the negative policy lie from the reference (the paper's beta).
         num_pairs: dp2o: how many of the best meet as many of the worst.
         mean_reward_std: dp2o: the usual `reward_std`; groups with more spread count for more.
-        reward_funcs: names of the registry or module:function of your own; see gdpo.scores.registry. "region_fidelity"
+        reward_funcs: names of the registry, module:function of your own, or http://HOST:PORT/score/NAME of
+            `python -m gdpo.rewards serve NAME`; see gdpo.scores.registry. "region_fidelity"
             and "region_detail" measure fidelity where the picture is smooth and detail where it is textured.
         reward_weights: one number per reward function, relative to each other; None weighs alike.
+        reward_timeout: of a reward over HTTP, seconds for one answer.
+        reward_patience: of a reward over HTTP, seconds until a server that is gone is given up and the run saved.
         reward_normalization: what the weights mean. "group" (the paper): every reward is stretched to [0,1] inside its
             group, and the weights count among the rewards of one kind, fidelity or perceptual. "weighted": the same,
             and they also count between the two kinds. "none": the raw scores are weighed and added, so a reward with
@@ -352,6 +373,8 @@ class GDPOConfig(TrainConfig):
     mean_reward_std: float = 0.3
     reward_funcs: list[str] = field(default_factory=lambda: ["psnr_y", "maniqa", "musiq"])
     reward_weights: list[float] | None = None
+    reward_timeout: float = resumable(60.0)
+    reward_patience: float = resumable(600.0)
     reward_normalization: Literal["group", "weighted", "none"] = "group"
     rho: float | Literal["auto"] = "auto"
     texture_threshold: float = 50.0
@@ -369,6 +392,8 @@ class GDPOConfig(TrainConfig):
         pairs, half = self.num_pairs, self.num_generations // 2
         _require(self.algorithm != "dp2o" or 1 <= pairs <= half, "num_pairs", f"1 to {half} (half a group)", pairs)
         _require(0 <= self.mean_reward_std <= 1, "mean_reward_std", "in [0,1]", self.mean_reward_std)
+        _above_0(self, "reward_timeout")
+        _at_least(0, self, "reward_patience")
         _require(bool(self.reward_funcs), "reward_funcs", "at least one name", self.reward_funcs)
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
             raise ValueError(
@@ -384,6 +409,12 @@ class GDPOConfig(TrainConfig):
         )
         fresh = self.model.pretrained in ("tiny", "compact")
         _require(not fresh, "model.pretrained", "the folder of a trained generator", self.model.pretrained)
+
+    def identity(self) -> dict[str, Any]:
+        """A reward over HTTP may move to another host and port."""
+        own = super().identity()
+        own["reward_funcs"] = [urlsplit(name).path if "://" in name else name for name in self.reward_funcs]
+        return own
 
 
 def several(value: list[str] | str | None) -> list[str]:

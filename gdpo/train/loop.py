@@ -22,6 +22,7 @@ from gdpo.photos.mixture import Mixture
 from gdpo.train import checkpoint as checkpoints
 from gdpo.train.checkpoint import Checkpoint
 from gdpo.train.config import TrainConfig
+from gdpo.train.guard import Guard
 from gdpo.train.methods.base import Method
 from gdpo.train.record import Record
 from gdpo.train.state import State, check_same_run, samples_per_step
@@ -34,6 +35,7 @@ def train_loop(
     method: Method,
     dataset: CropDataset | Mixture,
     validation: Batch | None,
+    guard: Guard,
 ) -> None:
     """Train for `config.max_train_steps` steps, then save the model.
 
@@ -41,6 +43,7 @@ def train_loop(
         method: what is trained, and how.
         dataset: the crops; which of them a step sees depends on nothing but seed and sample number.
         validation: the held-out pictures of the before/after sheets.
+        guard: what ends a run that is hacking its rewards, and keeps the best checkpoint.
 
     Raises:
         KeyboardInterrupt, Terminated: Ctrl-C or SIGTERM, after the step under way and a checkpoint.
@@ -63,12 +66,13 @@ def train_loop(
         record.say(f"all {config.max_train_steps} steps are done already; raise max_train_steps to go on")
     if record.sheet_is_due(state.step):
         record.sheet(state, method)  # a run that was stopped at this step saved it and drew none
+    ends = guard.look(state, method, record)
     samples = sample_lists(config, accelerator, state.step)
     batches = loader(dataset, samples, config.seed, config.data.num_workers, config.data.on_error)
 
     # Train.
     with Stop(record.say) as stop, record.bar, disk_failures(root, state):
-        while state.step < config.max_train_steps:
+        while state.step < config.max_train_steps and not ends:
             started = time.perf_counter()
             try:
                 figures = optimizer_step(config, accelerator, method, state, batches)
@@ -79,7 +83,7 @@ def train_loop(
             record.log(state.step, figures | {"step_time": time.perf_counter() - started})
             stopping = stop.agreed(accelerator)
             done = state.step == config.max_train_steps
-            if main and (stopping or done or state.step % config.checkpointing_steps == 0):
+            if main and (stopping or done or guard.due(state.step) or state.step % config.checkpointing_steps == 0):
                 state.save(root, config.checkpoints_total_limit)
             if stopping:
                 accelerator.wait_for_everyone()
@@ -87,11 +91,14 @@ def train_loop(
                 stop.leave()
             if record.sheet_is_due(state.step):
                 record.sheet(state, method)
+            ends = guard.look(state, method, record)
 
     # End.
     if main:
         with disk_failures(root, state):
-            record.sheet(state, method)
+            if not record.sheet_is_due(state.step):  # else it was drawn before the guard ended the run
+                record.sheet(state, method)
+            guard.finish(state, method, record)
             with state.averaged():
                 method.save(root / "model")
             record.end()
@@ -113,7 +120,7 @@ def check_folder(root: Path, config: TrainConfig, state: State, method: Method) 
     root.mkdir(parents=True, exist_ok=True)
     atomic_write(root / ".probe", "")
     (root / ".probe").unlink()
-    kept = config.checkpoints_total_limit + 1  # an old one goes when the new one is there
+    kept = config.checkpoints_total_limit + 1 + bool(config.guard)  # an old one goes when the new one is there
     needed = kept * state.checkpoint_bytes() + method.generator.saved_bytes() + (16 << 20)
     free = shutil.disk_usage(root).free
     if free < needed:

@@ -57,7 +57,7 @@ class Record:
         self.bar.update()
         self.bar.set_postfix({k: f"{metrics[k]:.4g}" for k in ("loss", "reward", "grad_norm") if k in metrics})
         if self.main and (step % self.config.logging_steps == 0 or step == self.config.max_train_steps):
-            self._write_row({"step": step, **metrics})
+            self.row({"step": step, **metrics})
 
     def sheet_is_due(self, step: int) -> bool:
         """Whether this process draws a sheet after this step; the last one is drawn at the end."""
@@ -76,7 +76,7 @@ class Record:
                 page = pictures.sheet(shown, self.root / "sheets" / f"{stem}-{state.step:07d}.png")
                 self.tracker.picture(name, page, state.step)
         if figures:
-            self._write_row({"step": state.step, **figures})
+            self.row({"step": state.step, **figures})
 
     def end(self) -> None:
         """Draw the curves and name what there is."""
@@ -84,10 +84,15 @@ class Record:
             pictures.curves(self.root / "metrics.jsonl", self.root / "curves.png")
             self.say(f"trained model: {self.root}/model; curves: {self.root}/curves.png; sheets: {self.root}/sheets")
 
-    def _write_row(self, row: dict[str, Any]) -> None:
+    def row(self, row: dict[str, Any]) -> None:
+        """Append a row to metrics.jsonl, and hand it to the tracker."""
         with open(self.root / "metrics.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
         self.tracker.row(row)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What was logged up to now."""
+        return pictures.read_metrics(self.root / "metrics.jsonl")
 
     def _cut_metrics(self, first: int) -> None:
         """Drop rows that a killed run wrote after the checkpoint from which this one goes on."""
@@ -96,5 +101,4 @@ class Record:
 
     def _rows_until(self, step: int) -> list[dict[str, Any]]:
         """The rows that stay. A sheet comes after the checkpoint of its step and is drawn again, so its row goes."""
-        rows = pictures.read_metrics(self.root / "metrics.jsonl")
-        return [r for r in rows if r["step"] < step or (r["step"] == step and "step_time" in r)]
+        return [r for r in self.rows() if r["step"] < step or (r["step"] == step and "step_time" in r)]

@@ -196,12 +196,12 @@ def dataset_of(config: TrainConfig, accelerator: Accelerator) -> CropDataset | M
     return Mixture(parts, shares)
 
 
-def validation_batch(config: TrainConfig, dataset: CropDataset | Mixture) -> Batch | None:
-    """The held-out pictures of the before/after sheets: real pairs of data.validation, else the val split of each
+def validation_batch(config: TrainConfig, dataset: CropDataset | Mixture, count: int) -> Batch | None:
+    """`count` held-out pictures, for the sheets or the guard: real pairs of data.validation, else the val split of each
     source of the training pictures, spread over it.
     """
     data = config.data
-    if not config.validation_images:
+    if not count:
         return None
     if data.validation.hr is not None:
         lr, skip = data.validation.lr, data.on_error == "skip"
@@ -212,7 +212,7 @@ def validation_batch(config: TrainConfig, dataset: CropDataset | Mixture) -> Bat
         held = HeldOut([part.held_out() for part in dataset.parts])
     else:
         held = dataset.held_out()
-    samples = held.spread(config.validation_images)
+    samples = held.spread(count)
     return next(iter(loader(held, [samples], seed=0, on_error=data.on_error)))
 
 

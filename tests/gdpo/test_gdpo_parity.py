@@ -83,7 +83,7 @@ def taken(batch, mini_sd, monkeypatch):
             metrics=metrics,
             gradients=gradients,
             weights=weights,
-            advantage=seen["advantage"].double(),
+            advantage=seen.get("advantage", torch.zeros(0)).double(),  # only gdpo has this loss
             lr_up=lr_up.double(),
             prompt=method.generator.prompt,
         )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +17,7 @@ from gdpo.degradation.resize import resize
 from gdpo.photos.dataset import Batch
 from gdpo.randomness import moved
 from gdpo.train.config import TrainConfig
-from gdpo.train.setup import Prompts, base_generator, save_trained
+from gdpo.train.setup import Prompts, base_generator, group_noise, save_trained
 
 Metrics = dict[str, torch.Tensor]
 Backward = Callable[[torch.Tensor], None]
@@ -34,6 +36,7 @@ class Method(ABC):
     """
 
     config: TrainConfig
+    guarded_from: ClassVar[Literal["start", "best"]] = "best"  # what the limits of the guard are relative to
     groups: dict[str, tuple[float, dict[str, nn.Parameter]]]
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
@@ -65,6 +68,19 @@ class Method(ABC):
         for i, lr in batch.real.items():
             image[i] = resize(moved(lr, image)[None], size, "bicubic_antialias")[0].clamp(0, 1)
         return image * 2 - 1
+
+    @torch.no_grad()
+    def restored(self, batch: Batch, *, reference: bool = False) -> torch.Tensor:
+        """Held-out pictures as the generator restores them now, [B,3,H,W] in [-1,1]; each has a noise of its own.
+
+        Args:
+            reference: with the LoRA switched off.
+        """
+        generator = self.generator
+        with self.accelerator.autocast(), generator.reference() if reference else nullcontext():
+            latents = generator.encode(self.inputs(batch, as_inference=True))
+            noise = moved(group_noise(latents.shape, self.config.seed, "preview", batch.samples, 1), latents)
+            return generator.decode(generator.predict(latents, noise, self.prompts(batch)).x0)
 
     @abstractmethod
     def step(self, batch: Batch, step: int, backward: Backward) -> Metrics:

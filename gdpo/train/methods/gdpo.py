@@ -21,6 +21,7 @@ from gdpo.model.diffusers_patches import fuse_norms
 from gdpo.photos.dataset import Batch
 from gdpo.randomness import moved
 from gdpo.scores.group import GroupReward, Judged
+from gdpo.scores.remote import Patience
 from gdpo.scores.rewards import build_rewards, require_finite
 from gdpo.train.config import GDPOConfig
 from gdpo.train.gain import compare
@@ -42,6 +43,7 @@ class GDPO(Method):
     """The method: what is trained, and one micro-batch of it."""
 
     config: GDPOConfig
+    guarded_from = "start"  # it tunes a finished model
 
     def __init__(self, config: GDPOConfig, accelerator: Accelerator):
         super().__init__(config, accelerator)
@@ -55,7 +57,9 @@ class GDPO(Method):
         self.train_only(self.trained)
         self.groups = {"policy": (config.learning_rate, self.trained)}
         self.reward = GroupReward(
-            build_rewards(config.reward_funcs, device=accelerator.device),
+            build_rewards(
+                config.reward_funcs, accelerator.device, Patience(config.reward_timeout, config.reward_patience)
+            ),
             config.reward_weights,
             config.reward_normalization,
             config.rho,
@@ -94,9 +98,15 @@ class GDPO(Method):
     def step(self, batch: Batch, step: int, backward: Backward) -> Metrics:
         """Sample a group for each picture, score it, learn from the comparison."""
         group = self._sample(batch, step)
-        judged = self._score(group.images.float(), batch.hr * 2 - 1)
-        keep = self._kept(judged.reward)
-        predictions = self._predict(group if keep is None else group.pick(keep), batch.samples, keep)
+        pictures = group.images.float(), batch.hr * 2 - 1
+        started = self.reward.start(*pictures)
+        keep, predictions = None, None
+        if started and self._compares_all():  # while other processes compute their rewards
+            predictions = self._predict(group, batch.samples, None)
+        judged = self._score(*pictures, started)
+        if predictions is None:
+            keep = self._kept(judged.reward)
+            predictions = self._predict(group if keep is None else group.pick(keep), batch.samples, keep)
         loss, margin = self._compare(predictions, judged, keep)
         backward(loss)
         require_finite(judged.scores)  # on a GPU only now: until here the host has queued kernels without waiting
@@ -125,15 +135,19 @@ class GDPO(Method):
         images, x0, condition = (x.unflatten(0, (-1, g)) for x in (images, x0, condition))
         return Group(images, x0, condition, text)
 
-    def _score(self, images: Tensor, hr: Tensor) -> Judged:
-        """[B,G,3,H,W] against [B,3,H,W], both in [-1,1]."""
-        return self.reward(images, hr)
+    def _score(self, images: Tensor, hr: Tensor, started: dict[str, Callable[[], Tensor]] | None = None) -> Judged:
+        """[B,G,3,H,W] against [B,3,H,W], both in [-1,1]; `started` as in GroupReward."""
+        return self.reward(images, hr, started)
+
+    def _compares_all(self) -> bool:
+        """Whether the whole group is compared, whatever its rewards are."""
+        return self.config.algorithm not in ("diffusion_dpo", "dp2o")
 
     def _kept(self, reward: Tensor) -> Tensor | None:
         """Which samples are compared: the numbers of the best and the worst, best first, [B,K]; None for all."""
-        n = {"diffusion_dpo": 1, "dp2o": self.config.num_pairs}.get(self.config.algorithm)
-        if n is None:
+        if self._compares_all():
             return None
+        n = 1 if self.config.algorithm == "diffusion_dpo" else self.config.num_pairs
         order = reward.argsort(dim=1, descending=True, stable=True)
         return torch.cat([order[:, :n], order[:, -n:]], dim=1)
 

@@ -19,6 +19,7 @@ from gdpo.model import lora
 from gdpo.photos.dataset import Batch
 from gdpo.randomness import moved, uniform
 from gdpo.scores.features import load_perceptual
+from gdpo.scores.registry import SCORES
 from gdpo.train.config import NAOSDConfig, several
 from gdpo.train.losses.chroma import chroma_distance
 from gdpo.train.losses.energy import EnergyScore
@@ -28,6 +29,7 @@ from gdpo.train.methods.base import Backward, Columns, Method, Metrics
 from gdpo.train.setup import add_lora, group_noise
 from gdpo.train.teacher import Targets, upsampled, with_grain
 
+_HELD_OUT = ("psnr_y", "ssim_y", "grid_artefact", "lattice_artefact")  # logged with each sheet
 _EASIEST = 0.003  # of [-1,1]: an input with less error than this counts as one that has it
 
 
@@ -243,11 +245,12 @@ class NAOSD(Method):
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> tuple[Columns, dict[str, float]]:
-        """Columns of the before/after sheet for a batch of held-out pictures."""
-        generator = self.generator
-        bicubic = self.inputs(batch, as_inference=True)
-        with self.accelerator.autocast():
-            latents = generator.encode(bicubic)
-            noise = moved(group_noise(latents.shape, self.config.seed, "preview", batch.samples, 1), latents)
-            restored = generator.decode(generator.predict(latents, noise, self.prompts(batch)).x0)
-        return [("bicubic", bicubic), ("restored", restored), ("HR", batch.hr * 2 - 1)], {}
+        """Columns of the before/after sheet for a batch of held-out pictures, and scores that nothing optimises."""
+        bicubic, restored, hr = self.inputs(batch, as_inference=True), self.restored(batch), batch.hr * 2 - 1
+        figures = {}
+        for name in _HELD_OUT if min(hr.shape[2:]) >= 64 else ():  # smaller crops are too few pixels for some
+            build = SCORES[name].build
+            assert build is not None  # these are scores of single pictures
+            values = build(batch.hr.device)(restored.float().clamp(-1, 1) / 2 + 0.5, batch.hr)
+            figures[f"heldout/{name}"] = float(values.double().mean())
+        return [("bicubic", bicubic), ("restored", restored), ("HR", hr)], figures

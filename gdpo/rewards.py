@@ -1,0 +1,98 @@
+"""Serve rewards to training runs: `python -m gdpo.rewards serve musiq maniqa`.
+
+In an environment of their own, rewards may need packages that training must not have (pyiqa's torchvision beside a CPU
+build of torch), and another device. A run names them as `http://HOST:PORT/score/musiq`.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+from typing import Any
+
+from engine.io.cli import Parser, run
+
+
+def parser() -> Parser:
+    """The command line."""
+    top = Parser(prog="python -m gdpo.rewards", description="Serve rewards to training runs over HTTP.")
+    commands = top.add_subcommands(dest="command")
+    p = Parser(prog="python -m gdpo.rewards serve")
+    p.add_argument("names", nargs="+", metavar="NAME", help="a score of the registry, or module:function of your own")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    p.add_argument("--port", type=int, default=8000, help="port to listen on; 0: any that is free")
+    p.add_argument("--device", default="cpu", help="where the rewards' networks go")
+    commands.add_subcommand("serve", p, help="answer POST /score/NAME with a number for each picture")
+    return top
+
+
+def application(names: list[str], device: str) -> Any:
+    """The ASGI application.
+
+    Raises:
+        ValueError: a reward that is unknown, or that needs statistics of a training step.
+    """
+    import torch
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Route
+
+    from gdpo.scores.registry import SCORES
+    from gdpo.scores.remote import answer
+    from gdpo.scores.rewards import build_rewards
+
+    for name in names:
+        if name in SCORES and SCORES[name].build is None:
+            raise ValueError(f"reward {name!r} comes from statistics of the training step, which has it at no cost")
+    rewards = {reward.name: reward for reward in build_rewards(names, device)}
+    one_at_a_time = threading.Lock()
+
+    def scored(name: str, content: bytes) -> bytes:
+        with one_at_a_time:  # so that the device holds the maps of one request
+            return answer(content, lambda x, y: rewards[name].score(x, y, None), torch.device(device))
+
+    async def endpoint(request: Request) -> Response:
+        name = request.path_params.get("name") or (next(iter(rewards)) if len(rewards) == 1 else "")
+        if name not in rewards:
+            there = ", ".join(f"/score/{known}" for known in rewards)
+            return JSONResponse({"detail": f"no such reward here; there is {there}"}, 404)
+        if request.method == "GET":
+            return JSONResponse({"name": name, "kind": rewards[name].kind})
+        try:
+            content = await run_in_threadpool(scored, name, await request.body())
+        except ValueError as error:
+            return JSONResponse({"detail": str(error)}, 422)
+        return Response(content, media_type="application/octet-stream")
+
+    paths = ("/score", "/score/{name:path}")
+    return Starlette(routes=[Route(path, endpoint, methods=["GET", "POST"]) for path in paths])
+
+
+def main() -> None:
+    options = parser().parse_args()
+    if options.command is None:
+        raise ValueError("say what to do: python -m gdpo.rewards serve NAME...")
+    options = options[options.command]
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise ValueError("serving needs starlette and uvicorn; pip install 'gdpo-sr[train,serve]'") from error
+    app = application(options.names, options.device)
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((options.host, options.port))
+        except OSError as error:
+            raise ValueError(f"cannot listen on {options.host} port {options.port}: {error.strerror}") from error
+        port = listening.getsockname()[1]
+        for name in options.names:
+            print(f"http://{options.host}:{port}/score/{name}", file=sys.stderr, flush=True)
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+
+
+if __name__ == "__main__":
+    run(main)
