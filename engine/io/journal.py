@@ -7,8 +7,10 @@ only ever appended, each in one write under a lock: several runs may share a fol
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,8 +37,14 @@ class FileState:
 
     @classmethod
     def of(cls, path: Path) -> FileState:
-        """The state of a file; the times are taken first, so that a change in between is seen later."""
+        """The state of a file; the times are taken first, so that a change in between is seen later.
+
+        Raises:
+            OSError: it cannot be read, or is no file but a pipe or a device, which might never end.
+        """
         status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
         return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, sha256(path))
 
 

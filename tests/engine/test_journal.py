@@ -188,3 +188,9 @@ def test_a_thousand_finished_pictures_are_told_in_moments(tmp_path):
     journal, begin = Journal(tmp_path), time.process_time()
     assert all(journal.look(target, source, RECIPE).kind == "finished" for target in targets)
     assert time.process_time() - begin < 2  # 0.1 s; quadratic reading takes more than ten
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(OSError, match=r"not a regular file: .*pipe\.png"):
+        FileState.of(tmp_path / "pipe.png")
