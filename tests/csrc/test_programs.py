@@ -79,7 +79,7 @@ def test_events_from_node(pictures, tmp_path):
 
     source, expected = pictures
     done = follow(source, tmp_path / "out.png")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
     assert done.stdout.splitlines() == [f"100% {source}", f"written: {tmp_path / 'out.png'}"]
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out.png")), expected)
 
