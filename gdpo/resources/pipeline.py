@@ -7,6 +7,7 @@
 The LoRA of a folder that has one: pipe.load_lora_weights(FOLDER). It needs torch and diffusers alone.
 """
 
+# mypy: ignore-errors
 import numpy as np
 import torch
 import torch.nn.functional as F
