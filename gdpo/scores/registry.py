@@ -77,7 +77,7 @@ def _vgg(device: torch.device) -> PerPicture:
 
 
 def _brisque(device: torch.device) -> PerPicture:
-    from gdpo.scores.metrics.brisque import brisque, load_brisque
+    from gdpo.scores.metrics.brisque_model import brisque, load_brisque
 
     try:
         load_brisque()

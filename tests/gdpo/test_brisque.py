@@ -11,7 +11,7 @@ import torch
 from scipy import ndimage, optimize, signal, special
 from skimage import data
 
-from gdpo.scores.metrics.brisque import BrisqueModel, brisque, features, load_brisque
+from gdpo.scores.metrics.brisque_model import BrisqueModel, brisque, features, load_brisque
 from gdpo.scores.registry import SCORES, Unavailable
 
 
@@ -115,7 +115,7 @@ def test_files_are_read_and_not_executed(tmp_path: Path):
 
 def test_without_the_package_the_command_is_named(monkeypatch):
     load_brisque.cache_clear()
-    monkeypatch.setattr("gdpo.scores.metrics.brisque.find_spec", lambda name: None)
+    monkeypatch.setattr("gdpo.scores.metrics.brisque_model.find_spec", lambda name: None)
     with pytest.raises(Unavailable, match="pip install --no-deps brisque"):
         SCORES["brisque"].build(torch.device("cpu"))
     load_brisque.cache_clear()

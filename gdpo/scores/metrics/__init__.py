@@ -6,7 +6,7 @@ Without: niqe, piqe, naturalness, brisque. The VGG16 distance is in gdpo.scores.
 """
 
 from gdpo.scores.metrics.artefacts import flat_hatch, grid_artefact, lattice_artefact, oversharpening
-from gdpo.scores.metrics.brisque import brisque
+from gdpo.scores.metrics.brisque_model import brisque
 from gdpo.scores.metrics.fidelity import psnr_rgb, psnr_y, ssim_y
 from gdpo.scores.metrics.natural_scene import naturalness
 from gdpo.scores.metrics.niqe_model import load_niqe, niqe

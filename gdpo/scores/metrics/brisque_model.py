@@ -24,7 +24,8 @@ SMALLEST = 32
 FEATURES = 36
 _WINDOW = gaussian(7 / 6, 3)
 _NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (-1, 1))
-_HARMLESS = {"PROTO", "FRAME", "EMPTY_DICT", "EMPTY_LIST", "MEMOIZE", "MARK", "APPENDS", "SETITEMS", "STOP"}
+_HARMLESS = {"PROTO", "FRAME", "MEMOIZE", "MARK", "STOP"}
+_HARMLESS |= {"EMPTY_DICT", "EMPTY_LIST", "APPEND", "APPENDS", "SETITEM", "SETITEMS"}
 
 
 class BrisqueModel(NamedTuple):
@@ -37,6 +38,11 @@ class BrisqueModel(NamedTuple):
     gamma: float
     rho: float
 
+    def to(self, device: torch.device) -> BrisqueModel:
+        """The same on a device."""
+        low, high, vectors, weights = (v.to(device) for v in (self.low, self.high, self.vectors, self.weights))
+        return BrisqueModel(low, high, vectors, weights, self.gamma, self.rho)
+
 
 def brisque(x: Tensor, model: BrisqueModel | None = None) -> Tensor:
     """Score of [N,3,H,W] in [0,1], sides of at least 32 -> [N] fp64; less is better; 0 to 100, and below for the clean.
@@ -45,7 +51,7 @@ def brisque(x: Tensor, model: BrisqueModel | None = None) -> Tensor:
         FileNotFoundError: no model given, and the package `brisque` is not installed.
     """
     check_images(SMALLEST, x=x)
-    model = BrisqueModel(*(v.to(x.device) if isinstance(v, Tensor) else v for v in model or load_brisque()))
+    model = (model or load_brisque()).to(x.device)
 
     def score(part: Tensor) -> Tensor:
         scaled = 2 * (features(part) - model.low) / (model.high - model.low) - 1
