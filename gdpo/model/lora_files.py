@@ -245,15 +245,13 @@ def _shape(layer: Any, part: str, rank: int) -> Shape:
 
 def write(adapter: Adapter, folder: Path) -> None:
     """Write peft's form."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     options = adapter.options()
     config = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "bias": "none"} | options
     (folder / PEFT_CONFIG).write_text(_json(config) + "\n")
     # peft wants its prefix; diffusers' load_lora_adapter(prefix=None) wants none, and takes the scale from the header.
     both = adapter.tensors | {f"{PEFT_PREFIX}{k}": v.clone() for k, v in adapter.tensors.items()}
-    save_file(both, folder / PEFT_WEIGHTS, metadata={"format": "pt", _METADATA: _json(options)})
+    (folder / PEFT_WEIGHTS).write_bytes(_saved(both, {"format": "pt", _METADATA: _json(options)}))
 
 
 def write_diffusers(adapter: Adapter, folder: Path, base: dict[str, torch.Tensor]) -> None:
@@ -262,12 +260,21 @@ def write_diffusers(adapter: Adapter, folder: Path, base: dict[str, torch.Tensor
     Args:
         base: the weights, before training, of the modules trained whole.
     """
-    from safetensors.torch import save_file
-
     own = without_whole(adapter, base)
     header = {f"{DIFFUSERS_PREFIX}{k}": v for k, v in own.options().items()}
     tensors = {f"{DIFFUSERS_PREFIX}{k}": v for k, v in own.tensors.items()}
-    save_file(tensors, folder / DIFFUSERS_WEIGHTS, metadata={"format": "pt", _METADATA: _json(header)})
+    (folder / DIFFUSERS_WEIGHTS).write_bytes(_saved(tensors, {"format": "pt", _METADATA: _json(header)}))
+
+
+def _saved(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file, the same at every call: the library writes several entries of metadata in random order."""
+    from safetensors.torch import save
+
+    content = save(tensors, metadata)
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]) | {"__metadata__": metadata}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[end:]
 
 
 def _json(content: dict[str, Any]) -> str:

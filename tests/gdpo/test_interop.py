@@ -260,3 +260,17 @@ def test_a_lora_that_cannot_be_is_refused_before_anything_is_made(name, mini_sd,
     with pytest.raises(ValueError, match=message) as refused:
         OneStepGenerator.from_pretrained(tmp_path / "model")
     assert str(tmp_path / "model" / "unet_lora") in str(refused.value) and len(str(refused.value)) < 600
+
+
+def test_a_lora_is_written_as_the_same_bytes_every_time(tmp_path):
+    """A run that was killed and resumed ends with the bytes of one that was not."""
+    tensors = {"to_q.lora_A.weight": torch.ones(2, 4), "to_q.lora_B.weight": torch.ones(4, 2)}
+    files = []
+    for i in range(16):  # two entries of metadata have two orders
+        lora_files.write(lora_files.Adapter(tensors, 2.0), tmp_path / str(i))
+        lora_files.write_diffusers(lora_files.Adapter(tensors, 2.0), tmp_path / str(i), {})
+        names = (lora_files.PEFT_WEIGHTS, lora_files.DIFFUSERS_WEIGHTS)
+        files.append(tuple((tmp_path / str(i) / name).read_bytes() for name in names))
+    assert len(set(files)) == 1
+    read = load_file(tmp_path / "0" / lora_files.DIFFUSERS_WEIGHTS)
+    assert {k.removeprefix("unet."): v.tolist() for k, v in read.items()} == {k: v.tolist() for k, v in tensors.items()}
