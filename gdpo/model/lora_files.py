@@ -297,9 +297,6 @@ def without_whole(adapter: Adapter, base: dict[str, torch.Tensor]) -> Adapter:
         tensors[f"{module}.lora_A.weight"] = a.unflatten(1, weight.shape[1:]).float().contiguous()
         tensors[f"{module}.lora_B.weight"] = b[(...,) + (None,) * (weight.ndim - 2)].float().contiguous()
         alphas[module] = math.sqrt(len(s)) if adapter.rslora else len(s)  # a scale of 1
-        if adapter.dora:  # peft would take the magnitude of the base
-            size = adapter.tensors[f"{module}.weight"].flatten(1).norm(dim=1)
-            tensors[f"{module}.lora_magnitude_vector"] = size if weight.ndim == 2 else size.view(1, -1, 1, 1)
         if bias is not None and bias.any():
             tensors[f"{module}.lora_B.bias"] = bias.float()
     own = Adapter(tensors, adapter.alpha, alphas, adapter.rslora, adapter.dora)
