@@ -188,9 +188,8 @@ def save(model: Any, folder: Path, adapter: str = "default", *, pipeline: bool =
     stored = lora_files.Adapter(tensors, float(config.lora_alpha), rslora=config.use_rslora, dora=config.use_dora)
     stored.alphas = {m: a for m in stored.ranks if (a := _alpha_of(model, m, adapter)) != stored.alpha}
     lora_files.write(stored, folder)
-    if pipeline and not (
-        stored.dora and stored.whole
-    ):  # as pairs alone such modules need a bias; DoRA has none in peft
+    # As pairs alone, modules trained whole need a bias, which peft does not have for DoRA.
+    if pipeline and not (stored.dora and stored.whole):
         originals = {name: model.get_submodule(name).original_module for name in stored.whole}
         base = {f"{name}.{k}": p.detach().cpu() for name, m in originals.items() for k, p in m.named_parameters()}
         lora_files.write_diffusers(stored, folder, base)
