@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 
 from engine import Upscaler
 from engine.export.generator import export_generator
+from engine.runtime.upscaler import SHIPPED
 from gdpo.degradation.resize import resize
 from gdpo.generator import OneStepGenerator
 from gdpo.model import lora
@@ -168,7 +168,6 @@ def test_a_config_of_another_network_is_named():
         CompactUNet.from_config({"_class_name": "CompactUNet", "heads": 3})
 
 
-def test_the_candidate_model_is_whole_and_can_be_trained_on():
-    folder = Path(__file__).resolve().parents[2] / "models" / "compact"
-    assert from_export(folder).unet.config == CompactUNetConfig()
-    assert "BSD 3-Clause License, Copyright (c) 2021, Xintao Wang" in (folder / "README.md").read_text("utf-8")
+def test_the_bundled_model_can_be_trained_on():
+    assert from_export(SHIPPED).unet.config == CompactUNetConfig()
+    assert "BSD 3-Clause License, Copyright (c) 2021, Xintao Wang" in (SHIPPED / "README.md").read_text("utf-8")
