@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import numpy as np
 from engine.io import cli
 from engine.io.notices import say
 from engine.runtime.upscaler import Upscaler
+from engine.serve.listen import listen
 
 TOKEN = "GDPO_TOKEN"
 
@@ -67,7 +67,7 @@ def main() -> int:
     from engine.serve.metrics import Metrics
     from engine.serve.work import Limits
 
-    listener = _listen(options.host, options.port)
+    listener = listen(options.host, options.port)
     metrics = Metrics()
     ups = [
         SharedUpscaler(_load(options, device), options.batch, metrics.batch.observe)
@@ -136,14 +136,6 @@ def _check(options: Any) -> None:
         raise ValueError(f"port must be 0 to 65535; got {options.port}")
     if options.backend == "torch":
         raise ValueError("backend torch is not served; export the model (python -m engine.export)")
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise ValueError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
 
 
 def _load(options: Any, device: str | None) -> Upscaler:
