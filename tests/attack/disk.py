@@ -29,7 +29,7 @@ from tests.support.pictures import installed
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = "GDPO_FAULTY"  # environment: the library that this process was started with
 FAILING = "failing"  # the folder below OUT whose disk fails
-CHANGES = {".gdpo-upscale.jsonl", "environment.json", "metrics.jsonl"}  # with times in them
+CHANGES = {".gdpo-upscale.jsonl", "environment.json", "metrics.jsonl", "finished"}  # with times in them
 
 
 def writers(work: Path) -> dict[str, tuple[str, list[str]]]:
