@@ -91,7 +91,7 @@ def build(
             built,
             backend="onnx",
             backend_version=exported.backend_version,
-            options=built.options | {"precision": precision, "calibration_sha256": int8.fingerprint(pictures)},
+            options=dict(built.options) | {"precision": precision, "calibration_sha256": int8.fingerprint(pictures)},
         )
     if not force and _up_to_date(out, built):
         return manifests.load(out), False
@@ -99,7 +99,7 @@ def build(
         graphs: dict[str, Graph] = {}
         if precision == "int8":
             graphs, figures = int8.quantize(exported, source, folder, pictures, log or (lambda text: None))
-            built = replace(built, parity=built.parity | figures)
+            built = replace(built, parity=dict(built.parity) | figures)
         for name, entry in exported.graphs.items() if precision != "int8" else ():
             if backend == "onnxruntime":
                 graphs[name] = optimise(exported, source, name, folder)

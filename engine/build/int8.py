@@ -52,7 +52,8 @@ class Recorder(Waiting):
     """A session that keeps what it is given."""
 
     def __init__(self, session: Any):
-        self.session, self.feeds = session, []
+        self.session = session
+        self.feeds: list[dict[str, np.ndarray]] = []
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         self.feeds.append({name: array.copy() for name, array in inputs.items()})
@@ -140,7 +141,8 @@ def left_in_float(file: Path, more: int) -> list[str]:
     graph = onnx.load(str(file), load_external_data=False).graph
     convolutions = [node for node in graph.node if node.op_type == "Conv"]
     maker = {out: node for node in graph.node for out in node.output}
-    first, last = set(), set()
+    first: set[str] = set()
+    last: set[str] = set()
 
     def feeding(name: str) -> Iterator[Any]:
         """The convolutions from which a value comes, with none between."""

@@ -61,7 +61,7 @@ class Bands:
             big = rows[top : top + _ROWS].astype(self.dtype.newbyteorder(">"), order="C").view(np.uint8)
             lines = np.zeros((len(big), big[0].size + 1), np.uint8)  # each begins with its filter: none
             lines[:, 1:] = big.reshape(len(big), -1)
-            self._chunk(b"IDAT", self._stored.compress(memoryview(lines)))
+            self._chunk(b"IDAT", self._stored.compress(lines.data))
         if not self._left:
             self._chunk(b"IDAT", self._stored.flush())
             self._chunk(b"IEND", b"")

@@ -170,6 +170,7 @@ def _answers() -> dict[int | str, dict[str, Any]]:
         504: "not finished within the time limit",
     }
     picture = {media: {"schema": {"type": "string", "format": "binary"}} for media in _MEDIA.values()}
-    return {200: {"description": "the result", "content": picture}} | {
+    refusals: dict[int | str, dict[str, Any]] = {
         code: {"description": reason, "content": error} for code, reason in reasons.items()
     }
+    return {200: {"description": "the result", "content": picture}, **refusals}

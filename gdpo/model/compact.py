@@ -83,7 +83,7 @@ class CompactUNet(nn.Module):
         self.recover = nn.Conv2d(config.out_channels, channels, 3, padding=1, bias=False)  # condition -> LR
         self.grain = nn.Conv2d(config.in_channels, channels, 1, bias=False)  # noise of the latent -> noise of the LR
         side = config.base_kernel
-        self.base = EvenConv2d(channels, config.out_channels, side, padding=side // 2, bias=False)
+        self.base: nn.Conv2d = EvenConv2d(channels, config.out_channels, side, padding=side // 2, bias=False)
         self.conv_in = nn.Conv2d(2 * channels, config.width, 3, padding=1)  # the LR with grain, the LR
         self.convs = nn.ModuleList(nn.Conv2d(config.width, config.width, 3, padding=1) for _ in range(config.layers))
         self.acts = nn.ModuleList(nn.PReLU(config.width) for _ in range(config.layers + 1))
@@ -130,10 +130,10 @@ class CompactUNet(nn.Module):
     @torch.no_grad()
     def fold(self, timestep: int) -> None:
         """Nothing depends on the timestep; a plain convolution takes the place of the even one: for an export."""
-        even = self.base
-        plain = nn.Conv2d(even.in_channels, even.out_channels, even.kernel_size, padding=even.padding, bias=False)
+        even, side = self.base, self.config.base_kernel
+        plain = nn.Conv2d(even.in_channels, even.out_channels, side, padding=side // 2, bias=False)
         plain = plain.to(even.weight)
-        plain.weight.copy_(even.even()[0])
+        plain.weight.copy_(even.even()[0] if isinstance(even, EvenConv2d) else even.weight)
         self.base = plain.requires_grad_(False)
 
     def forward(
@@ -252,5 +252,6 @@ def rebase(unet: CompactUNet, lrs: torch.Tensor) -> CompactUNet:
     gram.diagonal().add_(1e-4 * gram.diagonal().mean())
     solved = torch.linalg.solve(gram, a @ b.T).T.to(unet.conv_out.weight)  # [48, 577]
     unet.conv_out.weight.copy_(solved[:, :-1].view_as(unet.conv_out.weight))
-    unet.conv_out.bias.copy_(solved[:, -1])
+    if unet.conv_out.bias is not None:
+        unet.conv_out.bias.copy_(solved[:, -1])
     return unet
