@@ -103,7 +103,7 @@ def test_log_sheets_and_training_have_one_reward(fault, crops, trained, tmp_path
     data = [f"--model.pretrained={trained}", f"--data.folder={crops}", f"--output_dir={tmp_path / 'run'}"]
     train_here(monkeypatch, *GDPO, *data, *options)
     steps, gains = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-    step, preview = judged
+    step, preview, _group_sheet = judged
     assert steps["reward"] == pytest.approx(float(step.reward.mean()), rel=1e-6)
     assert steps["reward_std"] == pytest.approx(float(step.reward.std(dim=1).mean()), rel=1e-6)
     before, after = preview.reward[0].unflatten(0, (2, -1)).mean(1).tolist()

@@ -19,11 +19,17 @@ _PLUGINS: dict[str, Any] = {
     "PNM": PpmImagePlugin.PpmImageFile,
 }
 _SEPARATOR = rb"(?:\s|#[^\r\n]*[\r\n])+"
+_PNM_START = re.compile(rb"P[1-6]" + (_SEPARATOR + rb"\d{1,10}") * 2 + rb"[\s#]")
+_LONGEST_PNM_HEADER = 1 << 16  # Pillow reads comments byte by byte, megabytes of them for seconds
 _PNM_HEADER = re.compile(rb"P([56])" + (_SEPARATOR + rb"(\d{1,9})") * 3 + rb"\s")
 
 
 def header(kind: str) -> Callable[[BinaryIO], Header]:
     def read_header(file: BinaryIO) -> Header:
+        if kind == "PNM":
+            if not _PNM_START.match(file.read(_LONGEST_PNM_HEADER)):
+                raise ImageError("damaged PNM header")
+            file.seek(0)
         image = open_pillow(_PLUGINS[kind], file)
         return Header(image.width, image.height)
 

@@ -58,6 +58,9 @@ class Method(ABC):
         Args:
             as_inference: upsample by bicubic, as inference does it, instead of a filter drawn for each sample.
         """
+        if not batch.real:  # no index lists, for which the host would wait for the GPU
+            lr, lr_up = self.degrade(batch.hr, seed=self.config.seed, step=step, samples=batch.samples)
+            return (self.degrade.upsample(lr) if as_inference else lr_up) * 2 - 1
         size = (batch.hr.shape[2], batch.hr.shape[3])
         made = [i for i in range(len(batch.samples)) if i not in batch.real]
         image = torch.empty_like(batch.hr, dtype=torch.float32)
