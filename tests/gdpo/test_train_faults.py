@@ -167,8 +167,8 @@ def test_resume_without_checkpoint_other_model_and_existing_run(crops, tmp_path)
         *common, "--max_train_steps=4", "--resume_from_checkpoint=latest", "--model.block_out_channels=[8,8]"
     )
     assert "block_out_channels" in line
-    line = refused(*common, "--max_train_steps=4", "--resume_from_checkpoint=latest", "--learning_rate=0.5")
-    assert "learning_rate" in line
+    line = refused(*common, "--max_train_steps=4", "--resume_from_checkpoint=latest", "--pixel_weight=0.5")
+    assert "pixel_weight" in line
 
     # The newest checkpoint damaged: the one before is used, and both are named.
     newest = tmp_path / "run" / "checkpoint-0000002" / "trainable.safetensors"
