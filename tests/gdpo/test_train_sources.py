@@ -82,8 +82,8 @@ def test_resume_and_two_processes_equal_a_straight_run(world, tmp_path, monkeypa
     c = weights(two)
     apart = sum(float((a[k].double() - c[k]).square().sum()) for k in a) ** 0.5
     assert apart < 2e-5 * sum(float(v.double().square().sum()) for v in a.values()) ** 0.5
-    skipped = [r["skipped"] for r in rows(straight)]
-    assert [r["skipped"] for r in rows(two)] == pytest.approx(skipped)
+    skipped = [[r["skipped"] for r in rows(run) if "skipped" in r] for run in (straight, two)]  # others: held out
+    assert sum(skipped[0]) >= 1 and skipped[1] == pytest.approx(skipped[0])
 
 
 def test_gdpo_learns_from_pairs_alone_and_shows_them(world, trained, tmp_path, monkeypatch):
