@@ -17,12 +17,12 @@ from PIL import Image
 
 from engine.io import cli
 from engine.io.images import READABLE, SUFFIXES, ImageError, Picture, read_image
+from engine.io.listen import listen
 from engine.io.notices import say
 from engine.io.picture import to_8_bit
 from engine.io.profiles import as_srgb
 from engine.runtime import color
 from engine.runtime.upscaler import Upscaler, default_model
-from engine.serve.listen import listen
 from engine.settings import Settings
 
 if TYPE_CHECKING:
@@ -253,8 +253,6 @@ def main() -> int:
     for name in ("pictures", "max_pixels", "max_mib", "at_once", "queue"):
         if not getattr(options, name) > 0:
             raise ValueError(f"{name.replace('_', '-')} must be more than 0; got {getattr(options, name)}")
-    if not 0 <= options.port <= 65535:
-        raise ValueError(f"port must be 0 to 65535; got {options.port}")
     models = options.model or [str(default_model())]
     load(models[0])  # a folder that cannot be used says so now
     with tempfile.TemporaryDirectory(prefix="gdpo-app-", ignore_cleanup_errors=True) as folder:

@@ -21,9 +21,9 @@ from engine.io.picture import Picture, to_8_bit
 from engine.io.profiles import as_srgb
 from engine.runtime.color import Moments, adain_tables
 from engine.runtime.resample import resize
+from engine.runtime.restore import Progress
 from engine.runtime.upscaler import MAX_OUTPUT_PIXELS, Sink, Upscaler, output_size
 
-Progress = Callable[[int, int], None]
 _FAINT = 1 / 16  # below this opacity a colour is mixed with its surroundings: premultiplied files store it coarsely
 _ROWS = 256  # handled at a time
 

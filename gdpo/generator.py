@@ -6,7 +6,6 @@ t_diffusion) -> `decode`. Paper: arXiv 2603.16769, section 3.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -17,25 +16,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from gdpo.model import hub, lora, lora_files
+from gdpo.model import folders, hub, lora, lora_files
 from gdpo.model.codecs import PixelCodec, load_codec, save_codec
 from gdpo.model.compact import CompactUNetConfig
 from gdpo.model.network_unet import NetworkUNet
 from gdpo.model.networks import PUBLISHED, load_network
 from gdpo.model.parts import (
     disk_errors,
-    first_line,
-    load_pretrained,
-    read_config,
     read_json,
     read_tensors,
-    refuse_checkpoint,
     write_index,
     write_pipeline,
 )
 from gdpo.model.prompts import POSITIVE_PROMPT, PromptEncoder
 from gdpo.model.tiny import TinyUNetConfig
-from gdpo.model.unets import PIXEL_UNETS, pixel_unet, works_on_pixels
+from gdpo.model.unets import pixel_unet, works_on_pixels
 
 DEFAULT_SCHEDULE = {
     "_class_name": "DDPMScheduler",
@@ -175,11 +170,11 @@ class OneStepGenerator(nn.Module):
         Raises:
             FileNotFoundError, ValueError: naming the file and what was expected in it. ConnectionError: no Hub.
         """
-        root = _resolve(folder)
-        saved = _remembered(root / "generator.json")
+        root = folders.resolve(folder)
+        saved = folders.remembered(root / "generator.json")
         schedule_file = root / "scheduler" / "scheduler_config.json"
         schedule = read_json(schedule_file) if schedule_file.is_file() else None
-        unet = _load_unet(root / "unet", dtype)
+        unet = folders.load_unet(root / "unet", dtype)
         if schedule is None and not works_on_pixels(unet):
             raise FileNotFoundError(f"{schedule_file}: no such file; it says what the model's timesteps mean")
         codec = load_codec(root / "vae", dtype)
@@ -219,20 +214,20 @@ class OneStepGenerator(nn.Module):
         from engine.io.folders import staged_folder
 
         with disk_errors(Path(folder)), staged_folder(Path(folder)) as root:
-            self._save_unet(root / "unet")
-            save_codec(_without_lora(self.codec), root / "vae")
+            folders.save_unet(self.unet, root / "unet")
+            save_codec(folders.without_lora(self.codec), root / "vae")
             for module, name in ((self.unet, "unet_lora"), (self.vae, "vae_lora")):
                 if module is not None and lora.adapters(module):
                     lora.save(module, root / name, pipeline=self.uses_text and module is self.unet)
             (root / "scheduler").mkdir()
-            _write_json(root / "scheduler" / "scheduler_config.json", self.schedule)
+            folders.write_json(root / "scheduler" / "scheduler_config.json", self.schedule)
             remembered = {
                 "t_noise": self.t_noise,
                 "t_diffusion": self.t_diffusion,
                 "parametrization": self.parametrization,
                 "prompt": self.prompt,
             }
-            _write_json(root / "generator.json", remembered)
+            folders.write_json(root / "generator.json", remembered)
             if self.uses_text:
                 embeds = self.text_embeds(1).float().cpu().contiguous()
                 save_file({"prompt_embeds": embeds}, root / "prompt_embeds.safetensors")
@@ -264,18 +259,6 @@ class OneStepGenerator(nn.Module):
         weights = 4 * sum(p.numel() for p in self.parameters())
         files = (file for part in self._text_models() for file in part.rglob("*") if file.is_file())
         return weights + sum(file.stat().st_size for file in files)
-
-    def _save_unet(self, folder: Path) -> None:
-        unet = _without_lora(self.unet)
-        if works_on_pixels(unet):
-            from safetensors.torch import save_file
-
-            folder.mkdir()
-            _write_json(folder / "config.json", unet.config_dict())
-            state = {k: v.detach().cpu().contiguous() for k, v in unet.state_dict().items()}
-            save_file(state, folder / "diffusion_pytorch_model.safetensors")
-        else:
-            unet.save_pretrained(folder)
 
     def _text_models(self) -> list[Path]:
         """The folders of the text encoder and its tokenizer, if it was loaded from a folder that has them."""
@@ -386,70 +369,3 @@ class OneStepGenerator(nn.Module):
             if module is not None:
                 lora.merge(module, strength)
         return self
-
-
-def _resolve(folder: str | os.PathLike[str]) -> Path:
-    text = os.fspath(folder)
-    if text.startswith(hub.PREFIX):
-        return hub.download(text)
-    path = Path(text)
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"{text}: no such folder; a model is a diffusers folder (to download one: hub:ORG/NAME)"
-        )
-    refuse_checkpoint(path)
-    return path
-
-
-def _remembered(file: Path) -> dict:
-    """What a saved folder remembers: timesteps and prompt."""
-    saved = read_config(file) if file.is_file() else {}
-    for name, kind in (("t_noise", int), ("t_diffusion", int), ("prompt", str)):
-        if type(saved.get(name, kind())) is not kind:
-            raise ValueError(f"{file}: {name} must be {kind.__name__}; got {saved[name]!r:.40}")
-    return saved
-
-
-def _write_json(file: Path, content: dict) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _load_unet(folder: Path, dtype: torch.dtype | None) -> Any:
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder / 'config.json'}: no such file; a model folder needs unet/config.json")
-    config = read_config(folder / "config.json")
-    kind = config.get("_class_name")
-    weights = folder / "diffusion_pytorch_model.safetensors"
-    if kind == "NetworkUNet":
-        network = NetworkUNet.from_weights(config, read_tensors(weights), str(folder))
-        return network.to(dtype) if dtype else network
-    if kind in PIXEL_UNETS:
-        state = read_tensors(weights)
-        with torch.device("meta"):  # judged before anything of its size is made
-            needed = sum(p.numel() for p in PIXEL_UNETS[kind].from_config(config).parameters())
-        if needed > 2 * sum(value.numel() for value in state.values()):
-            raise ValueError(f"{folder / 'config.json'} asks for {needed} parameters, which {weights.name} has not")
-        unet = PIXEL_UNETS[kind].from_config(config)
-        try:
-            unet.load_state_dict(state)
-        except RuntimeError as error:
-            raise ValueError(f"{weights} does not fit unet/config.json: {first_line(error)}") from None
-        return unet.to(dtype) if dtype else unet
-    if kind != "UNet2DConditionModel":
-        known = ", ".join(["UNet2DConditionModel", *PIXEL_UNETS, "NetworkUNet"])
-        raise ValueError(f"{folder / 'config.json'}: _class_name is {kind!r}; known are {known}")
-    from diffusers import UNet2DConditionModel
-
-    return load_pretrained(UNet2DConditionModel, folder, dtype)
-
-
-def _without_lora(module: Any) -> Any:
-    """The module itself when it has no adapter, else a copy with the bare base weights."""
-    inner = getattr(module, "vae", module)
-    if not lora.adapters(inner):
-        return module
-    import copy
-
-    bare = copy.deepcopy(module)
-    lora.merge(getattr(bare, "vae", bare), 0.0)
-    return bare

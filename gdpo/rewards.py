@@ -6,12 +6,12 @@ build of torch), and another device. A run names them as `http://HOST:PORT/score
 
 from __future__ import annotations
 
-import socket
 import sys
 import threading
 from typing import Any
 
 from engine.io.cli import Parser, run
+from engine.io.listen import listen
 
 
 def parser() -> Parser:
@@ -81,13 +81,7 @@ def main() -> None:
     except ImportError as error:
         raise ValueError("serving needs starlette and uvicorn; pip install 'gdpo-sr[train,serve]'") from error
     app = application(options.names, options.device)
-    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listening.bind((options.host, options.port))
-        except OSError as error:
-            raise ValueError(f"cannot listen on {options.host} port {options.port}: {error.strerror}") from error
+    with listen(options.host, options.port) as listening:
         port = listening.getsockname()[1]
         for name in options.names:
             print(f"http://{options.host}:{port}/score/{name}", file=sys.stderr, flush=True)

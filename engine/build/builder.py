@@ -100,10 +100,10 @@ def build(
         if precision == "int8":
             graphs, figures = int8.quantize(exported, source, folder, pictures, log or (lambda text: None))
             built = replace(built, parity=dict(built.parity) | figures)
-        for name, entry in exported.graphs.items() if precision != "int8" else ():
-            if backend == "onnxruntime":
-                graphs[name] = optimise(exported, source, name, folder)
-            else:
+        elif backend == "onnxruntime":
+            graphs = {name: optimise(exported, source, name, folder) for name in exported.graphs}
+        else:
+            for name, entry in exported.graphs.items():
                 plan = build_plan(
                     exported, source, name, backend, profile, options, timing_cache, log or (lambda text: None)
                 )

@@ -112,8 +112,9 @@ def quantize(
     reference = Upscaler(exported, {"generator": session}, "onnx")
     wanted = [reference.upscale(picture, color="none") for picture in seen]
     entry, tried = exported.graphs["generator"], []
-    for more in range(_choices(source / entry.file)):
-        excluded = left_in_float(source / entry.file, more)
+    outer, inner = convolutions(source / entry.file)
+    for more in range(max(1, len(inner) // 2)):
+        excluded = outer + inner[:more] + inner[len(inner) - more :]
         made = _write(source / entry.file, folder / entry.file, recorder.feeds, excluded)
         graph = replace(entry, sha256=sha256(made), data={})
         candidate = open_session(replace(exported, graphs={"generator": graph}), folder, "generator", "cpu")
@@ -134,15 +135,13 @@ def quantize(
     )
 
 
-def left_in_float(file: Path, more: int) -> list[str]:
-    """Names of the convolutions that stay in float32: next to the input and the output, and `more` at each end."""
+def convolutions(file: Path) -> tuple[list[str], list[str]]:
+    """Names of a graph's convolutions: those next to its input or output, and, in order, those between."""
     import onnx
 
     graph = onnx.load(str(file), load_external_data=False).graph
-    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    nodes = [node for node in graph.node if node.op_type == "Conv"]
     maker = {out: node for node in graph.node for out in node.output}
-    first: set[str] = set()
-    last: set[str] = set()
 
     def feeding(name: str) -> Iterator[Any]:
         """The convolutions from which a value comes, with none between."""
@@ -155,20 +154,9 @@ def left_in_float(file: Path, more: int) -> list[str]:
         for source in node.input:
             yield from feeding(source)
 
-    for node in convolutions:
-        if not any(True for _ in feeding(node.input[0])):
-            first.add(node.name)
-    for output in graph.output:
-        last.update(node.name for node in feeding(output.name))
-    inner = [node.name for node in convolutions if node.name not in first | last]
-    return sorted(first | last | set(inner[:more]) | set(inner[len(inner) - more :] if more else []))
-
-
-def _choices(file: Path) -> int:
-    import onnx
-
-    inner = sum(n.op_type == "Conv" for n in onnx.load(str(file), load_external_data=False).graph.node)
-    return max(1, (inner - len(left_in_float(file, 0))) // 2)
+    outer = {node.name for node in nodes if next(feeding(node.input[0]), None) is None}
+    outer |= {node.name for output in graph.output for node in feeding(output.name)}
+    return sorted(outer), [node.name for node in nodes if node.name not in outer]
 
 
 def _write(file: Path, out: Path, feeds: list[dict[str, np.ndarray]], excluded: list[str]) -> Path:

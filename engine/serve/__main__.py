@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from engine.io import cli
+from engine.io.listen import listen
 from engine.io.notices import say
+from engine.runtime.backends.registry import BACKENDS, GENERATOR
 from engine.runtime.upscaler import Upscaler
-from engine.serve.listen import listen
 
 TOKEN = "GDPO_TOKEN"
 
@@ -40,8 +41,11 @@ def parser() -> cli.Parser:
     limits.add_argument("--seconds", type=float, default=300, help="time limit of a picture, waiting included")
     limits.add_argument("--body-seconds", type=float, default=60, help="time limit for a request to arrive")
     limits.add_argument("--grace-seconds", type=float, default=300, help="time limit for finishing after SIGTERM")
+    served = [name for name, backend in BACKENDS.items() if GENERATOR not in backend.runs]
     machine = p.add_argument_group("machine")
-    machine.add_argument("--backend", default="auto", help="auto, onnxruntime, openvino, tensorrt or tensorrt-rtx")
+    machine.add_argument(
+        "--backend", default="auto", metavar="NAME", help=f"auto, {', '.join(served)} (auto: the model's own)"
+    )
     machine.add_argument("--device", nargs="+", default=[], help="cpu, cuda or cuda:N; several: a worker for each")
     machine.add_argument("--precision", default="auto", choices=("auto", "fp32", "fp16", "bf16"),
                          help="number format of the computation")  # fmt: skip
@@ -132,10 +136,8 @@ def _check(options: Any) -> None:
     for name in ("queue", "grace_seconds"):
         if getattr(options, name) < 0:
             raise ValueError(f"{name.replace('_', '-')} must be 0 or more; got {getattr(options, name)}")
-    if not 0 <= options.port <= 65535:
-        raise ValueError(f"port must be 0 to 65535; got {options.port}")
-    if options.backend == "torch":
-        raise ValueError("backend torch is not served; export the model (python -m engine.export)")
+    if options.backend in BACKENDS and GENERATOR in BACKENDS[options.backend].runs:
+        raise ValueError(f"backend {options.backend} is not served; export the model (python -m engine.export)")
 
 
 def _load(options: Any, device: str | None) -> Upscaler:

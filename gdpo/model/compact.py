@@ -55,16 +55,13 @@ class EvenConv2d(nn.Conv2d):
 
     cell = 16
 
-    def even(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias with the part taken off by which the sums of a cell's kernels differ."""
+    def even(self) -> torch.Tensor:
+        """The weight without the part by which the sums of a cell's kernels differ."""
         sums = self.weight.unflatten(0, (-1, self.cell)).mean((3, 4), keepdim=True)
-        weight = self.weight - (sums - sums.mean(1, keepdim=True)).flatten(0, 1)
-        if self.bias is None:
-            return weight, None
-        return weight, self.bias.unflatten(0, (-1, self.cell)).mean(1, keepdim=True).expand(-1, self.cell).flatten()
+        return self.weight - (sums - sums.mean(1, keepdim=True)).flatten(0, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._conv_forward(x, *self.even())
+        return self._conv_forward(x, self.even(), self.bias)
 
 
 class CompactUNet(nn.Module):
@@ -83,7 +80,7 @@ class CompactUNet(nn.Module):
         self.recover = nn.Conv2d(config.out_channels, channels, 3, padding=1, bias=False)  # condition -> LR
         self.grain = nn.Conv2d(config.in_channels, channels, 1, bias=False)  # noise of the latent -> noise of the LR
         side = config.base_kernel
-        self.base: nn.Conv2d = EvenConv2d(channels, config.out_channels, side, padding=side // 2, bias=False)
+        self.base: Any = EvenConv2d(channels, config.out_channels, side, padding=side // 2, bias=False)
         self.conv_in = nn.Conv2d(2 * channels, config.width, 3, padding=1)  # the LR with grain, the LR
         self.convs = nn.ModuleList(nn.Conv2d(config.width, config.width, 3, padding=1) for _ in range(config.layers))
         self.acts = nn.ModuleList(nn.PReLU(config.width) for _ in range(config.layers + 1))
@@ -133,7 +130,7 @@ class CompactUNet(nn.Module):
         even, side = self.base, self.config.base_kernel
         plain = nn.Conv2d(even.in_channels, even.out_channels, side, padding=side // 2, bias=False)
         plain = plain.to(even.weight)
-        plain.weight.copy_(even.even()[0] if isinstance(even, EvenConv2d) else even.weight)
+        plain.weight.copy_(even.even())
         self.base = plain.requires_grad_(False)
 
     def forward(

@@ -12,6 +12,7 @@ import torch
 from comfy_api.v0_0_2 import ComfyAPISync, ComfyExtension, io
 
 from engine import Upscaler
+from engine.runtime import color
 from engine.runtime.resample import resize_window
 
 FOLDER = "gdpo_sr"  # under ComfyUI's models/: engine folders, as engine.export and engine.build write them
@@ -133,8 +134,8 @@ class Upscale(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "color",
-                    options=["wavelet", "adain", "none"],
-                    default="wavelet",
+                    options=list(color.METHODS),
+                    default=color.DEFAULT,
                     tooltip="How the colours are matched to the input's.",
                 ),
             ],

@@ -12,14 +12,13 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
-from engine.io.images import SUFFIXES, ImageError, picture_size, read_image, write_image
+from engine.io.images import SUFFIXES, ImageError, read_image
 from engine.runtime import manifest as manifests
 from tests.attack.harness import Quiet, Section, Trial
 from tests.support.folders import model, write_folder
-from tests.support.pictures import gradient, installed, mutated, write_seeds
+from tests.support.pictures import check_foreign, gradient, installed, mutated, write_seeds
 
 
 def mutants(work: Path) -> Trial:
@@ -35,21 +34,7 @@ def mutants(work: Path) -> Trial:
         _, data = rng.choice(seeds)
         path.write_bytes(mutated(data, rng))
         with Quiet(work):
-            try:
-                picture = read_image(path, max_pixels=4_000_000, notice=lambda _: None)
-            except ImageError as error:
-                assert "\n" not in str(error), str(error)
-                return
-            assert picture.pixels.dtype in (np.uint8, np.uint16) and picture.pixels.shape[2] == 3
-            assert picture_size(path) == picture.pixels.shape[:2]
-            if picture.pixels.size > 100_000:
-                return
-            target = work / f"out{rng.choice(writable)}"
-            try:
-                write_image(target, picture, notice=lambda _: None)
-            except ImageError:
-                return  # transparency in a JPEG, colour tags of no colours
-            assert read_image(target, notice=lambda _: None).pixels.shape == picture.pixels.shape
+            check_foreign(path, work / f"out{rng.choice(writable)}")
 
     return trial
 

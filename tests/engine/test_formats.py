@@ -254,3 +254,27 @@ def test_writes_that_a_disk_swallows_are_seen_by_the_size(tmp_path):
         sink.write(b"lost")
         with pytest.raises(OSError, match="10 bytes are on the disk where 14 were written"):
             sink.close()
+
+
+@pytest.mark.parametrize(("count", "read"), [(4000, True), (100_000, False)])
+def test_a_png_of_chunks_without_end_is_refused(tmp_path, count, read):
+    file = tmp_path / "a.png"
+    write_image(file, Picture(gradient()))
+    data, text = file.read_bytes(), b"tEXtk\0v"
+    chunk = struct.pack(">I", 3) + text + struct.pack(">I", zlib.crc32(text))
+    file.write_bytes(data[:33] + chunk * count + data[33:])
+    if read:
+        assert np.array_equal(read_image(file).pixels, gradient())
+        return
+    with pytest.raises(ImageError, match="more than 5000 chunks beside its pixels"):
+        read_image(file)
+
+
+def test_a_pnm_comment_without_end_is_refused(tmp_path):
+    """Pillow would read it byte by byte: seconds for some megabytes."""
+    file = tmp_path / "a.ppm"
+    file.write_bytes(b"P6 #" + b" " * 10_000_000)
+    with pytest.raises(ImageError, match="damaged PNM header"):
+        read_image(file)
+    file.write_bytes(b"P6 # by hand\n1 # wide\n1\n255\n" + bytes(3))
+    assert read_image(file).pixels.shape == (1, 1, 3)

@@ -136,7 +136,7 @@ def test_saved_and_loaded_with_a_lora_it_is_the_same(generator, tmp_path):
 
 def test_even_features_draw_no_lattice():
     torch.manual_seed(0)
-    even, plain = EvenConv2d(12, 48, 3), torch.nn.Conv2d(12, 48, 3)
+    even, plain = EvenConv2d(12, 48, 3, bias=False), torch.nn.Conv2d(12, 48, 3, bias=False)
     even.load_state_dict(plain.state_dict())
     features = torch.randn(1, 12, 1, 1).expand(-1, -1, 8, 8)  # a texture's mean
     assert F.pixel_shuffle(even(features), 4).std((2, 3)).max() < 1e-6

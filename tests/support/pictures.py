@@ -12,7 +12,7 @@ import numpy as np
 import pyvips
 from PIL import Image, ImageCms
 
-from engine.io.images import Picture, write_image
+from engine.io.images import ImageError, Picture, picture_size, read_image, write_image
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 PACKAGES = {"JXL": "pillow_jxl", "HEIC": "pillow_heif"}  # format -> what reads it, an extra
@@ -105,3 +105,21 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
             out[at:end] = out[at:end] * 2 if rng.random() < 0.5 else b""
             out = out or bytearray(1)
     return bytes(out)
+
+
+def check_foreign(path: Path, target: Path) -> Picture | None:
+    """A foreign file is refused in one line (None), or is a picture of its header's size that survives `target`."""
+    try:
+        picture = read_image(path, max_pixels=4_000_000, notice=lambda _: None)
+    except ImageError as error:
+        assert "\n" not in str(error), str(error)
+        return None
+    assert picture.pixels.dtype in (np.uint8, np.uint16) and picture.pixels.shape[2] == 3
+    assert picture_size(path) == picture.pixels.shape[:2]
+    if picture.pixels.size <= 100_000:
+        try:
+            write_image(target, picture, notice=lambda _: None)
+        except ImageError:  # transparency in a JPEG, colour tags of no colours
+            return picture
+        assert read_image(target, notice=lambda _: None).pixels.shape == picture.pixels.shape
+    return picture

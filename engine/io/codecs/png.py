@@ -28,6 +28,7 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _XMP, _IPTC, _EXIF = "XML:com.adobe.xmp", "Raw profile type iptc", ("Raw profile type exif", "Raw profile type APP1")
 _PROFILES = tuple(name.encode() + b"\0" for name in _EXIF)
 _METRE = 0.0254  # inches
+_MOST_CHUNKS = 5000  # beside the pixels; real files have a few dozen
 _KEPT = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}  # of what the encoder writes
 
 
@@ -35,13 +36,17 @@ def chunks(file: BinaryIO, *, contents: set[bytes] | None = None) -> Iterator[tu
     """(kind, content) of every chunk to the end; b"" for those not in `contents`, which are skipped in the file.
 
     Raises:
-        ImageError: the file does not begin like a PNG.
+        ImageError: the file does not begin like a PNG, or has thousands of chunks beside its pixels.
     """
     file.seek(0)
+    others = 0
     if file.read(8) != SIGNATURE:
         raise ImageError("damaged or truncated PNG header")
     while len(head := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)
+        others += kind != b"IDAT"
+        if others > _MOST_CHUNKS:
+            raise ImageError(f"a PNG of more than {_MOST_CHUNKS} chunks beside its pixels; they are not read")
         if contents is None or kind in contents:
             content = file.read(min(length, metadata.MAX_METADATA))
             file.seek(length - len(content) + 4, io.SEEK_CUR)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+from gdpo.scores.luma import BT601, weighted
 
 
 def chroma_distance(restored: Tensor, target: Tensor) -> Tensor:
@@ -16,5 +16,4 @@ def chroma_distance(restored: Tensor, target: Tensor) -> Tensor:
     Returns: a scalar >= 0, unchanged when gray is added to a picture.
     """
     error = restored - target
-    luma = (error * error.new_tensor(_LUMA)[:, None, None]).sum(1, keepdim=True)
-    return (error - luma).abs().mean()
+    return (error - weighted(error, BT601)[:, None]).abs().mean()

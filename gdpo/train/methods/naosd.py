@@ -194,7 +194,7 @@ class NAOSD(Method):
         Of samples left out by perceptual_share the others stand for them: the expected value does not change.
         """
         config, k, samples = self.config, self.config.num_noises, batch.samples
-        rows = self._looked_at(batch)
+        rows = self._looked_at(batch, taught)
         none = restored.new_zeros(())
         if not rows:
             return none, none
@@ -206,21 +206,18 @@ class NAOSD(Method):
         if config.diversity:
             distance, spread = self.perceptual(restored.unflatten(0, (-1, k)), target[::k])
             return share * distance, share * spread
-        if (
-            taught is not None
-        ):  # a sample that a teacher drew is compared with that picture or the HR: one pass, not two
+        if taught is not None:  # compared with the teacher's picture or the HR: one pass, not two
             weight = config.teacher.weight
             of_teacher = [uniform(config.seed, "compared with", samples[i]) < weight for i in rows]
             target = torch.where(torch.tensor(of_teacher, device=target.device)[:, None, None, None], shown, target)
         return share * self.perceptual(restored, target).mean(), none
 
-    def _looked_at(self, batch: Batch) -> list[int]:
+    def _looked_at(self, batch: Batch, taught: Taught | None) -> list[int]:
         """The samples, by position, whose perceptual distance is computed: a function of (seed, sample)."""
         config, samples = self.config, batch.samples
         rows = [i for i, s in enumerate(samples) if uniform(config.seed, "looked at", s) < config.perceptual_share]
         if config.perceptual_on == "degraded":
-            drawn = self.targets.drawn(samples) if self.targets is not None else []
-            worn = {*drawn, *batch.real}
+            worn = {*batch.real, *(taught.rows if taught is not None else ())}
             rows = [i for i in rows if i in worn or self.degrade.preset_of(config.seed, samples[i]) != "bicubic"]
         return rows
 
