@@ -1,0 +1,107 @@
+"""A generator's folder on the disk: what is read of it, and how its UNet is written."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gdpo.model import hub, lora
+from gdpo.model.network_unet import NetworkUNet
+from gdpo.model.parts import first_line, load_pretrained, read_config, read_tensors, refuse_checkpoint
+from gdpo.model.unets import PIXEL_UNETS, works_on_pixels
+
+
+def resolve(folder: str | os.PathLike[str]) -> Path:
+    """The local folder of a model: a path, or "hub:ORG/NAME", which is downloaded.
+
+    Raises:
+        FileNotFoundError: no such folder. ValueError: a checkpoint. ConnectionError: no Hub.
+    """
+    text = os.fspath(folder)
+    if text.startswith(hub.PREFIX):
+        return hub.download(text)
+    path = Path(text)
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{text}: no such folder; a model is a diffusers folder (to download one: hub:ORG/NAME)"
+        )
+    refuse_checkpoint(path)
+    return path
+
+
+def remembered(file: Path) -> dict:
+    """What a saved folder remembers: timesteps and prompt."""
+    saved = read_config(file) if file.is_file() else {}
+    for name, kind in (("t_noise", int), ("t_diffusion", int), ("prompt", str)):
+        if type(saved.get(name, kind())) is not kind:
+            raise ValueError(f"{file}: {name} must be {kind.__name__}; got {saved[name]!r:.40}")
+    return saved
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Write a small file of a model folder."""
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def load_unet(folder: Path, dtype: torch.dtype | None) -> Any:
+    """The UNet of a `unet/` folder, of the class that its config.json names, in `dtype` (None: as stored).
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file and what was expected in it.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder / 'config.json'}: no such file; a model folder needs unet/config.json")
+    config = read_config(folder / "config.json")
+    kind = config.get("_class_name")
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    if kind == "NetworkUNet":
+        network = NetworkUNet.from_weights(config, read_tensors(weights), str(folder))
+        return network.to(dtype) if dtype else network
+    if kind in PIXEL_UNETS:
+        state = read_tensors(weights)
+        with torch.device("meta"):  # judged before anything of its size is made
+            needed = sum(p.numel() for p in PIXEL_UNETS[kind].from_config(config).parameters())
+        if needed > 2 * sum(value.numel() for value in state.values()):
+            raise ValueError(f"{folder / 'config.json'} asks for {needed} parameters, which {weights.name} has not")
+        unet = PIXEL_UNETS[kind].from_config(config)
+        try:
+            unet.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"{weights} does not fit unet/config.json: {first_line(error)}") from None
+        return unet.to(dtype) if dtype else unet
+    if kind != "UNet2DConditionModel":
+        known = ", ".join(["UNet2DConditionModel", *PIXEL_UNETS, "NetworkUNet"])
+        raise ValueError(f"{folder / 'config.json'}: _class_name is {kind!r}; known are {known}")
+    from diffusers import UNet2DConditionModel
+
+    return load_pretrained(UNet2DConditionModel, folder, dtype)
+
+
+def without_lora(module: Any) -> Any:
+    """The module itself when it has no adapter, else a copy with the bare base weights."""
+    inner = getattr(module, "vae", module)
+    if not lora.adapters(inner):
+        return module
+    import copy
+
+    bare = copy.deepcopy(module)
+    lora.merge(getattr(bare, "vae", bare), 0.0)
+    return bare
+
+
+def save_unet(unet: Any, folder: Path) -> None:
+    """Write a UNet without its LoRA as the `unet/` folder."""
+    unet = without_lora(unet)
+    if works_on_pixels(unet):
+        from safetensors.torch import save_file
+
+        folder.mkdir()
+        write_json(folder / "config.json", unet.config_dict())
+        state = {k: v.detach().cpu().contiguous() for k, v in unet.state_dict().items()}
+        save_file(state, folder / "diffusion_pytorch_model.safetensors")
+    else:
+        unet.save_pretrained(folder)
