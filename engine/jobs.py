@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from engine.io.formats import KINDS, kind_of
 from engine.io.images import READABLE, SUFFIXES
 from engine.io.notices import say
 
@@ -53,9 +54,9 @@ def plan(
     Raises:
         ValueError: nothing matches, an output that two inputs would write, or that is an input itself.
     """
-    extension = f".{extension.removeprefix('.').lower()}" if extension else None
+    extension = f".{kind_of(extension)}" if extension else None
     if extension and extension not in SUFFIXES:
-        raise ValueError(f"format must be one of {' '.join(s[1:] for s in SUFFIXES)}; got {extension[1:]}")
+        raise ValueError(f"format must be one of {' '.join(KINDS)}; got {extension[1:]}")
     if "" in (*inputs, output):
         raise ValueError("an input or the output is an empty path; an unset variable?")
     out = Path(output)

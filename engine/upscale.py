@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from engine.io import cli
 from engine.io.files import clean_leftovers
+from engine.io.formats import KINDS, kind_of
 from engine.io.images import MAX_BYTES, MAX_PIXELS, SUFFIXES
 from engine.jobs import plan
 from engine.runtime import color
@@ -58,9 +59,7 @@ def parser() -> cli.Parser:
     work.add_argument("--wrap", action="store_true", help="opposite edges join on both axes: for tileable textures")
     work.add_argument("--wrap-x", action="store_true", help="left and right edges join: for 360-degree panoramas")
     files = p.add_argument_group("files")
-    files.add_argument(
-        "-f", "--format", choices=[s[1:] for s in SUFFIXES], help="format of outputs (default: the input's)"
-    )
+    files.add_argument("-f", "--format", type=kind_of, choices=KINDS, help="format of outputs (default: the input's)")
     files.add_argument("--suffix", default="", help="text appended to output names, such as _x4")
     files.add_argument(
         "--quality", type=int, default=95, help="quality of lossy formats, 1 to 100 (default: %(default)s)"

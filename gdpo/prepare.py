@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from engine.io.cli import Parser, run
-from engine.io.files import atomic_path, atomic_write, sha256
+from engine.io.files import atomic_path, atomic_write, naming, sha256
 from engine.io.images import READABLE, ImageError, read_image
 from gdpo.photos.crops import convert, cut, difference_hash, near_duplicates
 from gdpo.photos.dataset import SPLITS
@@ -102,7 +102,8 @@ def process(source: Source, settings: Settings, work: Path) -> None:
         folder.mkdir()
         for crop in crops:
             file = folder / f"{source.unit}-{crop.y:05d}-{crop.x:05d}.png"
-            Image.fromarray(crop.pixels).save(file, compress_level=3)
+            with naming(file):
+                Image.fromarray(crop.pixels).save(file, compress_level=3)
             row = {"file": file.name, "y": crop.y, "x": crop.x, "texture": crop.texture}
             row |= {"sha256": hashlib.sha256(crop.pixels.tobytes()).hexdigest(), "bytes": file.stat().st_size}
             record["crops"].append(row | {"hash": difference_hash(crop.pixels)})

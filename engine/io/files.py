@@ -34,6 +34,25 @@ _REFUSALS = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.
 
 
 @contextmanager
+def naming(path: str | os.PathLike[str], staged: Path | None = None) -> Iterator[None]:
+    """Inside, an OSError that names no file names `path`, and one that names `staged`, or what is in it, as well.
+
+    The system says which file could not be opened, but not which one could not be read or written.
+    """
+    try:
+        yield
+    except OSError as error:
+        name = error.filename
+        if name is None:
+            name = path
+        elif staged and isinstance(name, str) and (name == str(staged) or name.startswith(f"{staged}{os.sep}")):
+            name = f"{path}{name[len(str(staged)) :]}"
+        if error.errno is None or name == error.filename:
+            raise
+        raise OSError(error.errno, error.strerror, str(name)) from None
+
+
+@contextmanager
 def atomic_path(path: str | os.PathLike[str], *, sealed: Callable[[Path], None] | None = None) -> Iterator[Path]:
     """Yield a path beside `path` to write to; on a clean exit it is fsynced and replaces `path`, else it is removed.
 
@@ -54,19 +73,13 @@ def atomic_path(path: str | os.PathLike[str], *, sealed: Callable[[Path], None] 
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     try:
-        yield staged
-        try:
+        with naming(path, staged):
+            yield staged
             fsync(staged)
             if sealed:
                 sealed(staged)
             os.replace(staged, path)
             fsync(path.parent)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from None
-    except OSError as error:
-        if error.filename == str(staged):
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
     finally:
         with contextlib.suppress(FileNotFoundError):
             staged.unlink()
@@ -111,21 +124,26 @@ def clean_leftovers(folder: Path) -> None:
 
     Once a folder and process; a folder that cannot be listed is left as it is.
     """
+    remove_leftovers(folder, _STARTED)
+
+
+def remove_leftovers(folder: Path, before: float) -> None:
+    """Remove staged files that were last written before a time, and are held by nobody."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if _STAGED.fullmatch(entry.name):
                 with contextlib.suppress(OSError):
-                    _remove_unused(entry)
+                    _remove_unused(entry, before)
 
 
-def _remove_unused(entry: os.DirEntry[str]) -> None:
+def _remove_unused(entry: os.DirEntry[str], before: float) -> None:
     status = entry.stat(follow_symlinks=False)
-    if not stat.S_ISREG(status.st_mode) or status.st_mtime >= _STARTED:
+    if not stat.S_ISREG(status.st_mode) or status.st_mtime >= before:
         return
     handle = os.open(entry.path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
     try:
         locked = lock(handle, wait=False)
-        if locked or (locked is None and status.st_mtime < _STARTED - _DAY):
+        if locked or (locked is None and status.st_mtime < before - _DAY):
             os.unlink(entry.path)
     finally:
         os.close(handle)
@@ -162,5 +180,5 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> None:
 
 def sha256(path: str | os.PathLike[str]) -> str:
     """The hexadecimal SHA-256 of a file."""
-    with open(path, "rb") as f:
+    with naming(path), open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.io.files import fsync
+from engine.io.files import fsync, naming
 
 
 def fsync_tree(folder: Path) -> None:
@@ -31,20 +31,21 @@ def staged_folder(target: Path) -> Iterator[Path]:
         os.replace(retired, target)
     shutil.rmtree(staged, ignore_errors=True)
     shutil.rmtree(retired, ignore_errors=True)
-    staged.mkdir()
     try:
-        yield staged
-        fsync_tree(staged)
-        if target.exists():
-            os.replace(target, retired)
-        try:
-            os.replace(staged, target)
-        except OSError:
-            if retired.exists():
-                os.replace(retired, target)
-            raise
-        fsync(target.parent)
-        shutil.rmtree(retired, ignore_errors=True)
+        with naming(target, staged):
+            staged.mkdir()
+            yield staged
+            fsync_tree(staged)
+            if target.exists():
+                os.replace(target, retired)
+            try:
+                os.replace(staged, target)
+            except OSError:
+                if retired.exists():
+                    os.replace(retired, target)
+                raise
+            fsync(target.parent)
+            shutil.rmtree(retired, ignore_errors=True)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

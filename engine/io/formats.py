@@ -77,6 +77,12 @@ LONGEST_HEAD = 96  # bytes that decide the format
 BY_SUFFIX = {suffix: row for row in FORMATS for suffix in row.suffixes}
 SUFFIXES = {suffix: row.name for suffix, row in BY_SUFFIX.items() if row.write}  # that are written
 READABLE = frozenset(BY_SUFFIX)
+KINDS = tuple(suffix[1:] for suffix in SUFFIXES)  # the same as options name them
+
+
+def kind_of(text: str) -> str:
+    """What an option that takes one of `KINDS` means: capitals and a dot in front make no difference."""
+    return text.lower().removeprefix(".")
 
 
 def format_of(head: bytes) -> Format | None:

@@ -15,7 +15,7 @@ from engine.io.sink import Sink
 # artist, copyright; and the pointers to its EXIF and GPS directories.
 _TIFF_TAGS = (270, 271, 272, 305, 306, 315, 33432)
 _TIFF_POINTERS = (0x8769, 0x8825)
-_RESOLUTION_UNIT, _IPTC = 296, 33723
+_RESOLUTION_UNIT, _IPTC, _ICC = 296, 33723, 34675
 _INTEROP = 0xA005  # in the EXIF directory: a pointer to another one
 
 
@@ -73,13 +73,14 @@ def iptc_of_tiff(tags: Any) -> bytes | None:
     return value if isinstance(value, bytes) and value.startswith(b"\x1c") else None
 
 
-def add_to_tiff(file: Sink, exif: bytes | None, iptc: bytes | None) -> bool:
-    """Append EXIF and IPTC to a TIFF of one page that libvips wrote, which itself keeps no EXIF, and cuts IPTC.
+def add_to_tiff(file: Sink, *, exif: bytes | None = None, iptc: bytes | None = None, icc: bytes | None = None) -> bool:
+    """Append what libvips does not write to a TIFF of one page that it wrote.
 
     Args:
         file: readable, writable, and open for nobody else.
-        exif: starts at the TIFF header.
-        iptc: starts at the first data set.
+        exif: starts at the TIFF header; libvips keeps none.
+        iptc: starts at the first data set; libvips cuts it.
+        icc: a profile; libvips drops one that is for other colours, such as an RGB profile of a gray picture.
 
     Returns:
         Whether it was written. A damaged block is left out: the file is the old one until the last write.
@@ -87,22 +88,22 @@ def add_to_tiff(file: Sink, exif: bytes | None, iptc: bytes | None) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return _append_directory(file, exif, iptc)
+            return _append_directory(file, exif, {_IPTC: iptc, _ICC: icc})
         except OSError:
             raise
         except (ValueError, TypeError, KeyError, LookupError, ArithmeticError, SyntaxError, struct.error):
             return False  # what Pillow raises on the entries of a hostile block
 
 
-def _append_directory(file: Sink, exif: bytes | None, iptc: bytes | None) -> bool:
-    """A new first directory behind the file's end: the old one's entries and what the blocks say about the photo."""
+def _append_directory(file: Sink, exif: bytes | None, blocks: dict[int, bytes | None]) -> bool:
+    """A new first directory behind the file's end: the old one's entries, blocks by tag, what EXIF says."""
     said = Image.Exif()
     if exif:
         said.load(exif)
     file.seek(0)
     magic, start = struct.unpack("<4sI", file.read(8))
     end = file.seek(0, io.SEEK_END)
-    if magic != b"II*\0" or end + len(exif or b"") + len(iptc or b"") > 0xFFFF0000:
+    if magic != b"II*\0" or end + sum(len(block or b"") for block in (exif, *blocks.values())) > 0xFFFF0000:
         return False  # BigTIFF, or no room for another offset of 32 bits
     file.seek(start)
     (count,) = struct.unpack("<H", file.read(2))
@@ -116,9 +117,10 @@ def _append_directory(file: Sink, exif: bytes | None, iptc: bytes | None) -> boo
         end += file.write(block + bytes(len(block) % 2))
         return at
 
-    if iptc:
-        value = struct.pack("<I", append(iptc)) if len(iptc) > 4 else iptc.ljust(4, b"\0")
-        entries[_IPTC] = struct.pack("<HHI", _IPTC, 7, len(iptc)) + value
+    for tag, block in blocks.items():
+        if block:
+            value = struct.pack("<I", append(block)) if len(block) > 4 else block.ljust(4, b"\0")
+            entries[tag] = struct.pack("<HHI", tag, 7, len(block)) + value
     for tag in _TIFF_TAGS:
         if tag in said:
             text = _text(said[tag]) + b"\0"

@@ -14,10 +14,10 @@ from fastapi import FastAPI, Form, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
-from engine.io.images import SUFFIXES
+from engine.io.formats import KINDS, SUFFIXES, kind_of
 from engine.runtime import color as colors
 from engine.runtime.upscaler import Upscaler
 from engine.serve.guard import Guard, State, refusal
@@ -27,8 +27,11 @@ from engine.settings import Settings
 
 _MEDIA = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "TIFF": "image/tiff", "AVIF": "image/avif",
           "JXL": "image/jxl"}  # fmt: skip
-_KINDS = tuple(suffix[1:] for suffix in SUFFIXES)
 _POLL = 0.5  # seconds between looks whether the client is still there
+
+
+def _kind(value: object) -> object:
+    return kind_of(value) if isinstance(value, str) else value
 
 
 class Upscale(BaseModel):
@@ -48,7 +51,9 @@ class Upscale(BaseModel):
     )
     background: str | None = Field(None, description="colour under transparent pixels (white, #ff8800)")
     wrap: Literal["none", "both", "horizontal"] = Field("none", description="edges that join")
-    format: Literal[_KINDS] | None = Field(None, description="of the result (default: the input's)")  # type: ignore[valid-type]
+    format: Annotated[Literal[KINDS] | None, BeforeValidator(_kind)] = Field(  # type: ignore[valid-type]
+        None, description="of the result (default: the input's)"
+    )
     quality: int = Field(95, description="quality of lossy formats, 1 to 100")
     lossless: bool = Field(False, description="lossless WebP and JPEG XL")
     strip_metadata: bool = Field(False, description="leave out EXIF, XMP and text; keep the colour profile")

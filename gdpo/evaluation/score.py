@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from engine.io.files import naming
 from gdpo.evaluation.columns import Metric
 from gdpo.evaluation.sources import Source
 
@@ -30,12 +31,12 @@ class Rows:
         self.found: list[dict] = []
         self.failures: list[str] = []
         self._path, self._names = path, ["image", "model", *(m.name for m in columns)]
-        with open(path, "w", newline="") as f:
+        with naming(path), open(path, "w", newline="") as f:
             self._writer(f).writeheader()
 
     def add(self, rows: list[dict]) -> None:
         self.found += rows
-        with open(self._path, "a", newline="") as f:
+        with naming(self._path), open(self._path, "a", newline="") as f:
             for row in rows:
                 empty = {k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
                 self._writer(f).writerow(empty)

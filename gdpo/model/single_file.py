@@ -12,6 +12,7 @@ from engine.io.files import atomic_path
 from engine.runtime.noise import noise_field
 from gdpo.generator import OneStepGenerator
 from gdpo.model.network_unet import NetworkUNet
+from gdpo.model.parts import disk_errors
 
 SIDE = 64  # of the square of noise, in LR pixels
 
@@ -41,6 +42,6 @@ def save_single_file(generator: OneStepGenerator, file: Path, seed: int = 0) -> 
         state["noise"] = torch.from_numpy(noise.copy())
         state["amounts"] = torch.tensor([math.sqrt(made.a_n), math.sqrt(made.b_n)])
     tensors = {k: v.detach().cpu().clone() for k, v in state.items()}
-    with atomic_path(file) as staged:
+    with disk_errors(Path(file)), atomic_path(file) as staged:
         save_file(tensors, staged, {"format": "pt"})
     return name

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from engine.io.files import fsync, sha256
+from engine.io.files import fsync, naming, sha256
 from engine.io.folders import fsync_tree
 from gdpo.model.parts import disk_errors, first_line
 
@@ -78,23 +78,24 @@ def save(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
     staged = root / f".staged-checkpoint-{step:07d}"
     shutil.rmtree(staged, ignore_errors=True)
     try:
-        staged.mkdir(parents=True)
-        (staged / "state.json").write_bytes(_json(checkpoint.state))
-        header = {_STATE: sha256(staged / "state.json")}
-        for stem, tensors in checkpoint.tensors.items():
-            path = staged / f"{stem}.safetensors"
-            with disk_errors(path):
-                save_file({k: v.contiguous() for k, v in tensors.items()}, path, header)
-        files = sorted(p for p in staged.iterdir())
-        manifest = {p.name: _File(p.stat().st_size, sha256(p)) for p in files}
-        fsync_tree(staged)
-        (staged / "manifest.json").write_bytes(_json(manifest))
-        fsync(staged / "manifest.json")
-        fsync(staged)
-        if target.exists():  # the same step saved again, by a run that went back past a damaged checkpoint
-            _remove(target)
-        os.replace(staged, target)
-        fsync(root)
+        with naming(target, staged):
+            staged.mkdir(parents=True)
+            (staged / "state.json").write_bytes(_json(checkpoint.state))
+            header = {_STATE: sha256(staged / "state.json")}
+            for stem, tensors in checkpoint.tensors.items():
+                path = staged / f"{stem}.safetensors"
+                with disk_errors(path):
+                    save_file({k: v.contiguous() for k, v in tensors.items()}, path, header)
+            files = sorted(p for p in staged.iterdir())
+            manifest = {p.name: _File(p.stat().st_size, sha256(p)) for p in files}
+            fsync_tree(staged)
+            (staged / "manifest.json").write_bytes(_json(manifest))
+            fsync(staged / "manifest.json")
+            fsync(staged)
+            if target.exists():  # the same step saved again, by a run that went back past a damaged checkpoint
+                _remove(target)
+            os.replace(staged, target)
+            fsync(root)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     for _, old in _listed(root)[:-keep]:

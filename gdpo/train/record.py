@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from engine.io.files import atomic_write
+from engine.io.files import atomic_write, naming
 from gdpo.photos.dataset import Batch
 from gdpo.train import checkpoint as checkpoints
 from gdpo.train import pictures
@@ -86,7 +86,8 @@ class Record:
 
     def row(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl, and hand it to the tracker."""
-        with open(self.root / "metrics.jsonl", "a") as f:
+        path = self.root / "metrics.jsonl"
+        with naming(path), open(path, "a") as f:
             f.write(json.dumps(row) + "\n")
         self.tracker.row(row)
 

@@ -70,14 +70,14 @@ FAULTS = [
     ),
     Fault(
         FOLDERS,
-        "                os.replace(retired, target)\n            raise\n",
-        "                pass\n            raise\n",
+        "                    os.replace(retired, target)\n                raise\n",
+        "                    pass\n                raise\n",
         "tests/gdpo/test_storage.py::test_a_failing_rename_keeps_the_old_folder",
     ),
     Fault(
         CHECKPOINT,
-        "            _remove(target)\n        os.replace(staged, target)",
-        "            shutil.rmtree(target)\n        os.replace(staged, target)",
+        "                _remove(target)\n            os.replace(staged, target)",
+        "                shutil.rmtree(target)\n            os.replace(staged, target)",
         f"{IN_CHECKPOINTS}::test_a_step_saved_again_is_whole_or_absent",
     ),
     Fault(

@@ -12,6 +12,7 @@ import pytest
 
 from engine.io import cli, files, notices
 from engine.io.files import atomic_path, atomic_write, clean_leftovers, fsync
+from engine.io.folders import staged_folder
 
 OLD = time.time() - 3600
 
@@ -158,6 +159,24 @@ def test_a_rename_that_fails_names_the_file_and_not_the_one_beside(tmp_path, mon
     with pytest.raises(OSError) as caught:
         atomic_write(tmp_path / "a", "x")
     assert caught.value.filename == str(tmp_path / "a") and caught.value.errno == errno.ENOSPC
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_write_that_fails_names_the_file_or_what_it_is_in(tmp_path, number):
+    unnamed = OSError(number, os.strerror(number))  # as os.write and BufferedWriter raise it
+    with pytest.raises(OSError) as caught, atomic_path(tmp_path / "a.png"):
+        raise unnamed
+    assert caught.value.filename == str(tmp_path / "a.png") and caught.value.errno == number
+    with pytest.raises(OSError) as caught, staged_folder(tmp_path / "model"):
+        raise unnamed
+    assert caught.value.filename == str(tmp_path / "model")
+    with pytest.raises(FileNotFoundError) as caught, staged_folder(tmp_path / "model") as inside:
+        (inside / "unet" / "config.json").write_text("{}")
+    assert caught.value.filename == str(tmp_path / "model" / "unet" / "config.json")
+    with pytest.raises(FileNotFoundError) as caught, staged_folder(tmp_path / "model"):
+        (tmp_path / "another").read_text()
+    assert caught.value.filename == str(tmp_path / "another")
     assert os.listdir(tmp_path) == []
 
 

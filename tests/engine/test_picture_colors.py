@@ -200,6 +200,21 @@ def test_extra_samples_of_a_tiff_are_what_the_file_says(tmp_path, dtype):
     assert np.abs(picture.pixels[3:].astype(int) - rgb[3:]).max() <= 1
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
+@pytest.mark.parametrize("alpha", [False, True])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_gray_picture_keeps_a_profile_of_rgb(tmp_path, suffix, alpha, dtype):
+    if alpha and suffix == ".jpg":
+        pytest.skip("JPEG has no transparency")
+    pixels = gradient(dtype)[..., :1].repeat(3, 2)
+    icc = matrix_profile(BT709, (0.3127, 0.3290), 1.0)
+    path = tmp_path / f"a{suffix}"
+    write_image(path, Picture(pixels, True, pixels[..., 0] if alpha else None, icc=icc))
+    back = read_image(path)
+    assert back.icc == icc and back.gray and (back.alpha is not None) == alpha
+    assert suffix == ".jpg" or np.array_equal(back.pixels, pixels)
+
+
 def test_a_gray_profile_is_not_put_on_rgb_samples(tmp_path):
     gray = Image.fromarray(gradient()[..., 0])
     icc = b"".join([struct.pack(">I4sI4s4s4s", 0, bytes(4), 0x02400000, b"mntr", b"GRAY", b"XYZ "), bytes(12), b"acsp",

@@ -91,7 +91,7 @@ def test_answers_have_the_bytes_of_the_command_line(folders, tmp_path, kind, cou
     [
         {"seed": 5, "tile": 32, "color": "adain"},
         {"scale": 2.5, "format": "jpg", "quality": 80},
-        {"longest": 100, "wrap": "both", "format": "webp", "lossless": "true"},
+        {"longest": 100, "wrap": "both", "format": "WebP", "lossless": "true"},
         {"background": "white", "strip_metadata": "true", "format": "tif"},
     ],
 )
@@ -107,7 +107,7 @@ def test_options_mean_what_they_mean_on_the_command_line(service, folders, tmp_p
     answer = service.post(content, **fields)
     assert answer.status_code == 200, answer.text
     assert answer.content == next((tmp_path / "out").glob("in.*")).read_bytes()
-    kind = fields.get("format", "png")
+    kind = fields.get("format", "png").lower()
     assert answer.headers["content-disposition"] == f"attachment; filename*=UTF-8''in.{kind}"
 
 

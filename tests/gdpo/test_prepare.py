@@ -1,5 +1,6 @@
 """gdpo.prepare: hostile files are named, an interrupted run ends with the bytes of an uninterrupted one."""
 
+import errno
 import hashlib
 import json
 import os
@@ -353,3 +354,15 @@ def test_progress_and_workers(photos, tmp_path, capfd):
 def test_no_progress_on_the_command_line(photos, tmp_path):
     done = command(photos, "--out", tmp_path / "out", "--size=64", "--halve=false", "--no-progress")
     assert done.returncode == 0 and "photo/s" not in done.stderr, done.stderr
+
+
+def test_a_disk_that_fails_is_named_with_the_crop(photos, tmp_path, monkeypatch):
+    def save(image, file, **options):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))  # as a write raises it: without a name
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(OSError) as caught:
+        prepare([photos], tmp_path / "out", SMALL)
+    assert caught.value.filename.startswith(str(tmp_path / "out")) and caught.value.filename.endswith(".png")
+    monkeypatch.undo()
+    assert prepare([photos], tmp_path / "out", SMALL) == prepare([photos], tmp_path / "good", SMALL)

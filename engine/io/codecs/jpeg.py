@@ -20,6 +20,7 @@ MAX_SCANS = 500  # of a progressive JPEG: a small file with thousands of scans k
 MAX_WORK = 4_000_000_000  # scans times pixels: 40 scans of 100 megapixels
 _SEGMENT = 65_533  # bytes of content that fit into one
 _END = b"\xff\xd9"
+_SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1, 0xC3, 0xC9, 0xCB), (0xC2, 0xCA)  # frames: Huffman and arithmetic
 
 
 def header(file: BinaryIO) -> Header:
@@ -31,6 +32,8 @@ def read(data: bytes, known: Header, notice: Notice) -> Picture:
     scans = data.count(b"\xff\xda")
     if scans > MAX_SCANS or scans * known.width * known.height > MAX_WORK:
         raise ImageError(f"a JPEG of {scans} scans; at most {MAX_SCANS} are read, fewer of a large picture")
+    if not _all_refined(data):
+        raise ImageError("truncated JPEG: its last scans are missing")
     image = open_pillow(JpegImagePlugin.JpegImageFile, io.BytesIO(data))
     samples = _samples(data)
     if samples is None or image.mode not in ("L", "RGB"):
@@ -90,42 +93,44 @@ def _without_end(data: bytes) -> Image.Image:
     """Decode a JPEG that lacks its end marker.
 
     Raises:
-        ImageError: it lacks pixels, or refinements of them, as well.
+        ImageError: it lacks pixels as well.
     """
     whole = data.rstrip(b"\xff") + _END
     try:
         vips().Image.jpegload_buffer(whole, fail_on="warning").avg()  # Pillow would fill what is missing with gray
     except vips().Error:
         raise ImageError("truncated JPEG: a part of its pixels is missing") from None
-    if not _all_refined(whole):
-        raise ImageError("truncated JPEG: its last scans are missing")
     image = open_pillow(JpegImagePlugin.JpegImageFile, io.BytesIO(whole))
     image.load()
     return image
 
 
 def _all_refined(data: bytes) -> bool:
-    """Whether the scans of a JPEG bring every coefficient of every component to its last bit."""
-    bits: dict[int, list[int]] = {}
+    """Whether the scans of a JPEG bring every coefficient of every component to its last bit.
+
+    Decoders have nothing to say about a progressive JPEG that was cut between two scans and closed with an end marker.
+    """
+    left: dict[int, list[int]] = {}  # component -> bits that each coefficient lacks
     at = 2
     while (at := data.find(b"\xff", at)) >= 0 and at + 4 <= len(data):
         kind = data[at + 1]
-        if kind in (0, 1, 0xFF) or 0xD0 <= kind <= 0xD9:
+        if kind in _SEQUENTIAL or kind == _END[1]:
+            break
+        if kind in (0, 1, 0xFF) or 0xD0 <= kind <= 0xD8:
             at += 1 if kind == 0xFF else 2
             continue
         (length,) = struct.unpack_from(">H", data, at + 2)
         content = data[at + 4 : at + 2 + length]
-        if kind in (0xC0, 0xC1):
-            return True
-        if kind == 0xC2:
-            bits = {content[i]: [1] * 64 for i in range(6, len(content) - 2, 3)}
-        elif kind == 0xDA:
+        if kind in _PROGRESSIVE:
+            left = {content[i]: [1] * 64 for i in range(6, len(content) - 2, 3)}
+        elif kind == 0xDA and content and len(content) >= 4 + 2 * content[0]:
             count = content[0]
             first, last, precision = content[1 + 2 * count : 4 + 2 * count]
             for component in content[1 : 1 + 2 * count : 2]:
-                bits.setdefault(component, [1] * 64)[first : last + 1] = [precision & 15] * (last + 1 - first)
+                if component in left:
+                    left[component][first : last + 1] = [precision & 15] * (min(last, 63) + 1 - first)
         at += 2 + length
-    return not any(bit for row in bits.values() for bit in row)
+    return not any(bits for component in left.values() for bits in component)
 
 
 def write(sink: Sink, bands: Bands, picture: Picture, quality: int, lossless: bool, notice: Notice) -> None:

@@ -19,7 +19,7 @@ from engine.io.codecs.libraries import (
     vips,
 )
 from engine.io.picture import Header, ImageError, Notice, Picture
-from engine.io.profiles import cmyk_to_rgb, lab_to_rgb
+from engine.io.profiles import cmyk_to_rgb, lab_to_rgb, space_of
 from engine.io.sink import Sink
 from engine.io.tiff_exif import add_to_tiff, clear_resolution, iptc_of_tiff, tiff_exif
 
@@ -203,6 +203,9 @@ def write(sink: Sink, bands: Bands, picture: Picture, quality: int, lossless: bo
                               bigtiff=bands.nbytes > _BIG)  # fmt: skip
     if not picture.dpi:
         clear_resolution(sink)
-    for name, exif, iptc in (("EXIF", picture.exif, None), ("IPTC", None, picture.iptc)):
-        if (exif or iptc) and not add_to_tiff(sink, exif, iptc):
+    added = {"EXIF": {"exif": picture.exif}, "IPTC": {"iptc": picture.iptc}}
+    if picture.icc and space_of(picture.icc) != ("RGB" if bands.shape[2] >= 3 else "GRAY"):  # libvips drops it
+        added["colour profile"] = {"icc": picture.icc}
+    for name, block in added.items():
+        if any(block.values()) and not add_to_tiff(sink, **block):
             notice(f"{name} left out: it is damaged, or the file has no room for it")
