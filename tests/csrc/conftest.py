@@ -74,9 +74,11 @@ def runtime() -> dict[str, str]:
     return os.environ | {"GDPO_ONNXRUNTIME": str(found)}
 
 
-@pytest.fixture(scope="session")
-def asan(shared, compiler) -> Path:
-    """The tests and the fuzzers, under AddressSanitizer and UndefinedBehaviorSanitizer."""
+@pytest.fixture(scope="session", params=["plain", pytest.param("sanitized", marks=pytest.mark.slow)])
+def built(request, shared, compiler) -> Path:
+    """The tests and the fuzzers: plain, and under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    if request.param == "plain":
+        return request.getfixturevalue("installed").with_name("csrc-plain")
     cuda = find_nvcc() is not None
     settings = ("-DGDPO_TESTS=ON", "-DGDPO_SANITIZE=address,undefined", f"-DGDPO_CUDA={'ON' if cuda else 'OFF'}")
     targets = ("test_parts", "test_upscaler", "test_c_api", *FUZZERS, *(["test_cuda", "fake_cuda"] if cuda else []))
@@ -103,10 +105,12 @@ def tsan(shared, compiler) -> Path:
 
 @pytest.fixture(scope="session")
 def installed(shared, compiler) -> Path:
-    """An installed package: what `cmake --install` leaves."""
+    """An installed package: what `cmake --install` leaves. csrc-plain, beside it, has the tests too."""
 
     def make(out: Path) -> None:
-        build(out.with_name("csrc-plain"), f"-DCMAKE_INSTALL_PREFIX={out}", "-DCMAKE_INSTALL_LIBDIR=lib")
+        settings = ("-DGDPO_TESTS=ON", f"-DGDPO_CUDA={'ON' if find_nvcc() else 'OFF'}")
+        where = (f"-DCMAKE_INSTALL_PREFIX={out}", "-DCMAKE_INSTALL_LIBDIR=lib")
+        build(out.with_name("csrc-plain"), *settings, *where)
         run(CMAKE, "--install", out.with_name("csrc-plain"))
 
     return shared("installed", make)

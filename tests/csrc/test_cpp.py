@@ -21,18 +21,19 @@ def read_ppm(path: Path) -> np.ndarray:
     return np.frombuffer(samples, np.uint8 if largest == b"255" else ">u2").reshape(height, width, 3)
 
 
-def test_the_parts_are_clean_under_address_and_undefined_sanitizers(asan):
-    assert "FAIL" not in run(asan / "tests" / "test_parts")
+def test_the_parts(built):
+    assert "FAIL" not in run(built / "tests" / "test_parts")
 
 
-def test_the_upscaler_is_clean_under_address_and_undefined_sanitizers(asan, folders, runtime):
-    run(asan / "tests" / "test_upscaler", folders, env=runtime)
+def test_the_upscaler(built, folders, runtime):
+    run(built / "tests" / "test_upscaler", folders, env=runtime)
 
 
-def test_the_c_interface_is_clean_under_address_and_undefined_sanitizers(asan, folders, runtime):
-    assert "0 failures" in run(asan / "tests" / "test_c_api", folders / "plain", env=runtime)
+def test_the_c_interface(built, folders, runtime):
+    assert "0 failures" in run(built / "tests" / "test_c_api", folders / "plain", env=runtime)
 
 
+@pytest.mark.slow
 def test_threads_are_clean_under_the_thread_sanitizer(tsan, folders, runtime):
     run(tsan / "tests" / "test_parts")
     environment = runtime | {"TSAN_OPTIONS": f"suppressions={ROOT / 'tests' / 'csrc' / 'tsan.supp'}"}
@@ -68,11 +69,11 @@ def test_libfuzzer_finds_nothing(libfuzzer, folders, runtime, target, tmp_path):
 
 @pytest.mark.parametrize("seconds", [2, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("target", ["manifest", "ppm", "views", "folder"])
-def test_foreign_bytes_end_in_a_typed_error(asan, folders, runtime, target, seconds, tmp_path):
+def test_foreign_bytes_end_in_a_typed_error(built, folders, runtime, target, seconds, tmp_path):
     """Earlier findings first, then mutants of good files."""
     seeds = seeds_of(target, folders)
     environment = runtime | {"GDPO_FUZZ_FOLDER": str(folders / "plain"), "TMPDIR": str(tmp_path)}
-    program = asan / "tests" / f"fuzz_{target}"
+    program = built / "tests" / f"fuzz_{target}"
     run(program, seconds, 1, *seeds, cwd=tmp_path, env=environment)
 
 

@@ -52,16 +52,16 @@ def test_every_sum_and_product_is_rounded_as_on_the_cpu(nvcc, tmp_path):
     assert {"fma.rn.f32", "fma.rn.f64"} <= careless - allowed
 
 
-def test_a_picture_on_the_gpus_way_has_the_bytes_of_the_cpus(nvcc, asan):
-    """fake_cuda.cpp runs the kernels' functions on the CPU; under the sanitizers."""
-    environment = os.environ | {"LD_LIBRARY_PATH": str(asan / "tests" / "fake")}
-    assert "ok   every_request_has_the_bytes_of_the_cpu" in run(asan / "tests" / "test_cuda", env=environment)
+def test_a_picture_on_the_gpus_way_has_the_bytes_of_the_cpus(nvcc, built):
+    """fake_cuda.cpp runs the kernels' functions on the CPU."""
+    environment = os.environ | {"LD_LIBRARY_PATH": str(built / "tests" / "fake")}
+    assert "ok   every_request_has_the_bytes_of_the_cpu" in run(built / "tests" / "test_cuda", env=environment)
 
 
-def test_no_cuda_library_is_needed_to_load_it(nvcc, asan):
+def test_no_cuda_library_is_needed_to_load_it(nvcc, built):
     """The library with kernels in it is what the other tests of this folder run, where no GPU is."""
     for program in ("test_upscaler", "test_cuda"):
-        needed = run("readelf", "-d", asan / "tests" / program)
+        needed = run("readelf", "-d", built / "tests" / program)
         assert "NEEDED" in needed and "cuda" not in needed and "nvinfer" not in needed
 
 
