@@ -1,8 +1,10 @@
-"""Fold a LoRA into the weights: `python -m gdpo.merge FOLDER --out OUT [--strength 0..1]`.
+"""Fold a LoRA into the weights: `python -m gdpo.merge FOLDER --out OUT [--strength 0..1] [--base BASE]`.
 
 FOLDER is a model folder with a live LoRA, or a checkpoint of a run (RUN/checkpoint-N), of which this makes a model.
 The strength interpolates between the model that training started from (0) and the trained one (1): every LoRA layer
-becomes W + strength * scale * B A, every layer trained whole (1 - strength) * base + strength * trained.
+becomes W + strength * scale * B A, every layer trained whole (1 - strength) * base + strength * trained. A model of
+which every weight was trained does not hold its base; --base names it (weight interpolation: Wang et al. 2018,
+arXiv 1809.00219, section 3.4; Wortsman et al. 2022, arXiv 2109.01903).
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
 from jsonargparse.typing import ClosedUnitInterval
 
 from engine.io.cli import Parser, run
@@ -24,6 +27,7 @@ def merge(
     out: str | os.PathLike[str],
     strength: float = 1.0,
     *,
+    base: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write `folder` with its LoRA (UNet's and VAE's) merged as the model folder `out`, whole or not at all.
@@ -32,21 +36,56 @@ def merge(
         folder: a model folder with unet_lora/ or vae_lora/, or a checkpoint.
         out: the folder to make.
         strength: in [0,1].
+        base: the model at strength 0 of a `folder` without a LoRA: a model folder or what `model.pretrained` takes.
         overwrite: replace an `out` that holds a model.
 
     Raises:
-        ValueError: no LoRA in `folder`, a strength outside [0,1], or a damaged checkpoint. FileExistsError: `out`
-            exists.
+        ValueError: neither a LoRA in `folder` nor a base, or both; a base of another kind; a strength outside [0,1], or
+            a damaged checkpoint. FileExistsError: `out` exists.
     """
     target = check_target(out, overwrite, folder)
     checkpoint = is_checkpoint(Path(folder))
     generator = generator_of(Path(folder)) if checkpoint else OneStepGenerator.from_pretrained(folder)
-    if not any(lora.adapters(model) for model in (generator.unet, generator.vae)):
-        if not checkpoint:
-            raise ValueError(f"{os.fspath(folder)}: no unet_lora/ or vae_lora/ in it: there is nothing to merge")
-        if strength != 1:
-            raise ValueError(f"{os.fspath(folder)}: this run trained all weights, so there is no strength to choose")
+    own = any(lora.adapters(model) for model in (generator.unet, generator.vae))
+    if base is not None:
+        if own:
+            raise ValueError(f"{os.fspath(folder)}: it has a LoRA and so its own base; leave --base away")
+        interpolate(generator, base_of(base), strength)
+    elif not own and not checkpoint:
+        raise ValueError(f"{os.fspath(folder)}: no unet_lora/ or vae_lora/ in it: there is nothing to merge")
+    elif not own and strength != 1:
+        raise ValueError(
+            f"{os.fspath(folder)}: this run trained all weights; say with --base which model strength 0 is"
+        )
     generator.merge_lora(strength).save_pretrained(target)
+
+
+@torch.no_grad()
+def interpolate(trained: OneStepGenerator, base: OneStepGenerator, strength: float) -> None:
+    """Give `trained` the weights (1 - strength) * base + strength * trained.
+
+    Raises:
+        ValueError: the two are not of one architecture, or of other timesteps; strength outside [0,1].
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be in [0,1]; got {strength}")
+    steps = [(g.t_noise, g.t_diffusion, g.parametrization) for g in (trained, base)]
+    weights, others = trained.state_dict(), base.state_dict()
+    if steps[0] != steps[1] or {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in others.items()}:
+        raise ValueError(
+            "--base: another architecture, or other timesteps, than the model's; it must be what it started from"
+        )
+    for name, weight in weights.items():
+        if weight.is_floating_point():
+            weight.copy_(torch.lerp(others[name].to(weight), weight, strength))
+
+
+def base_of(name: str | os.PathLike[str]) -> OneStepGenerator:
+    """The generator that training would start from; what makes it needs the packages of training."""
+    from gdpo.train.config import ModelConfig
+    from gdpo.train.setup import base_of
+
+    return base_of(ModelConfig(pretrained=os.fspath(name)), seed=0)
 
 
 def generator_of(checkpoint: Path) -> OneStepGenerator:
@@ -62,9 +101,10 @@ def main() -> None:
     parser.add_argument("folder", type=str, help="a model folder with unet_lora/ or vae_lora/, or RUN/checkpoint-N")
     parser.add_argument("--out", type=str, required=True, help="the model folder to make")
     parser.add_argument("--strength", type=ClosedUnitInterval, default=1.0, help="0: the base, 1: the trained model")
+    parser.add_argument("--base", type=str, help="the model at strength 0, where every weight was trained")
     parser.add_argument("--overwrite", action="store_true", help="replace an --out that holds a model")
     args = parser.parse_args()
-    merge(args.folder, args.out, args.strength, overwrite=args.overwrite)
+    merge(args.folder, args.out, args.strength, base=args.base, overwrite=args.overwrite)
     print(f"{args.out}: what {args.folder} trained, merged at strength {args.strength:g}")
 
 
