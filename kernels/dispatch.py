@@ -33,7 +33,6 @@ def _older(version: str, than: tuple[int, int]) -> bool:
     return tuple(int(part) for part in version.split(".")[:2]) < than
 
 
-@torch._dynamo.assume_constant_result
 def _obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """Why the Triton kernels cannot run there on these types, with the remedy; None where they can."""
     if triton is None:
@@ -52,6 +51,10 @@ def _obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | No
         if dtype.is_floating_point and dtype not in DTYPES:
             return f"it takes float32, float16 and bfloat16, not {dtype}: convert, or pass backend='torch'"
     return None
+
+
+# What torch._dynamo.assume_constant_result does; importing torch._dynamo for it would take every command two seconds.
+_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def use_triton(backend: str, *tensors: Tensor | None) -> bool:

@@ -49,3 +49,9 @@ def test_importing_the_package_loads_nothing():
         "import sys, engine; print([m for m in ('numpy', 'onnxruntime', 'PIL', 'torch') if m in sys.modules])"
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_generator_is_imported_without_the_compiler_of_torch():
+    """torch._dynamo takes two seconds, at the start of every command that reads a model folder."""
+    done = python("import sys, gdpo.generator, gdpo.merge; print('torch._dynamo.convert_frame' in sys.modules)")
+    assert done.stdout.strip() == "False", done.stderr
