@@ -17,6 +17,7 @@ import numpy as np
 from engine.compare_page import ComparePage, compare_page
 from engine.io.images import picture_size, read_image
 from engine.io.journal import FileState, Finding, Journal
+from engine.io.memory import give_back
 from engine.io.notices import say
 from engine.io.progress import Progress, print_event
 from engine.jobs import Job, numbered
@@ -85,6 +86,7 @@ class Worker:
                     self.failed.append(reason)
                     row |= {"status": "failed", "error": reason}
                 progress.end()
+                give_back()
                 if self.events:
                     print_event(row | {"seconds": round(time.perf_counter() - begin, 3)})
         self._report()
