@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from gdpo.generator import OneStepGenerator
 from gdpo.train import checkpoint as checkpoints
 from gdpo.train.guard import Limit, judge
-from tests.support.training import GDPO, NAOSD, train_here
+from tests.support.training import GDPO, NAOSD, train, train_here
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,31 @@ def test_a_reward_that_likes_a_grid_is_stopped_and_the_model_is_the_one_before(
     model = {p: p.read_bytes() for p in (run / "model").rglob("*.safetensors")}
     train_here(monkeypatch, *common, "--resume_from_checkpoint=latest")
     assert evaluations(run) == seen and best.is_dir() and all(p.read_bytes() == b for p, b in model.items())
+
+
+@pytest.mark.slow
+def test_two_processes_with_a_guard_and_a_remote_reward_stop_where_one_does(crops, trained, tmp_path):
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
+    from tests.gdpo.test_remote_rewards import serving
+
+    (tmp_path / "cheat.py").write_text(CHEAT)
+    common = [*GDPO, f"--data.folder={crops}", f"--model.pretrained={trained}", *SHORT, *GUARD, "--learning_rate=5e-3"]
+    common += ["--rho=0", "--shared_noise=true", "--reward_weights=[1,0.05]"]
+    with serving("naturalness") as url:
+        common.append(f"--reward_funcs=[cheat:grid,'{url}/naturalness']")
+        for processes in (1, 2):
+            more = [f"--train_batch_size={2 // processes}", f"--output_dir={tmp_path / str(processes)}"]
+            train(*common, *more, processes=processes, PYTHONPATH=str(tmp_path))
+    one, two = (evaluations(tmp_path / name) for name in "12")
+    assert 0 < one[-1]["step"] == two[-1]["step"] < 40, "the guard ended both"
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
+    assert [p.name for p in (tmp_path / "1" / "best").iterdir()] == [
+        p.name for p in (tmp_path / "2" / "best").iterdir()
+    ]
+    a, b = (load_file(tmp_path / name / "model" / "unet_lora" / "adapter_model.safetensors") for name in "12")
+    apart = sum(float((a[k].double() - b[k]).square().sum()) for k in a) ** 0.5
+    assert apart < 1e-4 * sum(float(v.double().square().sum()) for v in a.values()) ** 0.5
 
 
 def test_naosd_logs_held_out_scores_with_each_sheet_and_takes_a_guard(crops, tmp_path, monkeypatch):
