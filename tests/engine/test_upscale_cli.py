@@ -108,6 +108,13 @@ def test_a_page_takes_what_a_jpeg_cannot_hold(run, tmp_path):
     assert (code, err) == (0, "") and (tmp_path / "page.html").read_text().count('type="range"') == 1
 
 
+@pytest.mark.parametrize("text, suffix", [("JPG", ".jpg"), (".Png", ".png"), ("tiff", ".tiff")])
+def test_a_format_is_named_in_capitals_or_with_a_dot(run, photo, tmp_path, text, suffix):
+    source = save(tmp_path / "in.webp", photo[:16, :16])
+    assert run(source, tmp_path / "out" / "", "-f", text)[0] == 0
+    assert read_image(tmp_path / "out" / f"in{suffix}").pixels.shape == (64, 64, 3)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
