@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -20,6 +22,9 @@ MAX_SCANS = 500  # of a progressive JPEG: a small file with thousands of scans k
 MAX_WORK = 4_000_000_000  # scans times pixels: 40 scans of 100 megapixels
 _SEGMENT = 65_533  # bytes of content that fit into one
 _END = b"\xff\xd9"
+_HEADER = re.compile(rb"[^\xff]*\xff+[^\xff]", re.S)  # up to the kind of the next segment
+_MOST_SEGMENTS = 100_000
+_SCAN = 0xDA
 _SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1, 0xC3, 0xC9, 0xCB), (0xC2, 0xCA)  # frames: Huffman and arithmetic
 
 
@@ -111,26 +116,48 @@ def _all_refined(data: bytes) -> bool:
     Decoders have nothing to say about a progressive JPEG that was cut between two scans and closed with an end marker.
     """
     left: dict[int, list[int]] = {}  # component -> bits that each coefficient lacks
-    at = 2
-    while (at := data.find(b"\xff", at)) >= 0 and at + 4 <= len(data):
-        kind = data[at + 1]
-        if kind in _SEQUENTIAL or kind == _END[1]:
-            break
-        if kind in (0, 1, 0xFF) or 0xD0 <= kind <= 0xD8:
-            at += 1 if kind == 0xFF else 2
-            continue
-        (length,) = struct.unpack_from(">H", data, at + 2)
-        content = data[at + 4 : at + 2 + length]
+    for kind, content in _segments(data):
+        if kind in _SEQUENTIAL:
+            return True
         if kind in _PROGRESSIVE:
             left = {content[i]: [1] * 64 for i in range(6, len(content) - 2, 3)}
-        elif kind == 0xDA and content and len(content) >= 4 + 2 * content[0]:
+        elif kind == _SCAN and content and len(content) >= 4 + 2 * content[0]:
             count = content[0]
             first, last, precision = content[1 + 2 * count : 4 + 2 * count]
             for component in content[1 : 1 + 2 * count : 2]:
                 if component in left:
                     left[component][first : last + 1] = [precision & 15] * (min(last, 63) + 1 - first)
-        at += 2 + length
     return not any(bits for component in left.values() for bits in component)
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """(kind, content) of the first picture's segments; after its first scan of further scans and Huffman tables alone.
+
+    Every byte is looked at by C: a hostile file of 100 MB takes a fraction of a second.
+    """
+    at, after = 2, dict.fromkeys((b"\xff\xc4", b"\xff\xda", _END), -1)  # where each marker comes next
+    scanned = False
+    for _ in range(_MOST_SEGMENTS):
+        if scanned:  # in a scan's data, 0xff is followed by 0 but where a marker is
+            for marker, place in after.items():
+                if place < at:
+                    found = data.find(marker, at)
+                    after[marker] = found if found >= 0 else len(data)
+            at = min(after.values()) + 1
+        elif match := _HEADER.match(data, at):
+            at = match.end() - 1
+        else:
+            return
+        if at + 3 > len(data) or data[at] == _END[1]:
+            return
+        kind = data[at]
+        if not scanned and (kind in (0, 1) or 0xD0 <= kind <= 0xD8):  # without a length
+            at += 1
+            continue
+        (length,) = struct.unpack_from(">H", data, at + 1)
+        yield kind, data[at + 3 : at + 1 + length]
+        at += 1 + length
+        scanned = scanned or kind == _SCAN
 
 
 def write(sink: Sink, bands: Bands, picture: Picture, quality: int, lossless: bool, notice: Notice) -> None:
