@@ -185,7 +185,7 @@ def refuse_pairs(folder: Path, names: Iterable[str]) -> None:
                         where = folder / above if above else folder
                         raise ValueError(
                             f"{where} holds {sides['HR']} and {sides['LR']}: the LR pictures would be taken for HR "
-                            "ones; name a folder of HR pictures alone (gdpo.train takes both as data.pairs.lr and data.pairs.hr)"
+                            "ones; name a folder that holds the HR pictures alone, or train on both by data.pairs"
                         )
 
 
