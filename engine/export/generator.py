@@ -24,6 +24,7 @@ from engine.io.folders import staged_folder
 from engine.runtime.manifest import Geometry, Graph, Manifest, Profile, check_target
 from engine.runtime.noise import noise_field
 from gdpo.generator import OneStepGenerator
+from gdpo.model.layers import split_phases
 
 PRECISIONS = tuple(graphs.DTYPES)
 _SINGLE_FILE = 1 << 30  # larger weights go into a file beside
@@ -79,7 +80,7 @@ def export_generator(
         "weights_sha256": _weights_hash(generator),
     }
     cases = list(parity_cases(generator, geometry, profile)) if check else []
-    graphs.cast(graphs.fold(generator), precision)
+    split_phases(graphs.cast(graphs.fold(generator), precision))
     with staged_folder(out) as folder:
         entries: dict[str, Graph] = {}
         for name, (module, entry) in descriptors(generator, precision, split).items():

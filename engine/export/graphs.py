@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gdpo.generator import OneStepGenerator
-from gdpo.model.diffusers_patches import fold_constants
+from gdpo.model.diffusers_patches import fold_constants, fold_upsampling, skip_divisions
 from gdpo.model.unets import works_on_pixels
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -34,7 +34,7 @@ class _Widened(nn.Module):
 
 @torch.no_grad()
 def fold(generator: OneStepGenerator) -> OneStepGenerator:
-    """Merge the LoRA and fold timestep and prompt into the weights, in place.
+    """Merge the LoRA and fold timestep, prompt, nearest upsampling and factors of 1 into the weights, in place.
 
     Raises:
         ValueError: a UNet with an architecture that is not known to fold (class or label conditioning, other
@@ -45,6 +45,9 @@ def fold(generator: OneStepGenerator) -> OneStepGenerator:
         generator.unet.fold(generator.t_diffusion)
         return generator
     fold_constants(generator.unet, generator.t_diffusion, generator.text_embeds)
+    for part in (generator.unet, generator.codec):
+        fold_upsampling(part)
+        skip_divisions(part)
     return generator
 
 

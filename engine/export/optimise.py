@@ -16,6 +16,7 @@ from gdpo.generator import OneStepGenerator
 from gdpo.model.diffusers_patches import (
     DenseCrossAttention,
     FixedCrossAttention,
+    fold_padding,
     fuse_attention,
     fuse_norms,
     transformers_channels_last,
@@ -30,8 +31,10 @@ class Steps:
         precision: of weights and features: "fp32", "bf16", or "fp16" throughout (as Stable Diffusion is often run; the
             decoder of a trained model may overflow).
         channels_last: features and filters with the channels innermost, as tensor cores read them.
-        folded: timestep and prompt as constants (engine.export.graphs).
-        attention: queries, keys and values of self-attention from one product.
+        folded: timestep and prompt as constants, nearest upsampling inside the convolutions behind it
+            (engine.export.graphs), and so the encoder's padding.
+        attention: queries, keys and values of self-attention from one product; heads too wide for a fused kernel as
+            product, softmax, product.
         norms: group normalisation and the SiLU behind it as one kernel (gdpo.kernels.group_norm).
         graphs: a shape that comes again is recorded as a CUDA graph, with convolutions chosen by measurement.
         compiled: torch.compile, for each shape when it first comes: minutes for a large model.
@@ -69,6 +72,7 @@ def prepare(generator: OneStepGenerator, steps: Steps) -> nn.Module:
         for module in generator.unet.modules():
             if type(module) is FixedCrossAttention:
                 module.__class__ = DenseCrossAttention
+        fold_padding(generator.codec)
     elif steps != DEFINITION:
         generator.merge_lora()
     for part in (generator.unet, generator.codec):

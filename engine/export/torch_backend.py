@@ -199,10 +199,14 @@ class Recorded:
 
 @contextlib.contextmanager
 def _measured_convolutions() -> Iterator[None]:
-    """Inside, cuDNN chooses algorithms by measuring them. Results may differ by rounding from process to process."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
+    """Inside, cuDNN chooses algorithms by measuring all of them (by itself torch tries the first 10).
+
+    Results may differ by rounding from process to process.
+    """
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.benchmark_limit
+    cudnn.benchmark, cudnn.benchmark_limit = True, 0
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = before
+        cudnn.benchmark, cudnn.benchmark_limit = before

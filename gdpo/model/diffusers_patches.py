@@ -6,6 +6,7 @@ pyproject.toml holds diffusers below the first version that was not tried.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gdpo.kernels import group_norm
+from gdpo.model.layers import PaddedBehind, attention, subpixel
 
 # Patch -> (class of diffusers, what instances of it must have).
 REACHES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
@@ -42,6 +44,32 @@ REACHES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
             ("to_q", "to_k", "to_v", "to_out", "heads", "group_norm", "norm_q", "norm_k", "spatial_norm", "add_k_proj")
             + ("is_cross_attention", "residual_connection", "rescale_output_factor", "set_processor"),
         ),
+    ],
+    "skip_divisions": [
+        (
+            "diffusers.models.resnet.ResnetBlock2D",
+            ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut", "nonlinearity", "skip_time_act")
+            + ("time_embedding_norm", "upsample", "downsample", "dropout", "output_scale_factor"),
+        ),
+    ],
+    "fold_upsampling": [
+        ("diffusers.models.upsampling.Upsample2D", ("conv", "interpolate", "norm", "use_conv_transpose")),
+    ],
+    "fold_padding": [("diffusers.models.downsampling.Downsample2D", ("conv", "padding", "use_conv"))],
+    "undivided_attention": [
+        (
+            "diffusers.models.attention_processor.Attention",
+            ("to_q", "to_k", "to_v", "to_out", "heads", "group_norm", "norm_q", "norm_k", "norm_cross", "spatial_norm")
+            + ("add_k_proj", "residual_connection", "rescale_output_factor", "processor", "set_processor"),
+        ),
+    ],
+    "constant_time": [
+        (
+            "diffusers.models.resnet.ResnetBlock2D",
+            ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut", "nonlinearity", "skip_time_act")
+            + ("time_embedding_norm", "upsample", "downsample", "dropout", "output_scale_factor"),
+        ),
+        ("diffusers.UNet2DConditionModel", ("time_embedding", "get_time_embed", "time_embed_act", "config")),
     ],
     "transformers_channels_last": [
         (
@@ -155,7 +183,7 @@ class FixedCrossAttention(nn.Module):
         batch = hidden_states.shape[0]  # len() would fix the batch of an export
         key, value = self.key.expand(batch, -1, -1, -1), self.value.expand(batch, -1, -1, -1)
         out = F.scaled_dot_product_attention(query, key, value)
-        return attn.to_out[0](out.transpose(1, 2).flatten(2)) / attn.rescale_output_factor
+        return _divided(attn.to_out[0](out.transpose(1, 2).flatten(2)), attn.rescale_output_factor)
 
 
 class _NoTimeEmbedding(nn.Module):
@@ -173,7 +201,7 @@ class DenseCrossAttention(FixedCrossAttention):
         query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
         key, value = (t.expand(len(hidden_states), -1, -1, -1).contiguous() for t in (self.key, self.value))
         out = F.scaled_dot_product_attention(query, key, value)
-        return attn.to_out[0](out.transpose(1, 2).flatten(2)) / attn.rescale_output_factor
+        return _divided(attn.to_out[0](out.transpose(1, 2).flatten(2)), attn.rescale_output_factor)
 
 
 @torch.no_grad()
@@ -210,11 +238,75 @@ def fold_constants(unet: Any, timestep: int, prompt_embeds: Callable[[int], torc
     unet.get_time_embed = lambda sample, timestep: None  # a copy from host to device: no CUDA graph can record it
 
 
+def _divided(x: torch.Tensor, by: float) -> torch.Tensor:
+    """x / by; the factor that diffusers divides by is nearly always 1, and a pass over memory for nothing."""
+    return x if by == 1 else x / by
+
+
+def skip_divisions(module: nn.Module) -> None:
+    """Keep every plain ResnetBlock2D from dividing its result by 1: equal to the bit."""
+    parts: list[Any] = list(module.modules())
+    for part in parts:
+        if type(part).__name__ == "ResnetBlock2D" and part.output_scale_factor == 1 and part.dropout.p == 0:
+            other = part.upsample or part.downsample or part.skip_time_act
+            if not other and part.time_embedding_norm != "scale_shift":
+                part.forward = MethodType(_resnet_output, part)
+
+
+def _resnet_output(self: Any, x: torch.Tensor, temb: torch.Tensor | None, *args: Any, **kwargs: Any) -> torch.Tensor:
+    h = self.conv1(self.nonlinearity(self.norm1(x)))
+    if self.time_emb_proj is not None:
+        h = h + self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
+    h = self.conv2(self.nonlinearity(self.norm2(h)))
+    return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+
+
+# ---- upsampling and downsampling
+
+
+def fold_upsampling(module: nn.Module) -> None:
+    """Nearest x2 and the 3x3 convolution behind it become one transposed convolution (see `subpixel`), in place.
+
+    Fold what is still fp32: sums of weights are rounded once then, as the weights themselves are.
+    """
+    parts: list[Any] = list(module.modules())
+    for part in parts:
+        if type(part).__name__ == "Upsample2D":
+            if part.interpolate and part.norm is None and _is_3x3(getattr(part, "conv", None), stride=1, padding=1):
+                part.conv, part.use_conv_transpose = subpixel(part.conv), True
+        elif isinstance(part, nn.Sequential):  # AutoencoderTiny's
+            for i, (up, conv) in enumerate(itertools.pairwise(part)):
+                nearest = isinstance(up, nn.Upsample) and (up.scale_factor, up.mode) == (2, "nearest")
+                if nearest and _is_3x3(conv, stride=1, padding=1):
+                    part[i], part[i + 1] = nn.Identity(), subpixel(conv)
+
+
+def _is_3x3(conv: Any, stride: int, padding: int) -> bool:
+    """Whether it is a plain convolution, without a LoRA around it."""
+    if type(conv) is not nn.Conv2d or conv.groups != 1 or conv.padding_mode != "zeros":
+        return False
+    return (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == (
+        (3, 3),
+        2 * (stride,),
+        2 * (padding,),
+        (1, 1),
+    )
+
+
+def fold_padding(module: nn.Module) -> None:
+    """Padding behind the last row and column (the encoder's Downsample2D) without a copy of the features, in place."""
+    parts: list[Any] = list(module.modules())
+    for part in parts:
+        pads = type(part).__name__ == "Downsample2D" and part.use_conv and part.padding == 0
+        if pads and _is_3x3(part.conv, stride=2, padding=0):
+            part.conv.__class__, part.padding = PaddedBehind, 1  # 1: it pads no more
+
+
 # ---- attention
 
 
 class _SelfAttention:
-    """An attention processor of diffusers with one product, `attn.to_qkv`, for queries, keys and values."""
+    """One product, `attn.to_qkv`, for queries (scaled), keys and values: an attention processor of diffusers."""
 
     def __call__(
         self,
@@ -229,9 +321,9 @@ class _SelfAttention:
         if attn.group_norm is not None:
             x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
         query, key, value = attn.to_qkv(x).unflatten(-1, (3, attn.heads, -1)).permute(2, 0, 3, 1, 4)
-        out = attn.to_out[0](F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        out = attn.to_out[0](attention(query, key, value).transpose(1, 2).flatten(2))
         out = out.transpose(1, 2).unflatten(2, hidden_states.shape[2:]) if picture else out
-        return (out + hidden_states if attn.residual_connection else out) / attn.rescale_output_factor
+        return _divided(out + hidden_states if attn.residual_connection else out, attn.rescale_output_factor)
 
 
 def fuse_attention(module: nn.Module) -> None:
@@ -245,16 +337,19 @@ def fuse_attention(module: nn.Module) -> None:
         if part.is_cross_attention or any(extra is not None for extra in extras):
             continue
         if all(isinstance(layer, nn.Linear) for layer in layers) and len({layer.bias is None for layer in layers}) == 1:
-            part.to_qkv = _joined(layers)
+            part.to_qkv = _joined(layers, (layers[0].out_features // part.heads) ** -0.5)
             part.to_q = part.to_k = part.to_v = nn.Identity()
             part.set_processor(_SelfAttention())
 
 
-def _joined(layers: tuple[nn.Linear, ...]) -> nn.Linear:
+def _joined(layers: tuple[nn.Linear, ...], scale: float) -> nn.Linear:
+    """One layer for all of them; the first one's result, the queries, comes times `scale`."""
     joined: Any = nn.Linear(layers[0].in_features, sum(layer.out_features for layer in layers), device="meta")
-    joined.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
-    biases: list[torch.Tensor] = [layer.bias for layer in layers if layer.bias is not None]
-    joined.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
+    scales = [scale, *(1.0 for _ in layers[1:])]
+    for name in ("weight", "bias"):
+        parts: list[torch.Tensor] = [getattr(layer, name) for layer in layers if getattr(layer, name) is not None]
+        whole = torch.cat([part.detach() * by for part, by in zip(parts, scales)]) if parts else None
+        setattr(joined, name, None if whole is None else nn.Parameter(whole, requires_grad=False))
     return joined
 
 
@@ -281,3 +376,77 @@ def _transformer_output(
     if self.use_linear_projection:
         return picture(self.proj_out(hidden_states)) + residual
     return self.proj_out(picture(hidden_states)) + residual
+
+
+# ---- training: the same numbers, and every weight where it was
+
+
+class _Undivided:
+    """diffusers' AttnProcessor2_0 for plain attention, without the division of its result by 1."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: None = None,
+        temb: None = None,
+    ) -> torch.Tensor:
+        picture = hidden_states.ndim == 4
+        x = hidden_states.flatten(2).transpose(1, 2) if picture else hidden_states
+        if attn.group_norm is not None:
+            x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+        context = x if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = (
+            projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for projected in (attn.to_q(x), attn.to_k(context), attn.to_v(context))
+        )
+        out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        out = attn.to_out[0](out.to(query.dtype))
+        out = out.transpose(1, 2).reshape(hidden_states.shape) if picture else out
+        return out + hidden_states if attn.residual_connection else out
+
+
+def undivided_attention(module: nn.Module) -> None:
+    """Keep plain attention from dividing its result by 1, in place: equal to the bit."""
+    parts: list[Any] = [part for part in module.modules() if type(part).__name__ == "Attention"]
+    for part in parts:
+        extras = (part.spatial_norm, part.norm_q, part.norm_k, part.norm_cross or None, part.add_k_proj)
+        plain = part.rescale_output_factor == 1 and part.to_out[1].p == 0 and all(extra is None for extra in extras)
+        if plain and type(part.processor).__name__ == "AttnProcessor2_0":
+            part.set_processor(_Undivided())
+
+
+@torch.no_grad()
+def constant_time(unet: Any, timestep: int) -> None:
+    """Compute once what each residual block adds for the timestep, in place; weights stay what they are, and saved.
+
+    For a UNet that is called at one timestep. One with another kind of embedding, or a LoRA on this one, is left alone.
+    """
+    blocks = [part for part in unet.modules() if type(part).__name__ == "ResnetBlock2D"]
+    odd = ("class_embed_type", "addition_embed_type", "time_cond_proj_dim", "encoder_hid_dim_type")
+    linear = [unet.time_embedding.linear_1, unet.time_embedding.linear_2, *(part.time_emb_proj for part in blocks)]
+    if any(unet.config.get(k) for k in odd) or any(type(part) is not nn.Linear for part in linear):
+        return
+    if unet.time_embed_act is not None or not all(_is_plain(part) for part in blocks):
+        return
+    parameter = next(unet.parameters())
+    sample = torch.zeros(1, dtype=parameter.dtype, device=parameter.device)
+    time = unet.time_embedding(unet.get_time_embed(sample, timestep))
+    for part in blocks:
+        shift = part.time_emb_proj(part.nonlinearity(time))[:, :, None, None]
+        part.register_buffer("shift", shift, persistent=False)
+        part.forward = MethodType(_shifted_output, part)
+    unet.get_time_embed = unet.time_embedding.forward = lambda *args, **kwargs: None
+
+
+def _is_plain(block: Any) -> bool:
+    """A ResnetBlock2D as Stable Diffusion has it."""
+    other = block.upsample or block.downsample or block.skip_time_act or block.dropout.p
+    return not other and block.time_embedding_norm == "default" and block.output_scale_factor == 1
+
+
+def _shifted_output(self: Any, x: torch.Tensor, temb: None, *args: Any, **kwargs: Any) -> torch.Tensor:
+    h = self.conv1(self.nonlinearity(self.norm1(x))) + self.shift
+    h = self.conv2(self.nonlinearity(self.norm2(h)))
+    return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h

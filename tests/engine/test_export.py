@@ -88,6 +88,12 @@ def test_nothing_is_left_of_text_and_time(mini_engine, mini_model, tiny_engine, 
     assert not {"Sin", "Cos", "Gemm", "MatMul"} & set(operators(tiny_engine / "generator.onnx"))
 
 
+def test_upsampling_and_padding_are_inside_the_convolutions(mini_engine):
+    found = {name: operators(mini_engine / f"{name}.onnx") for name in ("encoder", "unet", "decoder")}
+    assert not {"Resize", "Pad"} & {operator for graph in found.values() for operator in graph}
+    assert "Conv" in found["decoder"] and "ConvTranspose" not in found["decoder"]
+
+
 def test_folding_changes_no_picture(mini_model):
     generator = OneStepGenerator.from_pretrained(mini_model)
     image = torch.rand(2, 3, 64, 128, generator=torch.Generator().manual_seed(1)) * 2 - 1

@@ -83,6 +83,18 @@ def test_no_norm_activation_or_projection_is_left_apart(mini_model):
     assert attention and all(isinstance(m.to_k, torch.nn.Identity) for m in attention)
 
 
+def test_no_pixel_is_repeated_padded_or_divided_by_1(mini_model):
+    made = session(mini_model, EVERY)
+    given = inputs(made)
+    with StandIn() as seen:
+        made.run(*given)
+    names = [str(function) for function, *_ in seen.calls]
+    assert any(name.startswith("aten.convolution") for name in names)
+    assert not [name for name in names if name.startswith(("aten.upsample", "aten.constant_pad", "aten.pad"))]
+    divisors = [args[1] for function, args, *_ in seen.calls if str(function).startswith("aten.div")]
+    assert divisors and 1 not in divisors  # latents are divided by their scale
+
+
 def test_features_stay_channels_last(mini_model):
     made = session(mini_model, EVERY)
     seen = []
@@ -172,7 +184,8 @@ def graphs(monkeypatch):
 
     @contextlib.contextmanager
     def capture(graph, pool, capture_error_mode):
-        assert torch.backends.cudnn.benchmark and capture_error_mode == "thread_local"
+        cudnn = torch.backends.cudnn
+        assert cudnn.benchmark and cudnn.benchmark_limit == 0 and capture_error_mode == "thread_local"
         with graph:
             yield
         made.append(graph)
@@ -190,11 +203,12 @@ def recording(folder):
 
 def test_a_shape_that_comes_again_is_recorded(tiny_model, graphs):
     made, plain = recording(tiny_model), session(tiny_model, EVERY)
+    limit = torch.backends.cudnn.benchmark_limit
     for count in range(5):
         given = inputs(made, seed=count)
         assert relative_error(made.run(*given), plain.run(*given).double()) < 1e-6
         assert len(graphs) == (count > 0) and (not graphs or graphs[0].replays == count)
-    assert not torch.backends.cudnn.benchmark
+    assert not torch.backends.cudnn.benchmark and torch.backends.cudnn.benchmark_limit == limit
 
 
 def test_recorded_shapes_are_bounded_and_the_usual_one_stays(tiny_model, graphs):

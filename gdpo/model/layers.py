@@ -1,0 +1,99 @@
+"""Layers in another form: the same results with fewer products or fewer passes over memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+FLASH = 256  # channels of a head; kernels that keep no scores take no more
+SCORES = 1 << 28  # that are in memory at once: 1 GiB
+_PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))  # of an upsampled picture: row, column
+
+
+@torch.no_grad()
+def subpixel(conv: nn.Conv2d) -> nn.ConvTranspose2d:
+    """What `conv`, 3x3 with padding 1, makes of a picture upsampled x2 by repetition: 4/9 of its products, no copy.
+
+    Along an axis a pixel adds w[2], w[1], w[0] to the outputs around it, and its repetition the same one further: the
+    reversed filter, summed with itself moved by one. So the borders are those of the zero padding, too.
+    """
+    weight = conv.weight.double().flip(2, 3).transpose(0, 1)
+    weight = F.pad(weight, (0, 1)) + F.pad(weight, (1, 0))
+    weight = F.pad(weight, (0, 0, 0, 1)) + F.pad(weight, (0, 0, 1, 0))
+    made: Any = nn.ConvTranspose2d(conv.in_channels, conv.out_channels, 4, 2, 1, device="meta")
+    made.weight = nn.Parameter(weight.to(conv.weight.dtype).contiguous(), requires_grad=False)
+    made.bias = conv.bias
+    return made
+
+
+class Phases(nn.Module):
+    """A transposed convolution of `subpixel` as four 2x2 convolutions, of the even and odd rows and columns.
+
+    ONNX Runtime's transposed convolution keeps 16 products a pixel and channel in memory, and takes twice the time.
+    """
+
+    def __init__(self, conv: nn.ConvTranspose2d):
+        super().__init__()
+        weight = conv.weight.detach().flip(2, 3).transpose(0, 1)
+        self.phases = nn.ModuleList()
+        for row, column in _PHASES:
+            part: Any = nn.Conv2d(conv.in_channels, conv.out_channels, 2, device="meta")
+            part.weight = nn.Parameter(weight[:, :, row::2, column::2].contiguous(), requires_grad=False)
+            part.bias = conv.bias
+            self.phases.append(part)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pads = [(1 - column, column, 1 - row, row) for row, column in _PHASES]
+        phases = torch.stack([conv(F.pad(x, pad)) for conv, pad in zip(self.phases, pads)], 1)
+        return phases.unflatten(1, (2, 2)).permute(0, 3, 4, 1, 5, 2).flatten(4).flatten(2, 3)
+
+
+def split_phases(module: nn.Module) -> None:
+    """Replace what `fold_upsampling` made by its four phases, for an export."""
+    for part in list(module.modules()):
+        for name, child in list(part.named_children()):
+            if isinstance(child, nn.ConvTranspose2d) and (child.kernel_size, child.stride) == ((4, 4), (2, 2)):
+                setattr(part, name, Phases(child))
+
+
+class PaddedBehind(nn.Conv2d):
+    """A 3x3 convolution of stride 2: with padding 2, which it can do itself, it begins one output too early."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        order = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        out = F.conv2d(x, self.weight, self.bias, self.stride, padding=2)
+        return out[:, :, 1:, 1:].contiguous(memory_format=order)
+
+
+def attention_by_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """softmax(query key^T) value for heads that are too wide for a fused kernel, with the softmax in fp32.
+
+    Args:
+        query: [B,h,L,D], scaled already.
+        key, value: [B,h,K,D].
+
+    Returns:
+        [B,h,L,D], like value.
+    """
+    q, k, v = (t.flatten(0, 1) for t in (query, key, value))
+    rows = max(1, SCORES // (len(k) * k.shape[1]))
+    parts = [_wide_product(part, k.mT).softmax(-1).to(v.dtype) @ v for part in q.split(rows, dim=1)]
+    return torch.cat(parts, 1).unflatten(0, query.shape[:2])
+
+
+def _wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b, in fp32 for halves."""
+    if a.dtype not in (torch.float16, torch.bfloat16):
+        return a @ b
+    if a.is_cuda:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    if query.is_cuda and query.shape[-1] > FLASH:
+        return attention_by_products(query, key, value)
+    return F.scaled_dot_product_attention(query, key, value, scale=1.0)
