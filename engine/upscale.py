@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import sys
@@ -87,6 +88,11 @@ def parser() -> cli.Parser:
         "--compile", action="store_true", help="compile the model (backend torch only); the first tile is slow"
     )
     machine.add_argument("--threads", type=int, default=0, help="number of CPU threads; 0: all")
+    machine.add_argument("--url", metavar="HOST:PORT", help="gRPC port of a Triton Inference Server (backend triton "
+                         "only); --model is the model's name there")  # fmt: skip
+    machine.add_argument(
+        "--timeout", type=float, default=60, help="seconds that the server may take for a batch of tiles"
+    )
     machine.add_argument("--trust-plan", action="store_true", help="permission to load a TensorRT plan built elsewhere "
                          "(it is executable code)")  # fmt: skip
     report = p.add_argument_group("reports")
@@ -131,7 +137,7 @@ def main() -> int:
         worker = Worker(
             up,
             settings,
-            model_identity(Path(options.model) if options.model else default_model()),
+            _identity(options, up),
             overwrite=options.overwrite,
             rename=options.on_clash == "rename",
             events=options.json,
@@ -237,7 +243,15 @@ def _load(options: Any) -> Upscaler:
         trust_plan=options.trust_plan,
         precision=options.precision,
         compiled=options.compile,
+        url=options.url,
+        timeout=options.timeout,
     )
+
+
+def _identity(options: Any, up: Upscaler) -> str:
+    if options.url:
+        return hashlib.sha256(up.manifest.content()).hexdigest()
+    return model_identity(Path(options.model) if options.model else default_model())
 
 
 def console() -> None:

@@ -123,9 +123,13 @@ class Manifest:
     )
     format: int = FORMAT
 
+    def content(self) -> bytes:
+        """The bytes of manifest.json; `parse` reads them."""
+        return (json.dumps(asdict(self), indent=1) + "\n").encode()
+
     def save(self, folder: Path) -> None:
         """Write manifest.json and manifest.sha256 (the graphs must be there already)."""
-        content = (json.dumps(asdict(self), indent=1) + "\n").encode()
+        content = self.content()
         atomic_write(folder / "manifest.json", content)
         atomic_write(folder / "manifest.sha256", _checksum(content))
 
@@ -154,11 +158,9 @@ def load(folder: str | os.PathLike[str]) -> Manifest:
     if _regular(folder / "manifest.sha256", _MAX_BYTES) != _checksum(content):
         raise FolderError(f"{folder / 'manifest.json'}: damaged or edited (manifest.sha256 differs); build it again")
     try:
-        return _parse(_decoded(content))
+        return parse(content)
     except FolderError as error:
         raise FolderError(f"{folder / 'manifest.json'}: {error}") from None
-    except ValueError as error:  # not JSON, not UTF-8, a number of too many digits
-        raise FolderError(f"{folder / 'manifest.json'}: not a manifest of an engine folder ({error})") from None
 
 
 def check_target(out: Path) -> None:
@@ -191,7 +193,21 @@ def _decoded(content: bytes) -> Any:
     return json.loads(content.decode(), object_pairs_hook=once, parse_constant=refuse)
 
 
-def _parse(content: Any) -> Manifest:
+def parse(content: bytes) -> Manifest:
+    """A manifest of its bytes.
+
+    Raises:
+        FolderError: as `load`.
+    """
+    try:
+        return _checked(_decoded(content))
+    except FolderError:
+        raise
+    except ValueError as error:  # not JSON, not UTF-8, a number of too many digits
+        raise FolderError(f"not a manifest of an engine folder ({error})") from None
+
+
+def _checked(content: Any) -> Manifest:
     """Every field checked: its type, its range and that it fits the others. What passes here fails in no run time."""
     content = _object("manifest", content, {f.name for f in fields(Manifest)})
     if content["format"] != FORMAT or isinstance(content["format"], bool):

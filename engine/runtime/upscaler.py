@@ -21,7 +21,7 @@ from engine.runtime import color as colors
 from engine.runtime import manifest as manifests
 from engine.runtime.align import finish
 from engine.runtime.backends import Session
-from engine.runtime.backends.registry import BACKENDS, GENERATOR, PLANS, Backend
+from engine.runtime.backends.registry import BACKENDS, GENERATOR, PLANS, SERVER, Backend
 from engine.runtime.core import open_core
 from engine.runtime.manifest import FolderError, Manifest
 from engine.runtime.restore import Progress, Restorer
@@ -87,13 +87,15 @@ class Upscaler:
         precision: str = "auto",
         bf16: bool = False,
         compiled: bool = False,
+        url: str | None = None,
+        timeout: float = 60,
         core: bool | None = None,
     ) -> Upscaler:
         """Load an engine folder.
 
         Args:
             model: a folder that engine.export or engine.build wrote; None takes the bundled model. With backend
-                "torch": a generator's folder.
+                "torch": a generator's folder. With "triton": a model's name on the server.
             backend: "auto" is the one that the folder was built for. An exported folder also runs on "openvino".
             device: "cpu", "cuda", "cuda:N"; None lets the backend choose.
             threads: of a CPU backend; 0 lets it choose.
@@ -101,6 +103,8 @@ class Upscaler:
             precision: "auto" is the folder's own, chosen at export; "bf16" also by backend openvino or torch.
             bf16: the older spelling of precision="bf16".
             compiled: torch.compile, of torch only: all tiles have one size, and the first waits for the compiler.
+            url: of triton: HOST:PORT of the server's gRPC port.
+            timeout: of triton: seconds that a batch of tiles may take.
             core: True takes the C++ path, False Python's; None the C++ path where it can run the folder.
 
         Raises:
@@ -120,13 +124,15 @@ class Upscaler:
             raise ValueError(
                 f"compiled (--compile) needs backend torch and a generator's folder as model; got backend {backend}"
             )
+        if (url is None) == (entry is not None and SERVER in entry.runs):
+            raise ValueError(f"backend triton goes with url (--url HOST:PORT); got backend {backend}, url {url}")
         manifest: Manifest | None = None
-        if entry is not None and GENERATOR in entry.runs:
-            if model is None:
+        if entry is not None and not entry.runs_folders:
+            if model is None and GENERATOR in entry.runs:
                 raise ValueError(f"backend {backend} needs a generator's folder; name it")
             if core:
                 raise RuntimeError(f"the C++ path cannot run here: it runs engine folders, not {backend}")
-            folder = Path(model)
+            folder = Path(model or "")
         else:
             folder = Path(model) if model is not None else default_model()
             manifest = manifests.load(folder)
@@ -143,10 +149,12 @@ class Upscaler:
             "trust_plan": trust_plan,
             "precision": "bf16" if precision == "bf16" else "fp32",
             "compiled": compiled,
+            "url": url,
+            "timeout": timeout,
         }
         options: dict[str, Any] = {name: value for name, value in wanted.items() if name in entry.options}
         if manifest is None:
-            manifest, sessions = entry.open(folder, None, device, **options)
+            manifest, sessions = entry.open(model or "", None, device, **options)
             return cls(manifest, sessions, entry.name)
         opened, chosen = manifest, entry
 

@@ -15,7 +15,7 @@ import numpy as np
 from engine.io import cli
 from engine.io.listen import listen
 from engine.io.notices import say
-from engine.runtime.backends.registry import BACKENDS, GENERATOR
+from engine.runtime.backends.registry import BACKENDS
 from engine.runtime.upscaler import Upscaler
 
 TOKEN = "GDPO_TOKEN"
@@ -41,7 +41,7 @@ def parser() -> cli.Parser:
     limits.add_argument("--seconds", type=float, default=300, help="time limit of a picture, waiting included")
     limits.add_argument("--body-seconds", type=float, default=60, help="time limit for a request to arrive")
     limits.add_argument("--grace-seconds", type=float, default=300, help="time limit for finishing after SIGTERM")
-    served = [name for name, backend in BACKENDS.items() if GENERATOR not in backend.runs]
+    served = [name for name, backend in BACKENDS.items() if backend.runs_folders]
     machine = p.add_argument_group("machine")
     machine.add_argument(
         "--backend", default="auto", metavar="NAME", help=f"auto, {', '.join(served)} (auto: the model's own)"
@@ -136,7 +136,7 @@ def _check(options: Any) -> None:
     for name in ("queue", "grace_seconds"):
         if getattr(options, name) < 0:
             raise ValueError(f"{name.replace('_', '-')} must be 0 or more; got {getattr(options, name)}")
-    if options.backend in BACKENDS and GENERATOR in BACKENDS[options.backend].runs:
+    if options.backend in BACKENDS and not BACKENDS[options.backend].runs_folders:
         raise ValueError(f"backend {options.backend} is not served; export the model (python -m engine.export)")
 
 

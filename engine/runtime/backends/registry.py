@@ -6,16 +6,19 @@ row here.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engine.runtime.backends import Session
     from engine.runtime.manifest import Manifest
 
-GENERATOR = "generator"  # what torch runs: a generator's folder, not an engine folder
+# What two backends run that is no engine folder: torch a generator's folder, triton a model on a server.
+GENERATOR, SERVER = "generator", "server"
 
 
 @dataclass(frozen=True)
@@ -25,15 +28,17 @@ class Backend:
     Attributes:
         name: as users write it, and as a manifest names what its folder was built for.
         module: where its `open_session` is.
-        runs: what folders may be built for, or GENERATOR.
+        runs: what folders may be built for, or GENERATOR, or SERVER.
         options: keyword arguments that its `open_session` takes:
             threads: number of CPU threads; 0 lets the backend choose.
             precision: "fp32" or "bf16", of the computation; otherwise it is the folder's.
             compiled: torch.compile, for one size of tile.
             trust_plan: load a plan, which is executable code, that this user did not build.
+            url, timeout: of the server, and seconds for the answer to a batch.
             whole_batches: hand a batch to the graph in one piece on a CPU too, to check the graph.
         is_plan: its graphs are executable code, made for one GPU.
         in_cpp: the C++ path runs it too.
+        extra: of the package, that brings what its module imports.
     """
 
     name: str
@@ -42,15 +47,21 @@ class Backend:
     options: frozenset[str]
     is_plan: bool = False
     in_cpp: bool = False
+    extra: str | None = None
+
+    @property
+    def runs_folders(self) -> bool:
+        """Whether it runs engine folders."""
+        return not {GENERATOR, SERVER} & set(self.runs)
 
     def open(
-        self, folder: Path, manifest: Manifest | None, device: str | None = None, **options: Any
+        self, model: str | os.PathLike[str], manifest: Manifest | None, device: str | None = None, **options: Any
     ) -> tuple[Manifest, dict[str, Session]]:
-        """All graphs of a folder.
+        """All graphs of a model.
 
         Args:
-            folder: an engine folder, or a generator's folder for torch.
-            manifest: of the folder; None for torch, which makes one.
+            model: an engine folder; a generator's folder for torch; a model's name on its server for triton.
+            manifest: of the folder; None for torch, which makes one, and for triton, whose server has it.
             device: "cpu", "cuda" or "cuda:N"; None lets the backend choose.
             options: of those in `self.options`.
 
@@ -59,17 +70,25 @@ class Backend:
             RuntimeError: the backend is not installed or cannot run here; the message names the remedy.
             ValueError: a device that it does not run on.
         """
+        module = self._import()
+        if SERVER in self.runs:
+            return module.open_server(str(model), device, **options)
+        folder = Path(model)
         if manifest is None:
-            try:
-                module = import_module(self.module)
-            except ImportError as error:
-                raise RuntimeError(
-                    f"backend {self.name} is not installed here ({error}); pip install 'gdpo-sr[export]'"
-                ) from error
             made, session = module.open_generator(folder, device, **options)
             return made, {"generator": session}
-        opener = import_module(self.module).open_session
+        opener = module.open_session
         return manifest, {name: opener(manifest, folder, name, device, **options) for name in manifest.graphs}
+
+    def _import(self) -> ModuleType:
+        try:
+            return import_module(self.module)
+        except ImportError as error:
+            if self.extra is None:
+                raise
+            raise RuntimeError(
+                f"backend {self.name} is not installed here ({error}); pip install 'gdpo-sr[{self.extra}]'"
+            ) from error
 
 
 _ROWS = (
@@ -112,6 +131,14 @@ _ROWS = (
         "engine.export.torch_backend",
         runs=(GENERATOR,),
         options=frozenset({"threads", "precision", "compiled"}),
+        extra="export",
+    ),
+    Backend(
+        "triton",  # Triton Inference Server
+        "engine.runtime.backends.triton",
+        runs=(SERVER,),
+        options=frozenset({"url", "timeout"}),
+        extra="tritonclient",
     ),
 )
 BACKENDS = {backend.name: backend for backend in _ROWS}
