@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from engine.io.picture import to_8_bit
 from engine.runtime import manifest as manifests
 from engine.runtime.backends.tensorrt import load_module
 from engine.runtime.manifest import Manifest, Profile
+from engine.runtime.repository import NAME
 
 _MOST_PICTURES = 40  # more only take longer
 
@@ -62,7 +65,10 @@ def _pictures(precision: str | None, folder: str | None) -> list[np.ndarray]:
 def main() -> int:
     parser = cli.Parser(prog="python -m engine.build", description="Build an exported folder for a backend.")
     parser.add_argument("folder", help="a folder that engine.export wrote")
-    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--out", help="folder to write")
+    parser.add_argument("--triton-repository", metavar="DIR", help="write models for Triton Inference Server there, "
+                        "instead of --out: ONNX (backend onnxruntime) or plans (tensorrt), of one tile")  # fmt: skip
+    parser.add_argument("--triton-name", default=NAME, help="the model's name on that server (default: %(default)s)")
     parser.add_argument(
         "--backend", choices=TARGETS, help="default: tensorrt if it and an NVIDIA GPU are available, else onnxruntime"
     )
@@ -86,7 +92,9 @@ def main() -> int:
     parser.add_argument("--overwrite", action="store_true", help="build even when up to date")
     parser.add_argument("--quiet", action="store_true", help="do not show the backend's messages")
     options = parser.parse_args()
-    source, out = Path(options.folder), Path(options.out)
+    source = Path(options.folder)
+    if (options.out is None) == (options.triton_repository is None):
+        raise ValueError("give a folder to write: --out DIR, or --triton-repository DIR")
     backend = options.backend or ("onnxruntime" if options.precision else _default_backend())
     chosen = BuildOptions(
         options.workspace,
@@ -101,23 +109,46 @@ def main() -> int:
     def log(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    manifest, built = build(
-        source,
-        out,
-        backend,
-        profile=profile,
-        options=chosen,
-        timing_cache=cache,
-        log=None if options.quiet else log,
-        force=options.overwrite,
-        precision=options.precision or "as exported",
-        calibration=_pictures(options.precision, options.calibration),
-    )
+    def make(out: Path, profile: Profile) -> tuple[Manifest, bool]:
+        return build(
+            source,
+            out,
+            backend,
+            profile=profile,
+            options=chosen,
+            timing_cache=cache,
+            log=None if options.quiet else log,
+            force=options.overwrite,
+            precision=options.precision or "as exported",
+            calibration=_pictures(options.precision, options.calibration),
+        )
+
+    if options.triton_repository:
+        _write_repository(options, backend, make, profile)
+        return 0
+    out = Path(options.out)
+    manifest, built = make(out, profile)
     from engine.info import describe
 
     print(describe(out, manifest))
     print("built" if built else "up to date (--overwrite builds it again)", file=sys.stderr)
     return 0
+
+
+def _write_repository(options: Any, backend: str, make: Callable[[Path, Profile], Any], profile: Profile) -> None:
+    """Models for Triton Inference Server: the exported graphs as they are, or what `make` builds of them."""
+    from engine.build.triton import fixed_tile, write_repository
+
+    if backend == "tensorrt-rtx":
+        raise ValueError("Triton Inference Server runs ONNX and plans of tensorrt, not of tensorrt-rtx")
+    profile = fixed_tile(profile)
+    with tempfile.TemporaryDirectory(prefix="gdpo-build-") as temporary:
+        folder = Path(options.folder)
+        if backend != "onnxruntime" or options.precision:
+            folder = Path(temporary) / "built"
+            make(folder, profile)
+        for model in write_repository(folder, Path(options.triton_repository), options.triton_name, profile):
+            print(model)
 
 
 def _default_backend() -> str:

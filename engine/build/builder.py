@@ -74,7 +74,7 @@ def build(
         raise ValueError(f"precision int8 is for backend onnxruntime (and OpenVINO); got {backend}")
     options = options or BuildOptions()
     options.check(backend)
-    profile = _within(profile or exported.profile, exported)
+    profile = within(profile or exported.profile, exported)
     built = replace(
         exported,
         backend=backend,
@@ -118,7 +118,12 @@ def build(
     return built, True
 
 
-def _within(profile: Profile, exported: Manifest) -> Profile:
+def within(profile: Profile, exported: Manifest) -> Profile:
+    """The profile, if an exported folder allows it.
+
+    Raises:
+        ValueError: naming what was exported.
+    """
     allowed = exported.profile
     for name, wanted, (low, _, high) in (
         ("batch", profile.batch, allowed.batch),
