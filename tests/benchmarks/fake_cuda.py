@@ -8,8 +8,8 @@
 
 Tensors have shapes, types, strides and devices: what mixes devices fails here as there. Kernels are recorded in place
 of their launch. As JSON beside: products and convolutions of mixed types, and where the host waits for the GPU.
-The second form counts a step's peak, in MiB: `ours` or `released`, a variant of benchmarks/gdpo_step.py, the side of
-the crop, G, and the architecture if it is not that of the folder.
+The second form counts a step: its peak in MiB, its kernels and the bytes that they read and write. `ours` or
+`released`, a variant of benchmarks/gdpo_step.py, the side of the crop, G, and the architecture if not the folder's.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import contextlib
 import functools
 import gc
 import json
+import math
 import sys
 import traceback
 import weakref
@@ -29,11 +30,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses import fake_tensor
+from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[2]
 aten = torch.ops.aten
 TYPED = ("mm", "addmm", "bmm", "convolution", "conv2d", "linear", "matmul", "native_group_norm", "native_layer_norm")
+FREE = {"detach", "alias", "_unsafe_view", "lift_fresh", "empty", "empty_like", "empty_strided", "new_empty",
+        "new_empty_strided", "record_stream", "set_", "resize_"}  # no kernel; nor has a view one  # fmt: skip
 
 
 class Watch(TorchDispatchMode):
@@ -47,6 +51,7 @@ class Watch(TorchDispatchMode):
         self.capturing = False
         self.live = self.peak = 0  # bytes
         self.storages: dict[int, weakref.ref] = {}
+        self.ops: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])  # name -> [number, bytes]
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.prim.device.default:
@@ -68,11 +73,21 @@ class Watch(TorchDispatchMode):
             for t in tensors:
                 t.constant = None  # or it would be computed with, on a GPU
         result = function(*args, **kwargs)
+        if not (function.is_view or name in FREE):
+            made = torch.utils._pytree.tree_leaves(result)
+            self.did(name, [*tensors, *(t for t in made if isinstance(t, torch.Tensor))])
         for t in torch.utils._pytree.tree_leaves(result):
             if isinstance(t, torch.Tensor) and t.device.type == "cuda":
                 self._count(t.untyped_storage())
         self.peak = max(self.peak, self.live)
         return result
+
+    def did(self, name: str, tensors: list[torch.Tensor]) -> None:
+        """Count a kernel by the distinct elements that it reads and writes (in place: once)."""
+        own = {id(t): t for t in tensors if t.device.type == "cuda"}.values()
+        if own:
+            self.ops[name][0] += 1
+            self.ops[name][1] += sum(_distinct(t) * t.element_size() for t in own)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, -(-storage.nbytes() // 512) * 512  # as torch's allocator rounds
@@ -89,6 +104,11 @@ class Watch(TorchDispatchMode):
         self.waits[_place()] += 1
         if self.capturing:
             self.captured.add(_place())
+
+
+def _distinct(t: torch.Tensor) -> int:
+    """Elements of a tensor; an expanded dimension holds one."""
+    return math.prod(n for n, stride in zip(t.shape, t.stride()) if stride)
 
 
 def _place() -> str:
@@ -123,6 +143,7 @@ def pretend(watch: Watch) -> None:
         setattr(torch.cuda, name, answer)
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     fake_tensor.init_gpu_context = lambda device: None
+    _foreach_utils._foreach_supported_types.append(fake_tensor.FakeTensor)  # the optimiser's kernels for many tensors
     torch._C._set_only_lift_cpu_tensors(True)
     torch.Tensor.pin_memory = lambda self, device=None: self.clone()  # type: ignore[method-assign, assignment]
 
@@ -152,18 +173,27 @@ def attention(own: Any, query: Any, key: Any, value: Any, attn_mask: Any = None,
     return aten._scaled_dot_product_efficient_attention(query, key, value, None, grad, scale=scale)[0]
 
 
-def peak(folder: str, procedure: str, variant: str, crop: str, group: str, architecture: str = "") -> float:
-    """MiB of all tensors that live at once in the second step, where the optimiser has its state."""
+class _Launched(dict):
+    """Stands in for a Triton kernel: counted, on any grid."""
+
+    def __init__(self, name: str, watch: Watch):
+        self.name, self.watch = name, watch
+
+    def __missing__(self, grid: object) -> Any:
+        return lambda *args, **named: self.watch.did(self.name, [t for t in args if isinstance(t, torch.Tensor)])
+
+
+def count(folder: str, procedure: str, variant: str, crop: str, group: str, architecture: str = "") -> dict[str, Any]:
+    """Of the second step, where the optimiser has its state: the peak of all tensors, kernels, bytes that they move."""
     from accelerate import Accelerator
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
     from benchmarks import gdpo_step, released_procedure  # noqa: F401
-    from gdpo import generator
     from gdpo.kernels import complexity, loss, norm, reward, statistics
-    from gdpo.model import codecs, prompts, random_folder
+    from gdpo.model import codecs, folders, prompts, random_folder
     from gdpo.photos.dataset import Batch
-    from gdpo.train.methods import gdpo as _  # noqa: F401
+    from gdpo.train.methods import gdpo as method  # noqa: F401
 
     def build(kind: Any, where: Any, dtype: torch.dtype | None = None, **more: Any) -> Any:
         made = {
@@ -180,22 +210,29 @@ def peak(folder: str, procedure: str, variant: str, crop: str, group: str, archi
     nn.functional.scaled_dot_product_attention = functools.partial(attention, own)  # type: ignore[assignment]
     if architecture:
         shape = random_folder.architecture(architecture)
-    for module in (codecs, generator, prompts):
+    for module in (codecs, folders, prompts):
         module.load_pretrained = build if architecture else load  # type: ignore[attr-defined]
     for kind in (UNet2DConditionModel, AutoencoderKL, CLIPTextModel):
         kind.from_pretrained = classmethod(build if architecture else load)  # type: ignore[method-assign, assignment]
     for module in (complexity, loss, norm, reward, statistics):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:  # launched on any grid, to no effect
-            setattr(module, name, collections.defaultdict(lambda: lambda *args, **named: None))
+            setattr(module, name, _Launched(name, watch))
     make = gdpo_step._released if procedure == "released" else gdpo_step._ours
     with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True), watch:
         step = make(folder, accelerator, int(crop), int(group), variant)
         for number in range(2):
             gc.collect()
             watch.peak = watch.live
+            watch.ops.clear()
             batch = Batch(["one"], None, [number], torch.rand(1, 3, int(crop), int(crop)).to("cuda"))
             step(batch, number)
-    return watch.peak / (1 << 20)
+    ops = sorted(watch.ops.items(), key=lambda item: -item[1][0])
+    return {
+        "peak_mib": watch.peak / (1 << 20),
+        "ops": sum(n for _, (n, _) in ops),
+        "bytes": sum(b for _, (_, b) in ops),
+        "by_op": dict(ops),
+    }
 
 
 def load(kind: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:
@@ -214,7 +251,7 @@ def report(folder: str) -> dict[str, Any]:
     from benchmarks import gdpo_step
     from engine.export.torch_backend import from_generator
     from gdpo import generator
-    from gdpo.model import codecs, prompts
+    from gdpo.model import codecs, folders, prompts
     from gdpo.model.tiny import TinyUNetConfig
     from gdpo.photos.dataset import Batch
     from gdpo.train import setup
@@ -223,7 +260,7 @@ def report(folder: str) -> dict[str, Any]:
 
     watch = Watch()
     pretend(watch)  # behind all imports: libraries look at what torch.cuda has
-    for module in (codecs, generator, prompts):
+    for module in (codecs, folders, prompts):
         module.load_pretrained = load  # type: ignore[attr-defined]
     accelerator = Accelerator(mixed_precision="bf16")
     found: dict[str, Any] = {}
@@ -253,4 +290,4 @@ def report(folder: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(report(*sys.argv[1:]) if len(sys.argv) == 2 else peak(*sys.argv[1:])))
+    print(json.dumps(report(*sys.argv[1:]) if len(sys.argv) == 2 else count(*sys.argv[1:])))
