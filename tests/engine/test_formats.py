@@ -172,13 +172,48 @@ def strip_tiff(width, height):
     return b"II*\0" + struct.pack("<I", 8 + len(packed)) + packed + directory + bytes(4)
 
 
-def tall_png(depth, rows):
+def png(head, lines):
+    """A PNG of a header's fields and filtered rows."""
+
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    head = struct.pack(">IIBBBBB", 1, rows, depth, 0, 0, 0, 0)
-    body = zlib.compress(bytes(rows * (1 + depth // 8)), 1)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    packed = zlib.compress(lines, 1)
+    parts = [packed[at : at + 1000] for at in range(0, len(packed), 1000)]
+    body = b"".join(chunk(b"IDAT", part) for part in parts)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", *head)) + body + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("size", [(37, 24), (1, 1), (3, 2)])
+@pytest.mark.parametrize("bits, color, samples", [(8, 2, 3), (8, 6, 4), (8, 4, 2), (8, 0, 1), (1, 0, 1), (4, 0, 1),
+                                                  (16, 2, 3), (16, 0, 1)])  # fmt: skip
+@pytest.mark.parametrize("black", [False, True])
+def test_a_png_whose_pixels_end_early_is_refused(tmp_path, interlaced, size, bits, color, samples, black):
+    """Its data are whole for zlib, and its end is there: decoders leave black what is missing."""
+    width, height = size
+    grain = np.random.default_rng(0).integers(0, 1 if black else 1 << min(bits, 8), (height, width, samples))
+    adam7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    rows = []
+    for x, y, right, down in adam7 if interlaced else [(0, 0, 1, 1)]:
+        for row in grain[y::down, x::right]:
+            if row.size:
+                text = "".join(format(value, f"0{bits}b") for value in row.ravel())
+                rows.append(b"\0" + int(text.ljust(-(-len(text) // 8) * 8, "0"), 2).to_bytes(-(-len(text) // 8)))
+    path, head = tmp_path / "a.png", (width, height, bits, color, 0, 0, int(interlaced))
+    path.write_bytes(png(head, b"".join(rows)))
+    whole = read_image(path)
+    expected = grain[..., :3] if samples >= 3 else grain[..., :1]
+    stored = whole.pixels.astype(int) * ((1 << bits) - 1) // np.iinfo(whole.pixels.dtype).max
+    assert np.array_equal(stored, np.broadcast_to(expected, stored.shape))
+    for lines in (rows[:-1], rows[: len(rows) // 2], [*rows[:-1], rows[-1][:-1]]):
+        path.write_bytes(png(head, b"".join(lines)))
+        with pytest.raises(ImageError, match="truncated"):
+            read_image(path)
+
+
+def tall_png(depth, rows):
+    return png((1, rows, depth, 0, 0, 0, 0), bytes(rows * (1 + depth // 8)))
 
 
 SLOW = {

@@ -29,6 +29,8 @@ _XMP, _IPTC, _EXIF = "XML:com.adobe.xmp", "Raw profile type iptc", ("Raw profile
 _PROFILES = tuple(name.encode() + b"\0" for name in _EXIF)
 _METRE = 0.0254  # inches
 _MOST_CHUNKS = 5000  # beside the pixels; real files have a few dozen
+# Interlaced: the first column and row of each pass, and the steps from one to the next.
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 _KEPT = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}  # of what the encoder writes
 
 
@@ -93,11 +95,35 @@ def read(data: bytes, known: Header, notice: Notice) -> Picture:
     else:
         image = open_pillow(PngImagePlugin.PngImageFile, io.BytesIO(data))
         image.load()
+        last = image.crop((0, image.height - 1, *image.size)).getbbox(alpha_only=False)
+        if (last is None or data[28]) and not _has_all_rows(data):  # Pillow leaves what is missing at 0
+            raise ImageError("truncated PNG: a part of its pixels is missing")
         clear = image.info.get("transparency")
         if isinstance(clear, int) and data[25:26] == b"\0" and (bits := data[24]) in (2, 4):
             image.info["transparency"] = clear * 255 // ((1 << bits) - 1)  # Pillow scales the samples but not this one
         pixels, gray, alpha = pixels_of(image)
     return Picture(pixels, gray, alpha, "PNG", **found)
+
+
+def _has_all_rows(data: bytes) -> bool:
+    """Whether the pixels unpack to as many bytes as the header asks for; decoders pass over an end that comes early."""
+    width, height, depth, color, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(color, 1)
+    left = 0
+    for x, y, every_x, every_y in _ADAM7 if interlaced else ((0, 0, 1, 1),):
+        columns, rows = -((x - width) // every_x), -((y - height) // every_y)
+        left += rows * (1 + (columns * bits + 7) // 8) if columns > 0 else 0
+    unpacker, at, view = zlib.decompressobj(), len(SIGNATURE), memoryview(data)
+    with contextlib.suppress(zlib.error):  # damage is for the decoder to tell
+        while left > 0 and at + 8 <= len(data):
+            length, kind = struct.unpack_from(">I4s", data, at)
+            part: bytes | memoryview = view[at + 8 : at + 8 + length] if kind == b"IDAT" else b""
+            while len(part) and left > 0:
+                left -= len(unpacker.decompress(part, 1 << 20))
+                part = unpacker.unconsumed_tail
+            at += length + 12
+        left -= len(unpacker.decompress(b"", 1 << 20)) if left > 0 else 0
+    return left <= 0
 
 
 def write(sink: Sink, bands: Bands, picture: Picture, quality: int, lossless: bool, notice: Notice) -> None:
