@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.io import cli
-from engine.io.images import MAX_PIXELS, SUFFIXES
+from engine.io.formats import KINDS, kind_of
+from engine.io.images import MAX_PIXELS
 from engine.io.notices import say
 from engine.runtime import color
 from engine.runtime import manifest as manifests
@@ -42,7 +43,7 @@ def parser() -> cli.Parser:
     p.add_argument("--color", default=color.DEFAULT, choices=color.METHODS,
                    help="method that matches the colours to the input's")  # fmt: skip
     p.add_argument("--background", metavar="COLOUR", help="colour under transparent pixels: the result is opaque")
-    p.add_argument("-f", "--format", choices=[s[1:] for s in SUFFIXES], help="format of outputs (default: the input's)")
+    p.add_argument("-f", "--format", type=kind_of, choices=KINDS, help="format of outputs (default: the input's)")
     p.add_argument("--quality", type=int, default=95, help="quality of lossy formats, 1 to 100 (default: %(default)s)")
     p.add_argument("--lossless", action="store_true", help="lossless WebP and JPEG XL (PNG and TIFF always are)")
     p.add_argument("--strip-metadata", action="store_true", help="leave out EXIF, XMP and text")

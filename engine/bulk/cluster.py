@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +16,7 @@ from typing import Any
 from engine.io.cli import Failed
 
 _SPARE = 4  # logical CPUs besides those of the actors, for Ray Data's own tasks; without them it waits for ever
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else it warns that this will change
     "RAY_agent_register_timeout_ms": "300000",  # a busy machine takes longer than the 30 s that are allowed
@@ -48,7 +50,7 @@ def started(machines: Machines) -> Iterator[tuple[Any, int]]:
         ValueError: no cluster at the address, or it has not what a process needs.
         Failed: Ray did not start on this machine.
     """
-    for name, value in _ENVIRONMENT.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
 
@@ -74,8 +76,9 @@ def _connect(ray: Any, machines: Machines) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     if machines.address is not None:
         try:
+            _knock(machines.address)
             ray.init(machines.address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"--address {machines.address}: no Ray cluster there ({_line(error)})") from None
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -90,6 +93,13 @@ def _connect(ray: Any, machines: Machines) -> None:
         )
     except Exception as error:  # Ray raises plain Exception where its processes do not start in time
         raise Failed(f"Ray did not start on this machine ({_line(error)})") from error
+
+
+def _knock(address: str) -> None:
+    """Find out in seconds whether anybody is there; Ray takes a minute and prints lines of its own."""
+    found = re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address)
+    if found:
+        socket.create_connection((found[1], int(found[2])), timeout=10).close()
 
 
 def _workers(have: dict[str, float], machines: Machines) -> int:

@@ -11,7 +11,8 @@ import io
 import json
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ LEDGER, PARTS, RECIPE, CLAIM, SUMMARY = (
     f"{STATE}/{name}" for name in ("ledger", "parts", "recipe.json", "claim.json", "summary.json")
 )
 COLUMNS = ("key", "output", "status", "sha256", "size", "seconds", "error")
+_AT_ONCE = 32  # small files of a part that are read at a time
 Row = dict[str, Any]
 
 
@@ -52,7 +54,7 @@ class Ledger:
     def settled(self) -> Settled:
         """Which keys are done, and which failed."""
         done, failed = [np.empty(0, _HASH)], [np.empty(0, _HASH)]
-        for table in self._tables():
+        for table in self._tables(("key", "status")):
             hashes = _hashes(table.column("key").to_pylist())
             is_done = np.array([status == "done" for status in table.column("status").to_pylist()], bool)
             done.append(hashes[is_done])
@@ -66,7 +68,9 @@ class Ledger:
 
         for folder in self.out.names(PARTS):
             whole = f"{LEDGER}/{folder.rpartition('/')[2]}.parquet"
-            tables = list(self._read(self.out.names(folder)))
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                found = list(pool.map(self._table, self.out.names(folder)))
+            tables = [table for table in found if table is not None]
             if tables and not self.out.exists(whole):  # else a run was killed while it removed them
                 file = io.BytesIO()
                 pyarrow.parquet.write_table(pa.concat_tables(tables), file, compression="zstd")
@@ -77,23 +81,29 @@ class Ledger:
         """A folder for the rows of a part."""
         return f"{PARTS}/{time.time_ns():020}-{secrets.token_hex(3)}"
 
-    def _tables(self) -> Iterator[Any]:
-        yield from self._read(self.out.names(LEDGER))
-        for folder in self.out.names(PARTS):
-            yield from self._read(self.out.names(folder))
+    def _tables(self, columns: Sequence[str] = COLUMNS) -> Iterator[Any]:
+        names = [*self.out.names(LEDGER), *(name for part in self.out.names(PARTS) for name in self.out.names(part))]
+        found = (self._table(name, columns) for name in names)
+        yield from (table for table in found if table is not None)
 
-    def _read(self, names: list[str]) -> Iterator[Any]:
-        """Files' rows, without files that a kill left torn: their keys are done again."""
-        import pyarrow
+    def _table(self, name: str, columns: Sequence[str] = COLUMNS) -> Any:
+        """A file's rows; None of one that a kill left torn: its keys are done again."""
+        import pyarrow as pa
         import pyarrow.parquet
 
-        for name in names:
-            if name.endswith(".parquet"):
-                try:
-                    table = pyarrow.parquet.read_table(io.BytesIO(self.out.read(name)))
-                    yield table.select(COLUMNS).cast(schema())
-                except (pyarrow.ArrowInvalid, KeyError):
-                    continue
+        if not name.endswith(".parquet"):
+            return None
+        wanted = pa.schema([schema().field(name) for name in columns])
+        try:
+            file = io.BytesIO(self.out.read(name))
+            return pyarrow.parquet.read_table(file, columns=list(columns), use_threads=False).cast(wanted)
+        except (pa.ArrowInvalid, ValueError):
+            return None
+
+    def keep_recipe(self, recipe: Mapping[str, Any]) -> None:
+        """Write down the options of the first run into this output."""
+        if not self.out.exists(RECIPE):
+            self.out.write(RECIPE, json.dumps(recipe, sort_keys=True).encode())
 
     def check_recipe(self, recipe: Mapping[str, Any]) -> None:
         """Hold every run into this output to the options of the first.
@@ -101,11 +111,9 @@ class Ledger:
         Raises:
             ValueError: they differ; the message names which.
         """
-        text = json.dumps(recipe, sort_keys=True)
         if not self.out.exists(RECIPE):
-            self.out.write(RECIPE, text.encode())
             return
-        before, now = json.loads(self.out.read(RECIPE)), json.loads(text)
+        before, now = json.loads(self.out.read(RECIPE)), json.loads(json.dumps(recipe))
         names = sorted(n for n in {*before, *now} if before.get(n) != now.get(n))
         changed = [f"{name} {json.dumps(before.get(name))} -> {json.dumps(now.get(name))}" for name in names]
         if changed:

@@ -24,7 +24,8 @@ from engine.io.cli import Failed
 from engine.io.files import remove_leftovers
 from engine.io.notices import say
 
-PART = 50_000  # keys that the driver has in memory at a time, and that one file of the ledger holds
+PART = 50_000  # keys that the driver has in memory at a time, and that one file of the ledger holds;
+PART_OF_A_WORKER = 500  # at least so many for each process, which starts anew with each part
 BLOCK = 16  # keys that a process gets at a time, at most: whose rows a kill may lose
 _SHARES = 4  # blocks for each process at least, where there are so many keys: the last ones end together
 _LINE_SECONDS, _POLL_SECONDS = 30.0, 1.0
@@ -70,15 +71,13 @@ def run(
         total = spool(_wanted(keys(out), ledger, counts, retry_failed, quiet), wanted)
         if not counts["keys"]:
             raise ValueError(f"{work.source}: no pictures there")
+        ledger.keep_recipe(work.recipe())
         summary = dict(counts)
         if total:
             with started(machines) as (ray, workers):
-                here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-                    ray.get_runtime_context().get_node_id(), soft=False
-                )  # where this process runs: a machine that is lost takes no notes with it
-                board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+                board = _board(ray)
                 with _progress(ray, board, total, quiet):
-                    for chunk in batches(spooled(wanted), part):
+                    for chunk in batches(spooled(wanted), max(part, PART_OF_A_WORKER * workers)):
                         claim.check()
                         size = max(1, min(BLOCK, len(chunk) // (_SHARES * workers)))
                         pipeline = _pipeline(
@@ -122,6 +121,14 @@ def _wanted(
         if time.monotonic() - said > _LINE_SECONDS and not quiet:
             said = time.monotonic()
             say(f"listing: {counts['keys']} pictures so far")
+
+
+def _board(ray: Any) -> Any:
+    """The board, on the machine of this process: one that is lost takes no notes with it."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
 
 
 def _is_text(key: str) -> bool:

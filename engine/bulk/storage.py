@@ -56,7 +56,10 @@ class Storage:
 
     def answers(self) -> bool:
         """Whether the folder can be reached at all."""
-        return bool(self.fs.exists(self.root))
+        try:
+            return bool(self.fs.exists(self.root))
+        except Exception:
+            return False
 
     def make_folder(self, key: str) -> None:
         """Make the folder above a key, where the storage has folders."""
@@ -76,10 +79,10 @@ class Storage:
         Raises:
             OSError: the storage failed; names the object.
         """
-        self.make_folder(key)
         if self._protocols & _WHOLE_PUT:
             self._do(key, lambda: self.fs.pipe_file(self.path(key), content))
             return
+        self.make_folder(key)
         staged = f"{posixpath.dirname(self.path(key))}/.gdpo-sr-{secrets.token_hex(4)}.partial"
         try:
             self._do(key, lambda: self.fs.pipe_file(staged, content))

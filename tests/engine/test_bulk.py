@@ -158,6 +158,8 @@ def test_one_output_is_of_one_run_with_one_recipe(tmp_path, monkeypatch):
             claim.check()
     with claims.claimed(out, "claim"):  # nobody renews the other one
         ledgers.Ledger(out).check_recipe({"seed": 0})
+        ledgers.Ledger(out).keep_recipe({"seed": 0})
+        ledgers.Ledger(out).check_recipe({"seed": 0})
         with pytest.raises(ValueError, match="seed 0 -> 1"):
             ledgers.Ledger(out).check_recipe({"seed": 1})
     assert not out.exists("claim")

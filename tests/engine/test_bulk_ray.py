@@ -1,0 +1,118 @@
+"""`python -m engine.bulk` on Ray: on this machine, and on two nodes of which everything is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data
+
+pytest.importorskip("ray", reason="needs ray (extra cluster)")
+
+from engine.bulk.ledger import STATE, Ledger
+from engine.bulk.storage import Storage
+from engine.io.files import sha256
+from tests.support.ray_cluster import Cluster
+
+ROOT = Path(__file__).parents[2]
+PICTURES = int(os.environ.get("GDPO_BULK_PICTURES", "400"))
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    command = [sys.executable, "-m", "engine.bulk", *map(str, arguments), "--no-progress"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(*arguments: object) -> tuple[int, dict, str]:
+    """Exit code, summary, what came to stderr."""
+    process = start(*arguments)
+    out, err = process.communicate(timeout=400)
+    return process.returncode, json.loads(out) if out else {}, err
+
+
+def crops(folder: Path, count: int, bad: int) -> None:
+    """Small pictures in sub-folders, `bad` of them none."""
+    photo, rng = data.astronaut(), np.random.default_rng(0)
+    for i in range(count):
+        path = folder / f"d{i % 7}" / f"{i:04}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if bad and i % (count // bad) == 1:
+            path.write_bytes(b"no picture")
+        else:
+            y, x = rng.integers(0, 480, 2)
+            Image.fromarray(photo[y : y + 24, x : x + 21]).save(path)
+
+
+def expected(source: Path, out: Path) -> dict[str, str]:
+    """SHA-256 of what `python -m engine.upscale` makes of each picture."""
+    command = [sys.executable, "-m", "engine.upscale", source, out, "--recursive", "--no-progress", "--threads", "1"]
+    subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, timeout=400)
+    return hashes(out)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): sha256(path) for path in folder.rglob("*.png") if path.name[0] != "."}
+
+
+def test_a_folder_on_this_machine(tmp_path):
+    crops(tmp_path / "in", 6, 1)
+    code, summary, err = run(tmp_path / "in", tmp_path / "out", "--workers", 2)
+    assert code == 1 and (summary["keys"], summary["done"], summary["failed"]) == (6, 5, 1), err
+    assert "error: d1/0001.png: not a picture of a kind that is read" in err
+    assert hashes(tmp_path / "out") == expected(tmp_path / "in", tmp_path / "wanted")
+    code, summary, err = run(tmp_path / "in", tmp_path / "out")
+    assert code == 1 and (summary["skipped"], summary["failed_before"], summary["done"]) == (5, 1, 0)
+    assert "1 failed in an earlier run (--retry-failed tries them again)" in err
+    code, _, err = run(tmp_path / "in", tmp_path / "out", "--seed", 1)
+    assert code == 2 and "was begun with other options (seed 0 -> 1)" in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_two_nodes_whose_workers_node_and_driver_are_killed(tmp_path):
+    bad = PICTURES // 20
+    crops(tmp_path / "in", PICTURES, bad)
+    wanted = expected(tmp_path / "in", tmp_path / "wanted")
+    assert len(wanted) == PICTURES - bad
+    out = tmp_path / "out"
+
+    def wait_for(count: int) -> None:
+        until = time.monotonic() + 300
+        while len(list(out.rglob("*.png"))) < count:
+            assert driver.poll() is None, driver.communicate()[1]
+            assert time.monotonic() < until, "no more pictures come"
+            time.sleep(0.02)
+
+    with Cluster() as cluster:
+        options = ("--address", cluster.address, "--workers", 3)
+        driver = start(tmp_path / "in", out, *options)
+        for share in (0.1, 0.25):
+            wait_for(int(share * PICTURES))
+            os.kill(cluster.workers()[0], signal.SIGKILL)
+        wait_for(int(0.4 * PICTURES))
+        cluster.remove_node()
+        wait_for(int(0.6 * PICTURES))
+        driver.kill()
+        driver.communicate()
+        before = hashes(out)
+        assert before and before.items() <= wanted.items(), "half a picture, or other bytes"
+        times = {name: (out / name).stat().st_mtime_ns for name in before}
+        code, summary, err = run(tmp_path / "in", out, *options)
+    assert code == 1, err
+    assert summary["keys"] == PICTURES and summary["skipped"] > 0, summary
+    assert hashes(out) == wanted
+    again = sum((out / name).stat().st_mtime_ns != before for name, before in times.items())
+    assert again == 0, "a picture that was finished was written again"
+    rows = Ledger(Storage(str(out))).rows()
+    assert len(rows) == PICTURES
+    assert {k: r["sha256"] for k, r in rows.items() if r["status"] == "done"} == wanted
+    failed = {k: r["error"] for k, r in rows.items() if r["status"] == "failed"}
+    assert len(failed) == bad and all("not a picture" in error for error in failed.values()), failed
+    assert not list(out.rglob("*.partial*")), "a killed process left half a file"
+    print(f"{PICTURES} pictures, {bad} bad: {len(before)} before the driver's death, {summary}")
+    assert sorted(p.name for p in (out / STATE).iterdir()) == ["ledger", "parts", "recipe.json", "summary.json"]
