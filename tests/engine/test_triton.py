@@ -63,6 +63,7 @@ def test_the_command_line_gives_the_same_bytes_through_a_server(repository, same
     assert upscale(photo, tmp_path / "here.png", "--model", same, *options) == (0, "")
     with TritonStandIn(repository) as server:
         there = (photo, tmp_path / "there.png", "--backend", "triton", "--url", server.url, *options)
+        server.delay = 0.3
         assert upscale(*there) == (0, "")
         assert server.most > 1 and max(server.batches) == 2  # tiles were under way together
         made = server.batches.copy()
@@ -204,6 +205,13 @@ def test_what_goes_wrong_with_a_picture_is_named_and_leaves_no_file(repository, 
         assert "photo.png: " in reason() and "must answer output float32 (2, 3, 128, 128)" in reason()
         server.crop, server.delay = 0, 3.0
         assert "no answer within 0.5 seconds" in reason("--timeout", 0.5)
+
+
+def test_without_the_client_the_extra_is_named(monkeypatch):
+    monkeypatch.delitem(sys.modules, "engine.runtime.backends.triton", raising=False)
+    monkeypatch.setitem(sys.modules, "tritonclient", None)
+    with pytest.raises(RuntimeError, match=r"pip install 'gdpo-sr\[tritonclient\]'"):
+        Upscaler.load(backend="triton", url="localhost:8001")
 
 
 def test_a_smaller_max_batch_size_is_kept(repository, photo):

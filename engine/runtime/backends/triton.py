@@ -60,7 +60,8 @@ class _Server:
         said = " ".join(str(error.message() or "").split())[:300]
         match error.status():
             case "StatusCode.DEADLINE_EXCEEDED":
-                return RuntimeError(f"{self.url}: no answer within {seconds:g} seconds; is it overloaded? (--timeout)")
+                advice = "is it up?" if seconds == _PATIENCE else "--timeout gives it more"
+                return RuntimeError(f"{self.url}: no answer within {seconds:g} seconds; {advice}")
             case "StatusCode.UNAVAILABLE":
                 return RuntimeError(
                     f"{self.url}: no Triton Inference Server answers there ({said}); --url is HOST:PORT of its gRPC "
