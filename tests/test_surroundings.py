@@ -15,7 +15,8 @@ from tests.support.folders import model, write_folder
 ROOT = Path(__file__).parents[1]
 COMMANDS = [
     "engine.upscale", "engine.info", "engine.bench", "engine.build", "engine.export", "gdpo.train", "gdpo.prepare",
-    "gdpo.evaluate", "gdpo.merge", "gdpo.convert", "gdpo.assets", "gdpo.targets", "gdpo.random_folder",
+    "gdpo.evaluate", "gdpo.merge", "gdpo.convert", "gdpo.assets", "gdpo.targets", "gdpo.gate",
+    "gdpo.random_folder",
     "engine.serve", "engine.app", "gdpo.rewards", "gdpo.hub", "gdpo.degradation",
 ]  # fmt: skip
 BUNDLED = ROOT / "engine" / "data" / "tiny"
@@ -32,6 +33,7 @@ WORK = {  # what each is asked to do, in a folder with photos/, small/ and folde
     "gdpo.convert": f"{BUNDLED} --out out",
     "gdpo.assets": "no-such-asset",
     "gdpo.targets": "--data.folder=photos --output_dir=out",
+    "gdpo.gate": "--data.folder=photos --out out",
     "gdpo.random_folder": "out",
     "engine.serve": "--model nowhere",
     "engine.app": "--model nowhere",
@@ -108,6 +110,14 @@ def test_work_in_poor_surroundings_is_done_or_ends_in_a_line(module, given):
         said = done.stderr + done.stdout
         assert "Traceback" not in said and done.returncode in (0, 1, 2), f"{poor}: exit {done.returncode}\n{said}"
         assert done.returncode == 0 or "error: " in said or "failed" in said, f"{poor}: exit {done.returncode}\n{said}"
-        refused = ("gdpo.assets", "gdpo.targets", "gdpo.merge", "engine.serve", "engine.app", "gdpo.rewards")
+        refused = (
+            "gdpo.assets",
+            "gdpo.targets",
+            "gdpo.gate",
+            "gdpo.merge",
+            "engine.serve",
+            "engine.app",
+            "gdpo.rewards",
+        )
         expected = module not in refused
         assert done.returncode == 0 or not expected or number > 0, f"{poor}: exit {done.returncode}\n{said}"

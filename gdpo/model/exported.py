@@ -51,5 +51,6 @@ def from_export(folder: str | os.PathLike[str]) -> OneStepGenerator:
         kept = {k: v for k, v in generator.unet.state_dict().items() if "time" in k}
         generator.unet.load_state_dict(kept | weights)
     except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{folder}: its graph is not a tiny generator's ({str(error).splitlines()[0]})") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder}: its graph is not a tiny generator's ({reason})") from None
     return generator
