@@ -41,6 +41,7 @@ WORK = {  # what each is asked to do, in a folder with photos/, small/ and folde
     "gdpo.hub": "model --overwrite",
     "gdpo.degradation": "--in photos --pairs out",
 }
+REFUSE = ("gdpo.assets", "gdpo.targets", "gdpo.gate", "gdpo.merge", "engine.serve", "engine.app", "gdpo.rewards")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
