@@ -27,7 +27,7 @@ Inputs = Mapping[str, np.ndarray]
 _AHEAD = 2  # batches that one picture has under way: it cuts the next tiles while these run
 
 
-@dataclass
+@dataclass(eq=False)  # each is itself: arrays have no truth to compare
 class _Tiles:
     """Some tiles of one picture, on their way through one graph."""
 
@@ -108,21 +108,25 @@ class Batcher:
         return batch
 
     def _start(self, batch: list[_Tiles]) -> Callable[[], np.ndarray]:
-        session, inputs = self._sessions[batch[0].graph], {}
-        count = sum(tiles.count for tiles in batch)
-        for name in batch[0].inputs:
-            parts = [tiles.inputs[name] for tiles in batch]
-            parts += [parts[-1][-1:]] * (self._least - count)
-            inputs[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        self._observe(count)
+        """Begin a batch. What goes wrong belongs to its pictures, not to this thread: it is raised at the end."""
         try:
-            return session.start(inputs)
-        except Exception as error:  # it belongs to the pictures, not to this thread
+            count = sum(tiles.count for tiles in batch)
+            inputs = {}
+            for name in batch[0].inputs:
+                parts = [tiles.inputs[name] for tiles in batch]
+                parts += [parts[-1][-1:]] * (self._least - count)
+                inputs[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            self._observe(count)
+            return self._sessions[batch[0].graph].start(inputs)
+        except Exception as error:
             return _raiser(error)
 
     def _finish(self, batch: list[_Tiles], finish: Callable[[], np.ndarray]) -> None:
         try:
-            result = finish()
+            result, first, parts = finish(), 0, []
+            for tiles in batch:
+                parts.append(result[first : first + tiles.count].copy())  # the next batch overwrites it
+                first += tiles.count
         except Exception as error:
             if len(batch) == 1:
                 batch[0].done.set_exception(error)
@@ -130,10 +134,8 @@ class Batcher:
                 for tiles in batch:
                     self._finish([tiles], self._start([tiles]))
             return
-        first = 0
-        for tiles in batch:
-            tiles.done.set_result(result[first : first + tiles.count].copy())  # the next batch overwrites it
-            first += tiles.count
+        for tiles, part in zip(batch, parts):
+            tiles.done.set_result(part)
 
 
 def _raiser(error: Exception) -> Callable[[], np.ndarray]:
