@@ -1,5 +1,7 @@
 """A deployment is small: the run time needs neither torch nor diffusers nor gdpo, and starts quickly."""
 
+import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,3 +57,13 @@ def test_a_generator_is_imported_without_the_compiler_of_torch():
     """torch._dynamo takes two seconds, at the start of every command that reads a model folder."""
     done = python("import sys, gdpo.generator, gdpo.merge; print('torch._dynamo.convert_frame' in sys.modules)")
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_onnx_runtime_reports_nothing_to_its_maker(tmp_path):
+    """With a home of its own, and none of the variables by which ONNX Runtime knows a test."""
+    code = "import numpy, engine; engine.Upscaler.load(core={core}).upscale(numpy.zeros((8, 8, 3), numpy.uint8))"
+    for core in (True, False) if importlib.util.find_spec("engine._core") else (False,):
+        env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-c", code.format(core=core)]
+        subprocess.run(command, check=True, cwd=ROOT, env=env, timeout=120)
+        assert list(tmp_path.rglob("*")) == []

@@ -32,6 +32,7 @@ class Runtime {
     const void* const* const table = older() ? nullptr : base_->GetApi(ort::kApiVersion);
     if (table == nullptr) throw BackendError(text(library_.name(), " is version ", version, "; ", kRemedy));
     bind(table, reinterpret_cast<const void*>(base));
+    setenv("ORT_DISABLE_TELEMETRY", "1", 0);  // from 1.29 on it reports its use to its maker, unless told otherwise
     check(api.CreateEnv(ort::kLogFatal, "gdpo", &env_));
   }
   ~Runtime() { api.ReleaseEnv(env_); }
