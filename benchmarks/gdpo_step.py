@@ -5,8 +5,9 @@
 
 Each procedure runs in a process of its own (on a CPU peak memory is a property of a process), on the same crop of a
 real photo, with the same group size, rank and scores. The processes alternate, `--rounds` times, so that a slow minute
-of the machine does not fall on one side; each round ends with the rows of all rounds so far (`rounds`), and what has
-rows of this commit, machine and setting is not measured again. One step is degradation to optimiser step; the first is
+of the machine does not fall on one side. A row is written as soon as a variant has run, of all its rounds so far
+(`rounds`; the last row counts), so that a time limit loses only what was running; what has rows of this commit, machine
+and setting is not measured again. One step is degradation to optimiser step; the first is
 not counted, and must give about log 2, the loss of a policy that is its reference. Before, our step with a seeded LoRA
 is compared with plain torch in fp32: loss, margin and gradient. A figure of a wrong step is not kept. What fails costs
 its own row only; exit code 1 then, and where `--seconds` did not suffice for all rounds.
@@ -43,7 +44,8 @@ OURS_ALONE = ("reuse-latents", "compile-frozen")  # the released procedure has n
 # another one, and bf16 roundings of 1 in 250 become, over 16384 latents and 6 samples, some 0.2 at beta/2 = 2500.
 # A wrong noise or latent is off by hundreds.
 TOLERANCE = {"cpu": 2e-3, "cuda": 0.5}
-LIMITS = {"loss": 0.1, "margin": 0.2, "gradient": 0.3}  # of `check`, relative; a wrong sign or factor is 1 or more
+# Of `check`, relative; a wrong sign or factor is 0.5 or more. The margin is a sum that cancels: off by 0.13 in bf16.
+LIMITS = {"loss": 0.1, "margin": 0.35, "gradient": 0.3}
 # LoRA weights and a beta with which the check has a margin of about 1: neither rounding nor a flat sigmoid.
 CHECK_SIZE, CHECK_BETA = 0.05, 20.0
 FULL = "out of memory"
@@ -197,21 +199,30 @@ def check(folder: str, precision: str, crop: int = 128, group: int = 4) -> dict[
     return {key: float((ours[key] - exact[key]).norm() / exact[key].norm()) for key in exact}
 
 
-def _spawn(procedure: str, variants: list[str], *setting: object) -> dict[str, dict[str, Any]]:
-    """`worker` in a process of its own. Where one dies (killed, a broken GPU), that is an error of the variant that it
-    was at; what it had finished is kept, and another process does the rest."""
-    found: dict[str, dict[str, Any]] = {}
-    while left := [variant for variant in variants if variant not in found]:
+def _spawn(procedure: str, variants: list[str], *setting: object) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`worker` in a process of its own: each variant's result as it comes; what else the process says goes to stderr.
+
+    Where one dies (killed, a broken GPU), that is an error of the variant that it was at, and another does the rest.
+    """
+    left = list(variants)
+    while left:
         arguments = json.dumps([procedure, left, *setting])
         command = [sys.executable, "-m", "benchmarks.gdpo_step", "--worker", arguments]
-        done = subprocess.run(command, capture_output=True, text=True)
-        found |= dict(json.loads(line[len(MARK) :]) for line in done.stdout.splitlines() if line.startswith(MARK))
-        if any("error" in found.get(variant, {}) for variant in left) or done.returncode:
-            print(done.stderr[-4000:], file=sys.stderr)
-        if left := [variant for variant in left if variant not in found]:
-            last = (done.stderr.strip().splitlines() or ["?"])[-1]
-            found[left[0]] = {"error": f"the process failed ({done.returncode}): {last}"}
-    return found
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        last = "?"
+        assert process.stdout is not None
+        with process.stdout:
+            for line in process.stdout:
+                if line.startswith(MARK):
+                    variant, run = json.loads(line[len(MARK) :])
+                    left.remove(variant)
+                    yield variant, run
+                elif line.strip():
+                    last = line.strip()
+                    print(line, end="", file=sys.stderr, flush=True)
+        process.wait()
+        if left:
+            yield left.pop(0), {"error": f"the process failed ({process.returncode}): {last}"}
 
 
 Runs = dict[tuple[str, str], list[dict[str, Any]]]  # (procedure, variant): one of each round
@@ -225,8 +236,9 @@ def compare(
     procedures: tuple[str, ...] = PROCEDURES,
     before: Runs | None = None,
     seconds: float = math.inf,
-) -> Iterator[Runs]:
-    """Alternating processes; the runs so far, behind each round. `setting` is what follows `variants` in `worker`.
+) -> Iterator[tuple[Runs, list[str]]]:
+    """Alternating processes; the runs so far, behind each run and each round, and the variants that they were of.
+    `setting` is what follows `variants` in `worker`.
 
     Runs of an earlier call (`before`) are not repeated. No further round is begun past `seconds`, but one.
     """
@@ -242,10 +254,11 @@ def compare(
             return
         for name in procedures if round_ % 2 == 0 else procedures[::-1]:
             for some in filter(None, [missing[name]] if together else [[v] for v in missing[name]]):
-                for variant, run in _spawn(name, some, *setting).items():
+                for variant, run in _spawn(name, some, *setting):
                     runs[name, variant].append(run)
+                    yield runs, [variant]
         done += 1
-        yield runs
+        yield runs, variants
 
 
 def _failed(runs: list[dict[str, Any]]) -> bool:
@@ -308,33 +321,34 @@ def _measure(args: Any, folder: str, precision: str, device: str) -> list[str]:
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "steps": args.steps,
     }
-    checked = _spawn("check", ["check"], *setting)["check"]
+    checked = dict(_spawn("check", ["check"], *setting))["check"]
     wrong = [f"the check of our step, {precision}: {checked['error']}"] if "error" in checked else []
     if bad := [key for key, limit in LIMITS.items() if not checked.get(key, 0.0) <= limit]:
         return [f"{precision}: our step is not that in fp32 ({', '.join(bad)}): {checked}, at most {LIMITS}"]
     procedures = ("ours",) if args.alone else PROCEDURES
     before = {} if args.dry else _earlier(what)
     runs: Runs = {}
-    rounds = 0
+    written: dict[str, Runs] = {}
     seconds = args.seconds - (time.monotonic() - began)
-    for runs in compare(
+    for runs, ran in compare(
         args.variants, args.together, args.rounds, *setting, procedures=procedures, before=before, seconds=seconds
     ):
-        rounds = min((len(taken) for taken in runs.values() if not _failed(taken)), default=args.rounds)
-        for variant in args.variants:
+        for variant in ran:
             pair = (("released", "plain" if variant in OURS_ALONE else variant), ("ours", variant))
-            own = {key: runs[key] for key in pair if key in runs}
-            if all(own_runs == before.get(key) for key, own_runs in own.items()):
+            own = {key: list(runs[key]) for key in pair if key in runs}
+            if own in (written.get(variant), {key: before.get(key, []) for key in own}):
                 continue  # nothing new
-            row = what | {"variant": variant, "rounds": len(runs["ours", variant]), "check": checked}
-            row |= _row(*(_figures(own[key]) if key in own else {} for key in pair))
+            written[variant] = own
+            row = what | {"variant": variant, "rounds": min(map(len, own.values())), "check": checked}
+            row |= _row(*(_figures(own[key]) if own.get(key) else {} for key in pair))
             print(json.dumps(row), flush=True)
             if not args.dry and any(key.endswith("_p50_s") for key in row):
                 append_row("gdpo_step", **row, runs={" ".join(key): taken for key, taken in own.items()})
     for (procedure, variant), taken in runs.items():
-        error = _figures(taken).get("error", "")
+        error = _figures(taken).get("error", "") if taken else ""
         if error and not error.startswith(FULL):
             wrong.append(f"{procedure} {variant}, {precision}: {error}")
+    rounds = min((len(taken) for taken in runs.values() if not _failed(taken)), default=args.rounds)
     if runs and rounds < args.rounds:
         wrong.append(f"{precision}: round {rounds + 1} was not begun, {args.seconds:g} s would not have sufficed")
     return wrong

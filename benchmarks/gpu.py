@@ -7,10 +7,12 @@ a part finished is remembered in DIR/state.json: the next call at the same commi
 A part whose package is missing is skipped with the reason; the others go on. Exit code 1 names what is not done. On an
 H100 one call is meant to reach the parts down to tensorrt-rtx and the 1024 pixels of inference-large at small batches
 (expected from the work, not measured yet; docs/gpu.md). The plots are drawn in any case.
-`--dry` runs every part on the CPU at miniature size and writes no rows.
+`--dry` runs every part on the CPU at miniature size and writes no rows. The time limits are those of nine minutes on an
+H100, and grow with --minutes; for --dry, on a processor, they are fourfold.
 
 Rows and plots go to benchmarks/results (or --results). The tree must be a commit; a copy without .git names it in the
-environment variable GDPO_COMMIT. Logs, state: --out. The random model and compiled kernels: --cache.
+environment variable GDPO_COMMIT. Logs, state: --out. The random model and compiled kernels: --cache. Whatever happened,
+OUT/gpu-results.tar.gz has it all: rows, plots, logs and state.
 
 What a GPU machine needs, beside torch with CUDA (2.11 or newer) and its triton, Python 3.11 or newer:
     all parts        numpy pyyaml jsonargparse (4.49 or newer, under 5)
@@ -36,6 +38,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -46,6 +49,7 @@ from engine.io.files import atomic_write
 from engine.io.rows import RESULTS, ROOT, commit, environment, require_clean
 
 SKIPPED = 77  # exit code of a part that cannot run here; its last line says why
+MINUTES = 9  # of a call; the parts' time limits are made for it
 ROUNDS = "2"  # every figure is taken twice
 RESERVED = 20  # seconds that the other parts leave for the plots
 TRAINING = ("torch", "numpy", "yaml", "jsonargparse", "diffusers", "transformers", "safetensors")
@@ -65,6 +69,7 @@ class Run:
     commit: str
     gpu: str | None
     finished: set[str] = field(default_factory=set)
+    scale: float = 1  # of the time limits
 
     @property
     def model(self) -> Path:
@@ -113,7 +118,8 @@ def _gdpo_step(*variants: str, seconds: int, alone: bool = False) -> Callable[[R
     def command(run: Run) -> list[str]:
         size = ["--crop", "64", "--group", "2", "--steps", "1", "--rounds", "1", "--dry"]
         if not run.dry:
-            size = ["--crop", "512", "--group", "6", "--steps", "5", "--rounds", ROUNDS, "--seconds", str(seconds)]
+            budget = ["--rounds", ROUNDS, "--seconds", f"{seconds * run.scale:g}"]
+            size = ["--crop", "512", "--group", "6", "--steps", "5", *budget]
         return ["benchmarks.gdpo_step", "--folder", str(run.model), "--precision", "bf16", *size, "--together",
                 *(["--alone"] if alone else []), "--variants", *variants]  # fmt: skip
 
@@ -126,7 +132,7 @@ def _inference(side: int, *batches: int, seconds: int, ends: bool = False) -> Ca
         if run.dry:
             return [*command, "--pictures", "64", "--batches", *(("1",) if ends else ("1", "2")), "--dry"]
         numbers = map(str, batches)
-        return [*command, "--pictures", str(side), "--batches", *numbers, "--seconds", str(seconds)]
+        return [*command, "--pictures", str(side), "--batches", *numbers, "--seconds", f"{seconds * run.scale:g}"]
 
     return command
 
@@ -314,7 +320,7 @@ def run_parts(wanted: list[str], again: list[str], run: Run, minutes: float) -> 
         say(f"{heading} ...")
         failed = [part for part in PARTS if status_of(part, state, run) == "failed"]
         wrong = tuple(part for part in failed if not state[part]["timed_out"])  # slow is not wrong
-        state[name] = execute(name, run, min(left, PARTS[name].seconds), wrong)
+        state[name] = execute(name, run, min(left, PARTS[name].seconds * run.scale), wrong)
         atomic_write(run.out / "state.json", json.dumps({"parts": state}, indent=2) + "\n")
         status, reason = state[name]["status"], state[name].get("reason", "")
         say(f"    {status}" + (f": {reason}" if reason else f" in {state[name]['seconds']} s"))
@@ -325,6 +331,26 @@ def run_parts(wanted: list[str], again: list[str], run: Run, minutes: float) -> 
     return problems
 
 
+ARCHIVE = "gpu-results.tar.gz"
+
+
+def pack(run: Run) -> Path:
+    """One archive of what there is: rows, plots, logs, state."""
+    archive, part = run.out / ARCHIVE, run.out / f"{ARCHIVE}.part"
+    own = [*run.out.glob("*.log"), *run.out.glob("*.png"), *run.out.glob("state.json")]
+    rows = [] if run.dry else [*run.results.glob("*.jsonl"), *run.results.glob("gpu_*.png")]
+    with tarfile.open(part, "w:gz") as packed:
+        for folder, files in (("gpu", own), ("results", rows)):
+            for file in sorted(files):
+                packed.add(file, f"{folder}/{file.name}", recursive=False)
+    return part.replace(archive)
+
+
+def scale_of(minutes: float, dry: bool) -> float:
+    """What the parts' time limits are multiplied by: they are an H100's, of nine minutes in all."""
+    return max(minutes / MINUTES, 1) * (4 if dry else 1)
+
+
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -333,7 +359,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="default: all")
     parser.add_argument("--again", nargs="+", choices=PARTS, default=[], metavar="PART", help="even if done before")
-    parser.add_argument("--minutes", type=float, default=9, help="what is not reached by then waits for the next call")
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help="what is not reached by then waits for the next call"
+    )
     parser.add_argument("--out", type=Path, help="logs and state (default: runs/gpu, dry: runs/gpu-dry)")
     parser.add_argument("--cache", type=Path, help="the random model, compiled kernels (default: OUT/cache)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="rows and plots (default: benchmarks/results)")
@@ -355,11 +383,15 @@ def main() -> int:
         cache = (options.cache or out / "cache").resolve()
         for folder in (out, cache):
             folder.mkdir(parents=True, exist_ok=True)
-        run = Run(options.dry, out, cache, options.results.resolve(), commit()[0], gpu)
+        scale = scale_of(options.minutes, options.dry)
+        run = Run(options.dry, out, cache, options.results.resolve(), commit()[0], gpu, scale=scale)
         asked = {*options.parts, *options.again}
         asked |= {before for name in asked for before in PARTS[name].after}
         wanted = [name for name in PARTS if name in asked]
-        problems = run_parts(wanted, options.again, run, options.minutes)
+        try:
+            problems = run_parts(wanted, options.again, run, options.minutes)
+        finally:
+            say(f"packed: {pack(run)}")
     except (RuntimeError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -29,6 +29,8 @@ def measure_environment(options: Any, show: Show) -> None:
     """The ceilings that the other figures stand under."""
     import torch
 
+    from benchmarks.kernel_bench import copy_bandwidth
+
     if not options.dry and not torch.cuda.is_available():
         raise RuntimeError(
             f"torch {torch.__version__} of {sys.executable} sees no GPU: GPU_PYTHON names a python whose does"
@@ -36,10 +38,8 @@ def measure_environment(options: Any, show: Show) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     n = 256 if options.dry else 8192
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    source = torch.zeros(4 * n * n, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
     product = [medians(lambda: a @ b, device) for _ in range(2)]
-    copy = [medians(lambda: target.copy_(source), device) for _ in range(2)]
+    copies = [copy_bandwidth(device, n if options.dry else None) for _ in range(2)]
     show(
         "gpu_environment",
         device=device,
@@ -47,8 +47,8 @@ def measure_environment(options: Any, show: Show) -> None:
         product_side=n,
         bf16_flop_per_s=2 * n**3 / min(product),
         rounds_bf16_flop_per_s=[2 * n**3 / s for s in product],
-        copy_bytes_per_s=2 * source.numel() / min(copy),
-        rounds_copy_bytes_per_s=[2 * source.numel() / s for s in copy],
+        copy_bytes_per_s=max(copies),
+        rounds_copy_bytes_per_s=copies,
     )
 
 

@@ -206,12 +206,59 @@ class Clock:
         return before.elapsed_time(after)
 
 
-def copy_bandwidth(clock: Clock, device: str) -> float:
-    """Bytes per second, read and written, of one large copy."""
-    source = torch.empty((256 << 20) if device == "cuda" else (64 << 20), dtype=torch.uint8, device=device).zero_()
+COPIED = {"cuda": 2560 << 20, "cpu": 64 << 20}  # bytes: far more than a cache holds
+
+
+def copy_bandwidth(device: str, size: int | None = None) -> float:
+    """Bytes per second, read and written, of one large copy of random data (zeros may be stored compressed)."""
+    size = size or COPIED[device]
+    if device == "cuda":
+        size = min(size, torch.cuda.mem_get_info()[0] // 3)
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    (times,) = clock({"copy": lambda: target.copy_(source)}).values()
-    return 2 * source.numel() / (statistics.median(times) / 1e3)
+    times = []
+    for _ in range(15):
+        if device == "cuda":  # by its own clock: the host's includes the launch
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            target.copy_(source)
+            after.record()
+            torch.cuda.synchronize()
+            times.append(before.elapsed_time(after) / 1e3)
+        else:
+            begin = time.perf_counter()
+            target.copy_(source)
+            times.append(time.perf_counter() - begin)
+    return 2 * size / statistics.median(times[3:])
+
+
+REPLAYED = 20  # calls in a recorded graph
+
+
+def replayed(call: Callable[[], object]) -> float | None:
+    """Milliseconds of a call on the GPU alone, by a recorded graph of many, or None where it cannot be recorded.
+
+    The launch of a small operation takes longer than the operation itself.
+    """
+    try:
+        call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(REPLAYED):
+                call()
+        times = []
+        for _ in range(13):
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            graph.replay()
+            after.record()
+            torch.cuda.synchronize()
+            times.append(before.elapsed_time(after) / REPLAYED)
+    except RuntimeError as error:
+        print(f"not recorded: {str(error).splitlines()[:1]}", file=sys.stderr)
+        return None
+    return statistics.median(times[3:])
 
 
 def implementations(case: Case, device: str, compiled: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -268,6 +315,8 @@ def measure(
             raise RuntimeError(f"{case.op} {name} at {case.size} is wrong: no figure is taken of it")
         runs |= {(name, mode): run for mode, run in modes(case, call)}
     peaks = {key: peak_mib(run) if device == "cuda" else None for key, run in runs.items()}
+    # What autograd does on a thread of its own is not recorded.
+    graphs = {key: replayed(run) if device == "cuda" and key[1] == "forward" else None for key, run in runs.items()}
     taken = [clock(runs) for _ in range(rounds)]
     for name, mode in runs:
         each = [one[name, mode] for one in taken]
@@ -280,6 +329,7 @@ def measure(
             "p80_ms": p80, "runs": len(times), "rounds_p50_ms": [statistics.median(t) for t in each],
             "bytes": case.traffic[mode], "bytes_per_s": rate,
             "copy_bytes_per_s": copied, "share_of_copy": rate / copied, "peak_mib": peaks[name, mode],
+            "replayed_ms": graphs[name, mode],
         }  # fmt: skip
 
 
@@ -312,7 +362,7 @@ def main() -> int:
     torch.manual_seed(0)
     torch._functorch.config.donated_buffer = False  # the backward pass alone is timed on a graph that is kept
     clock = Clock(device, options.seconds)
-    copied = copy_bandwidth(clock, device)
+    copied = copy_bandwidth(device)
     large = options.large if options.large is not None else device == "cuda"
     wrong: list[str] = []
     for op in options.ops:

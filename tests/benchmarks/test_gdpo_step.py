@@ -1,9 +1,11 @@
 """The GDPO step's benchmark compares like with like: the same result at the start, and only the known waste apart."""
 
+import io
 import json
 import math
 import subprocess
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,25 +105,41 @@ def test_a_wrong_first_loss_is_refused(monkeypatch, mini_sd, accelerator):
 def test_a_process_that_dies_costs_the_variant_that_it_was_at(monkeypatch, capsys):
     def process(command, **_):
         started.append(json.loads(command[-1])[1])
-        if started[-1][0] == "checkpointing":
-            return subprocess.CompletedProcess(command, -9, "", "Killed")
-        code = -9 if started[-1][0] == "plain" else 0
-        out = f'a warning\n{gdpo_step.MARK}["{started[-1][0]}", {{"seconds": [1.0]}}]\n'
-        return subprocess.CompletedProcess(command, code, out, "Killed")
+        first = started[-1][0]
+        out = f'a warning\n{gdpo_step.MARK}["{first}", {{"seconds": [1.0]}}]\n'
+        code = 0 if first == "reuse-latents" else -9
+        said = io.StringIO("Killed\n" if first == "checkpointing" else out if code == 0 else out + "Killed\n")
+        return SimpleNamespace(stdout=said, wait=lambda: code, returncode=code)
 
     started: list[list[str]] = []
-    monkeypatch.setattr(subprocess, "run", process)
+    monkeypatch.setattr(subprocess, "Popen", process)
     variants = ["plain", "checkpointing", "reuse-latents"]
-    found = gdpo_step._spawn("ours", variants, "F")
-    assert found == {
-        "plain": {"seconds": [1.0]},
-        "checkpointing": {"error": "the process failed (-9): Killed"},
-        "reuse-latents": {"seconds": [1.0]},
-    }
+    assert list(gdpo_step._spawn("ours", variants, "F")) == [
+        ("plain", {"seconds": [1.0]}),
+        ("checkpointing", {"error": "the process failed (-9): Killed"}),
+        ("reuse-latents", {"seconds": [1.0]}),
+    ]
+    assert started == [variants, ["reuse-latents"]] and variants[0] == "plain"
+    assert capsys.readouterr().err.count("a warning\n") == 2
+
+
+def test_a_result_is_there_before_the_process_has_ended(monkeypatch):
+    script = f"""import time; print('{gdpo_step.MARK}["plain", {{}}]', flush=True); time.sleep(60)"""
+    processes, popen = [], subprocess.Popen
+
+    def process(command, **named):
+        processes.append(popen([command[0], "-c", script], **named))
+        return processes[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", process)
+    assert next(gdpo_step._spawn("ours", ["plain", "checkpointing"])) == ("plain", {})
+    assert processes[0].poll() is None
+    processes[0].kill()
+    processes[0].wait()
 
 
 def test_a_process_of_its_own_says_what_it_lacks(capsys):
-    found = gdpo_step._spawn("ours", ["plain"], "/nonexistent", 64, 2, "fp32", 1)
+    found = dict(gdpo_step._spawn("ours", ["plain"], "/nonexistent", 64, 2, "fp32", 1))
     assert "/nonexistent" in found["plain"]["error"] and "Traceback" in capsys.readouterr().err
 
 
@@ -149,11 +167,15 @@ def call(monkeypatch, tmp_path):
 
     def spawn(procedure, variants, *rest):
         if procedure == "check":
-            return {"check": check}
+            yield "check", check
+            return
         started.append((procedure, *variants))
         good = {"seconds": [2.0 if procedure == "released" else 1.0], "cpu_seconds": [1.0], "peak_mib": 4.0}
         runs = {v: good | {"first_loss": 0.693} for v in variants} | failing.get(procedure, {})
-        return {v: runs[v] for v in variants}
+        for v in variants:
+            if run.killed and (procedure, v) == run.killed:
+                raise KeyboardInterrupt
+            yield v, runs[v]
 
     def run(*options):
         variants = ["plain", "checkpointing", "reuse-latents"]
@@ -165,7 +187,7 @@ def call(monkeypatch, tmp_path):
     started: list[tuple[str, ...]] = []
     check = dict.fromkeys(gdpo_step.LIMITS, 0.01)
     failing: dict[str, dict] = {}
-    run.failing, run.check = failing, check
+    run.failing, run.check, run.killed = failing, check, None
     monkeypatch.setattr(gdpo_step, "_spawn", spawn)
     monkeypatch.setattr(rows, "RESULTS", tmp_path)
     monkeypatch.setattr(rows, "require_clean", lambda: None)
@@ -188,19 +210,30 @@ def test_rows_are_of_what_ran(call, capsys, alone):
     assert "speedup" not in last["checkpointing"] and last["checkpointing"]["ours_p50_s"] == 1
 
 
-def test_rows_come_behind_each_round_and_are_not_measured_again(call, capsys):
+def test_rows_come_as_variants_end_and_are_not_measured_again(call, capsys):
     code, found, started = call("--seconds", "1e-9")
     assert code == 1 and "bf16: round 2 was not begun" in capsys.readouterr().err
-    assert [row["rounds"] for row in found] == [1, 1, 1] and len(started) == 2
+    # The released procedure's two come first, alone.
+    assert [row["rounds"] for row in found] == [0, 0, 1, 1, 1] and len(started) == 2
     code, found, started = call()
-    assert code == 0 and [row["rounds"] for row in found[3:]] == [2, 2, 2] and len(started) == 2
-    assert found[3]["released_rounds_p50_s"] == [2, 2]
+    last = {row["variant"]: row for row in found[5:]}
+    assert code == 0 and [row["rounds"] for row in last.values()] == [2, 2, 2] and len(started) == 2
+    assert last["plain"]["released_rounds_p50_s"] == last["reuse-latents"]["released_rounds_p50_s"] == [2, 2]
     assert call() == (0, found, [])
     assert call("--crop", "128")[2]  # another setting
     call.failing["ours"] = {"checkpointing": {"error": "the process failed (-9): Killed"}}
     assert call("--group", "4")[0] == 1
     call.failing.clear()
     assert call("--group", "4")[2] == [("ours", "checkpointing")] * 2  # its siblings have theirs
+
+
+def test_what_ended_before_a_time_limit_is_kept(call):
+    call.killed = ("ours", "checkpointing")
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    assert [row["variant"] for row in rows.read_rows("gdpo_step")] == ["plain", "checkpointing", "plain"]
+    call.killed = None
+    assert call()[2][0] == ("ours", "checkpointing", "reuse-latents")  # the rest of the first round
 
 
 def test_a_step_that_fails_its_check_has_no_figure(call, capsys):

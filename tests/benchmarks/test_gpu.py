@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +48,7 @@ def test_the_dry_run_does_every_part_writes_no_rows_and_is_not_repeated(tmp_path
     assert (out / "gpu_gdpo_step.png").read_bytes()[:4] == b"\x89PNG"
     assert '"variant": "compile-frozen"' in (log := (out / "gdpo-compiled.log").read_text()) and "released" not in log
     assert {p: p.read_bytes() for p in rows.RESULTS.glob("*")} == before
+    assert (out / gpu.ARCHIVE).stat().st_size > 1000
 
     began = time.monotonic()
     done_before = [name for name, found in state.items() if found["status"] == "done"]
@@ -118,6 +120,28 @@ def test_a_part_that_hangs_is_stopped_with_its_children(run, monkeypatch, tmp_pa
     assert problem.startswith("bad: stopped after 3 s") and time.monotonic() - began < 20
     status = Path(f"/proc/{pid.read_text()}/status")
     assert not status.exists() or "State:\tZ" in status.read_text()
+
+
+def test_time_limits_grow_with_the_minutes_and_on_a_processor(run, monkeypatch, tmp_path):
+    assert [gpu.scale_of(*given) for given in ((9, False), (3, False), (27, False), (9, True))] == [1, 1, 3, 4]
+    monkeypatch.setitem(gpu.PARTS, "bad", stand_in(tmp_path, "import time; time.sleep(60)", seconds=1))
+    (problem,) = gpu.run_parts(["bad"], [], replace(run, scale=3), 1)
+    assert problem.startswith("bad: stopped after 3 s")
+    for part, seconds in ((gpu._gdpo_step("plain", seconds=100), "250"), (gpu._inference(512, 1, seconds=60), "150")):
+        command = part(replace(run, dry=False, scale=2.5))
+        assert command[command.index("--seconds") + 1] == seconds
+
+
+def test_whatever_there_is_is_packed(run, tmp_path):
+    gpu.run_parts(["good", "bad"], [], run, 1)
+    run.results.mkdir()
+    for name in ("kernels.jsonl", "gpu_kernels.png", "notes.txt"):
+        (run.results / name).write_text(name)
+    own = {"gpu/good.log", "gpu/bad.log", "gpu/state.json"}
+    for dry, rows_too in ((True, set()), (False, {"results/kernels.jsonl", "results/gpu_kernels.png"})):
+        with tarfile.open(gpu.pack(replace(run, dry=dry))) as archive:
+            assert set(archive.getnames()) == own | rows_too
+            assert archive.extractfile("gpu/bad.log").read() == (run.out / "bad.log").read_bytes() == b"it broke\n"
 
 
 def test_what_the_time_does_not_reach_waits_for_the_next_call(run):

@@ -1,5 +1,6 @@
 """The kernel benchmark runs at miniature size, and refuses figures on a dirty tree, red tests or wrong results."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -66,6 +67,37 @@ def test_every_case_is_compiled(monkeypatch):
         calls, before = dict(kernel_bench.implementations(case, "cpu", compiled=True)), len(graphs)
         torch.testing.assert_close(calls["compile"](), calls["eager"]())
         assert len(graphs) > before
+
+
+def test_the_copy_is_of_random_data_that_no_cache_holds(monkeypatch):
+    made, randint = [], torch.randint
+    monkeypatch.setattr(torch, "randint", lambda *args, **named: made.append(randint(*args, **named)) or made[-1])
+    assert kernel_bench.copy_bandwidth("cpu", 1 << 16) > 0
+    assert len(made) == 1 and len(made[0].unique()) == 256 and kernel_bench.COPIED["cuda"] > 2 << 30
+
+
+def test_a_small_operation_is_timed_by_a_recorded_graph_too(monkeypatch):
+    class Event:
+        def record(self):
+            self.calls = len(calls)
+
+        def elapsed_time(self, later):
+            return 2.0 * (later.calls - self.calls)  # 2 ms a call
+
+    class Graph:
+        def replay(self):
+            calls.extend([None] * kernel_bench.REPLAYED)
+
+    calls: list[None] = []
+    named = {"Event": lambda **_: Event(), "CUDAGraph": Graph, "synchronize": lambda: None}
+    for name, stand_in in (named | {"graph": lambda graph: contextlib.nullcontext()}).items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    assert kernel_bench.replayed(lambda: calls.append(None)) == 2.0
+
+    def refused():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    assert kernel_bench.replayed(refused) is None
 
 
 def test_a_wrong_result_gives_no_figure():
