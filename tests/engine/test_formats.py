@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from engine.io import images
+from engine.io.codecs.libraries import vips
 from engine.io.formats import FORMATS, READABLE, SUFFIXES
 from engine.io.images import ImageError, Picture, check_writable, picture_size, read_image, write_image
 from engine.io.sink import Sink
@@ -113,6 +114,26 @@ def test_a_jpeg_without_its_end_is_read_with_a_warning_one_without_pixels_is_not
     assert len(said) == 1
 
 
+@pytest.mark.parametrize("subsampling", [0, 1, 2, "gray"])
+@pytest.mark.parametrize("height", [9, 64, 67, 72, 75])
+def test_a_jpeg_whose_last_rows_are_missing_is_refused(tmp_path, subsampling, height):
+    buffer, path, said = io.BytesIO(), tmp_path / "a.jpg", []
+    grain = np.random.default_rng(0).integers(0, 256, (height, 80, 3), dtype=np.uint8)
+    image = Image.fromarray(grain[..., 0] if subsampling == "gray" else grain)
+    image.save(buffer, "JPEG", quality=90, **({} if subsampling == "gray" else {"subsampling": subsampling}))
+    data = buffer.getvalue()
+    path.write_bytes(data)
+    whole = read_image(path, notice=said.append).pixels
+    plain = vips().Image.jpegload_buffer(data).numpy().reshape(height, 80, -1)
+    assert np.array_equal(whole, np.broadcast_to(plain, whole.shape)) and not said
+    path.write_bytes(data[:-2])
+    assert np.array_equal(read_image(path, notice=said.append).pixels, whole) and len(said) <= 1
+    for cut in (5, 30, 60):
+        path.write_bytes(data[:-cut] + b"\xff\xd9")
+        with pytest.raises(ImageError, match="truncated JPEG: a part of its pixels is missing"):
+            read_image(path)
+
+
 @pytest.mark.parametrize("row", WRITABLE, ids=lambda row: row.name)
 @pytest.mark.parametrize("size", [(1, 1), (1, 70), (70, 1)])
 def test_pictures_of_one_pixel_one_row_one_column(tmp_path, row, size):
@@ -161,6 +182,35 @@ def test_a_compression_that_is_not_read_is_named(tmp_path, compression):
         assert np.array_equal(read_image(tmp_path / "a.tif").pixels, gradient())  # another build of libvips has it
     except ImageError as error:
         assert "its compression (" in str(error) and "save it with Deflate or LZW" in str(error)
+
+
+@pytest.mark.parametrize("options", [{}, {"bigtiff": True}, {"tile": True, "tile_width": 32, "tile_height": 32}],
+                         ids=["strips", "BigTIFF", "tiles"])  # fmt: skip
+@pytest.mark.parametrize("gray", [False, True])
+def test_a_tiff_of_jpegs_that_lacks_pixels_is_refused(tmp_path, options, gray):
+    pixels = gradient(64, 80)[..., : 1 if gray else 3]
+    image = vips().Image.new_from_array(pixels.copy())
+    image.set_type(vips().GValue.gstr_type, "image-description", "a photo")
+    path, said = tmp_path / "a.tif", []
+    image.tiffsave(str(path), compression="jpeg", Q=95, **options)
+    data = path.read_bytes()
+    if not options:  # a tag of its own, which decoders warn of
+        at = struct.unpack_from("<I", data, 4)[0]
+        count = struct.unpack_from("<H", data, at)[0]
+        old = [data[at + 2 + 12 * i : at + 14 + 12 * i] for i in range(count)]
+        entries = [*old, struct.pack("<HHII", 65000, 3, 1, 7)]
+        data = data[:4] + struct.pack("<I", len(data) + len(data) % 2) + data[8:] + bytes(len(data) % 2)
+        data += struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+        path.write_bytes(data)
+    whole = read_image(path, notice=said.append)
+    assert np.abs(whole.pixels.astype(int) - pixels).max() <= 12 and whole.text == {"Description": "a photo"}
+    first = data.index(b"\xff\xda") + 14
+    last = data.index(b"\xff\xd9", first)
+    for hole in (first + 20, (first + last) // 2, last - 20):
+        path.write_bytes(data[:hole] + b"\xff\xd9" + data[hole + 2 :])  # the end comes early
+        with pytest.raises(ImageError, match="truncated TIFF: a part of its pixels is missing"):
+            read_image(path)
+    assert not said
 
 
 def strip_tiff(width, height):
@@ -262,7 +312,8 @@ class Full(io.FileIO):
 
 @pytest.mark.parametrize("row", WRITABLE, ids=lambda row: row.name)
 @pytest.mark.parametrize("deep", [False, True])
-def test_a_full_disk_loses_no_picture_in_silence(tmp_path, monkeypatch, row, deep, capfd):
+@pytest.mark.parametrize("swallows", [False, True])
+def test_a_full_disk_loses_no_picture_in_silence(tmp_path, monkeypatch, row, deep, swallows, capfd):
     needs(row.name)
     pixels = np.random.default_rng(0).integers(0, 65536, (60, 70, 3)).astype(np.uint16)
     picture = Picture(pixels if deep else (pixels >> 8).astype(np.uint8), exif=exif_block()[6:])
@@ -270,10 +321,11 @@ def test_a_full_disk_loses_no_picture_in_silence(tmp_path, monkeypatch, row, dee
     write_image(path, picture)
     good = path.read_bytes()
     monkeypatch.setattr(images, "open", lambda p, mode, buffering: Full(p, "r+"), raising=False)
+    monkeypatch.setattr(Full, "swallows", swallows)
     for Full.room in (0, 1, 30, 2000, len(good) - 1):
         with pytest.raises(OSError) as error:
             write_image(path, picture)
-        assert error.value.errno == errno.ENOSPC and error.value.filename == str(path)
+        assert error.value.errno == (errno.EIO if swallows else errno.ENOSPC) and error.value.filename == str(path)
         assert path.read_bytes() == good and os.listdir(tmp_path) == [path.name]
     assert capfd.readouterr() == ("", "")
     Full.room = len(good)

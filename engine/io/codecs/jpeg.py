@@ -24,7 +24,7 @@ _SEGMENT = 65_533  # bytes of content that fit into one
 _END = b"\xff\xd9"
 _HEADER = re.compile(rb"[^\xff]*\xff+[^\xff]", re.S)  # up to the kind of the next segment
 _MOST_SEGMENTS = 100_000
-_SCAN = 0xDA
+_SCAN, _BASELINE = 0xDA, (0xC0, 0xC1)
 _SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1, 0xC3, 0xC9, 0xCB), (0xC2, 0xCA)  # frames: Huffman and arithmetic
 
 
@@ -50,7 +50,7 @@ def read(data: bytes, known: Header, notice: Notice) -> Picture:
     resources = info.get("photoshop")
     iptc = resources.get(0x0404) if isinstance(resources, dict) else None
     comment = info.get("comment")
-    text = {"Comment": _decoded(comment)} if isinstance(comment, bytes) and comment.strip(b"\0") else {}
+    text = {"Comment": _words(comment)} if isinstance(comment, bytes) and comment.strip(b"\0") else {}
     if image.mode == "CMYK":
         pixels, gray = cmyk_to_rgb(np.asarray(image), found["icc"]), False
         found["icc"] = None
@@ -66,11 +66,43 @@ def _samples(data: bytes) -> np.ndarray | None:
         ImageError: it lacks pixels, for which decoders put gray.
     """
     try:
-        return samples_of(vips().Image.jpegload_buffer(data, fail_on="warning", access="sequential"))
+        return _decoded(data)
     except vips().Error as error:
         if "premature end of data segment" in str(error) and data.rstrip(b"\0").endswith(_END):
             raise ImageError("truncated JPEG: a part of its pixels is missing") from None
         return None
+
+
+def _decoded(data: bytes) -> np.ndarray:
+    """Pixels [H,W,bands] of a JPEG.
+
+    libvips looks for its decoder's warnings before each 8 rows, so it never sees those of the last. Without subsampling
+    in height, such rows are independent: 8 more are asked for, and what is said about them is of no concern.
+
+    Raises:
+        pyvips.Error: the decoder has something to say.
+    """
+    frame, scans = (0, b""), 0
+    for kind, at, content in _segments(data):
+        scans += kind == _SCAN
+        if kind in _BASELINE:
+            frame = at, content
+    at, content = frame
+    height = int.from_bytes(content[1:3])
+    # All scans of a progressive JPEG are decoded before its first row.
+    if scans == 1 and 0 < height < 65_400 and all(sampling & 15 == 1 for sampling in content[7::3]):
+        longer = struct.pack(">H", -(-height // 8) * 8 + 8)
+        data = data[: at + 1] + longer + data[at + 3 :]
+    image = vips().Image.jpegload_buffer(data, fail_on="warning", access="sequential")
+    return samples_of(image)[: height or None]
+
+
+def lacks_pixels(data: bytes, rows: int) -> bool:
+    """Whether a JPEG that is a part of another file has fewer rows than that file says, or data of them are missing."""
+    try:
+        return len(_decoded(data)) < rows or not _all_refined(data)
+    except vips().Error as error:
+        return "premature end" in str(error).lower()
 
 
 def _loaded(image: Any, data: bytes, notice: Notice) -> Any:
@@ -86,7 +118,7 @@ def _loaded(image: Any, data: bytes, notice: Notice) -> Any:
     return image
 
 
-def _decoded(text: bytes) -> str:
+def _words(text: bytes) -> str:
     text = text.rstrip(b"\0")
     try:
         return text.decode()
@@ -102,7 +134,7 @@ def _without_end(data: bytes) -> Image.Image:
     """
     whole = data.rstrip(b"\xff") + _END
     try:
-        vips().Image.jpegload_buffer(whole, fail_on="warning").avg()  # Pillow would fill what is missing with gray
+        _decoded(whole)  # Pillow would fill what is missing with gray
     except vips().Error:
         raise ImageError("truncated JPEG: a part of its pixels is missing") from None
     image = open_pillow(JpegImagePlugin.JpegImageFile, io.BytesIO(whole))
@@ -116,7 +148,7 @@ def _all_refined(data: bytes) -> bool:
     Decoders have nothing to say about a progressive JPEG that was cut between two scans and closed with an end marker.
     """
     left: dict[int, list[int]] = {}  # component -> bits that each coefficient lacks
-    for kind, content in _segments(data):
+    for kind, _, content in _segments(data):
         if kind in _SEQUENTIAL:
             return True
         if kind in _PROGRESSIVE:
@@ -130,8 +162,9 @@ def _all_refined(data: bytes) -> bool:
     return not any(bits for component in left.values() for bits in component)
 
 
-def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """(kind, content) of the first picture's segments; after its first scan of further scans and Huffman tables alone.
+def _segments(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """(kind, place of the content, content) of the segments of the first picture in a file; after its first scan, of
+    further scans and Huffman tables alone.
 
     Every byte is looked at by C: a hostile file of 100 MB takes a fraction of a second.
     """
@@ -155,7 +188,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
             at += 1
             continue
         (length,) = struct.unpack_from(">H", data, at + 1)
-        yield kind, data[at + 3 : at + 1 + length]
+        yield kind, at + 3, data[at + 3 : at + 1 + length]
         at += 1 + length
         scanned = scanned or kind == _SCAN
 

@@ -10,6 +10,7 @@ from PIL import TiffImagePlugin
 
 from engine.io import metadata
 from engine.io.bands import Bands
+from engine.io.codecs import jpeg
 from engine.io.codecs.libraries import (
     common_metadata,
     open_pillow,
@@ -32,6 +33,8 @@ _NAMES = {9: "ICC L*a*b*", 10: "ITU L*a*b*", 32803: "a colour filter array", 328
 _COMPRESSIONS = {34887: "LERC", 34925: "LZMA", 50000: "Zstandard", 50001: "WebP", 50002: "JPEG XL"}
 _COLORS = {0: 1, 1: 1, 2: 3, 3: 1, 4: 1, 5: 4, 6: 3, 8: 3}  # photometric interpretation -> samples of a pixel
 _JPEG = (6, 7)
+_STRIPS, _STRIP_ROWS, _COUNTS, _TILE_ROWS, _TILES, _TABLES = 273, 278, 279, 323, 324, 347
+_MOST_JPEGS = 10_000  # strips or tiles that are looked at: each takes a tenth of a millisecond
 _TRANSPARENCY = (1, 2)  # premultiplied, which libvips divides, and not
 _BIG = 3_500_000_000  # bytes of samples from which on offsets of 32 bits may not do
 
@@ -96,14 +99,16 @@ def read(data: bytes, known: Header, notice: Notice) -> Picture:
         what = f"{image.bands} x {image.format} ({image.interpretation})"
         raise ImageError(f"pixels of the kind {what} are not read; convert the picture to RGB of 8 or 16 bit")
     found = _metadata(data, image)
+    compression = _whole(tags, _COMPRESSION, 1)
     try:
         samples = samples_of(image)
     except vips().Error as error:
         if "not configured" not in str(error):
             raise
-        kind = _whole(tags, _COMPRESSION, 1)
-        how = _COMPRESSIONS.get(kind, f"of kind {kind}")
+        how = _COMPRESSIONS.get(compression, f"of kind {compression}")
         raise ImageError(f"its compression ({how}) is not read here; save it with Deflate or LZW") from None
+    if compression == _JPEG[1] and _whole(tags, _BITS, 1) == 8:
+        _check_jpegs(data, tags)
     extra = _value(tags, _EXTRA) or ()
     extra = extra if isinstance(extra, tuple) else (extra,)
     # A palette is expanded already, to gray or to RGB.
@@ -121,11 +126,34 @@ def read(data: bytes, known: Header, notice: Notice) -> Picture:
     if meaning == _CMYK:
         pixels, gray = cmyk_to_rgb(np.ascontiguousarray(samples), found["icc"]), False
         found["icc"] = None
-    elif meaning == _YCBCR and _whole(tags, _COMPRESSION, 1) not in _JPEG:
+    elif meaning == _YCBCR and compression not in _JPEG:
         pixels, gray = _from_ycbcr(samples, _luma_weights(tags)), False
     else:
         pixels, gray, _ = split(samples)
     return Picture(pixels, gray, alpha, "TIFF", **found)
+
+
+def _check_jpegs(data: bytes, tags: Any) -> None:
+    """Look at the JPEGs of a TIFF: its decoder leaves gray or black what they lack.
+
+    Raises:
+        ImageError: pixels are missing.
+    """
+    places, sizes = (_value(tags, _TILES) or _value(tags, _STRIPS), _value(tags, _TILES + 1) or _value(tags, _COUNTS))
+    height = _whole(tags, _HEIGHT, 1)
+    tiled = _TILES in tags
+    rows = _whole(tags, _TILE_ROWS if tiled else _STRIP_ROWS, height)
+    if not isinstance(places, tuple) or not isinstance(sizes, tuple) or len(places) > _MOST_JPEGS or rows < 1:
+        return
+    tables = _value(tags, _TABLES)
+    for number, (at, size) in enumerate(zip(places, sizes)):
+        part = data[at : at + size]
+        if isinstance(tables, bytes) and len(tables) > 4:
+            part = tables[:-2] + part[2:]
+        strips = -(-height // rows)  # of one plane
+        expected = rows if tiled else min(rows, height - number % strips * rows)
+        if jpeg.lacks_pixels(part, expected):
+            raise ImageError("truncated TIFF: a part of its pixels is missing")
 
 
 def _refuse(tags: Any, meaning: int) -> None:
