@@ -133,6 +133,11 @@ class Manifest:
         atomic_write(folder / "manifest.json", content)
         atomic_write(folder / "manifest.sha256", _checksum(content))
 
+    def fixed_side(self, dimension: str) -> int:
+        """The only length that the profile has for a named dimension; 0 where it has several."""
+        low, _, high = self.profile.batch if dimension == "batch" else self.profile.tile
+        return 0 if low != high else low // self.geometry.factor if dimension.startswith("latent_") else low
+
     def read(self, folder: Path, graph: str) -> tuple[bytes, dict[str, bytes]]:
         """The bytes of a graph's file and of its data files, checked against their hashes."""
         entry = self.graphs[graph]

@@ -1,6 +1,7 @@
 """Nothing unhashed reaches a backend: mutants, foreign files, links, untrusted plans."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from engine.runtime import manifest as manifests
 from engine.runtime.backends import onnxruntime as ort_backend
 from engine.runtime.backends import tensorrt as trt_backend
 from engine.runtime.manifest import FolderError
+from tests.support.folders import model, write_folder
 
 
 @pytest.fixture
@@ -241,6 +243,19 @@ def test_the_onnx_of_another_model_is_refused(folder, tiny_split_engine):
     rewrite(folder, lambda m: m["graphs"]["generator"].update(sha256=digest))
     with pytest.raises(FolderError, match="inputs are latent, noise"):
         Upscaler.load(folder)
+
+
+@pytest.mark.parametrize("core", [False, True])
+def test_a_graph_whose_output_is_fixed_where_the_manifest_says_it_is_free_is_refused(tmp_path, core):
+    import onnx
+
+    if core and importlib.util.find_spec("engine._core") is None:
+        pytest.skip("the compiled core is not built")
+    made = onnx.load_model_from_string(model())
+    made.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 1
+    with pytest.raises(FolderError, match=r"inputs are image, noise, outputs output, not what the manifest says"):
+        Upscaler.load(write_folder(tmp_path / "fixed", made.SerializeToString()), core=core)
+    assert Upscaler.load(write_folder(tmp_path / "free", model()), core=core)
 
 
 def test_onnx_that_reads_files_outside_is_refused(folder, tmp_path):

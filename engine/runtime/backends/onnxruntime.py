@@ -7,12 +7,13 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from engine.runtime.backends import Waiting, check_inputs, output_shape
 from engine.runtime.device import Device
-from engine.runtime.manifest import FolderError, Manifest
+from engine.runtime.manifest import FolderError, Manifest, Tensor
 
 KINDS = ("cpu", "cuda")  # of devices
 
@@ -120,9 +121,28 @@ class OnnxRuntimeSession(Waiting):
         # A CPU gains nothing from a batch and its caches lose by it (13% a picture at 8 x 256x256): one at a time.
         whole = whole_batches or device.kind != "cpu" or manifest.profile.batch[0] > 1
         self._at_once = None if whole else 1
-        found = [i.name for i in self._session.get_inputs()]
-        if sorted(found) != sorted(t.name for t in self.entry.inputs):
-            raise FolderError(f"{self.entry.file}: inputs are {', '.join(found)}, not what the manifest says")
+        self._compare()
+
+    def _compare(self) -> None:
+        """The model's inputs and outputs must be what the manifest says they are (as in C++).
+
+        Raises:
+            FolderError: other names, types, ranks, or sides that are free in one and fixed in the other.
+        """
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        found, wanted = [*inputs, *outputs], [*self.entry.inputs, self.entry.output]
+
+        def fits(ours: Tensor, theirs: Any) -> bool:
+            if ours.name != theirs.name or theirs.type != "tensor(float)" or len(theirs.shape) != len(ours.shape):
+                return False
+            sides = [self.manifest.fixed_side(side) if isinstance(side, str) else side for side in ours.shape]
+            return all(not isinstance(b, int) or b < 0 or b == a for a, b in zip(sides, theirs.shape))
+
+        whole = len(inputs) == len(self.entry.inputs) and len(outputs) == 1
+        if not whole or not all(any(fits(ours, theirs) for theirs in found) for ours in wanted):
+            names = f"{', '.join(i.name for i in inputs)}, outputs {', '.join(o.name for o in outputs)}"
+            shapes = ", ".join(f"{t.name} {t.shape}" for t in found)
+            raise FolderError(f"{self.entry.file}: inputs are {names}, not what the manifest says ({shapes})"[:2000])
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         check_inputs(self.entry, self.manifest, inputs)
