@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from engine.io.files import sha256
 from engine.runtime.manifest import Graph, Manifest
+
+
+@contextmanager
+def _disk_errors(file: Path) -> Iterator[None]:
+    """Inside, a file that ONNX Runtime cannot write is an OSError that names it; it says "SystemError : 28" itself."""
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"SystemError : (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from None
 
 
 def optimise(exported: Manifest, source: Path, name: str, folder: Path) -> Graph:
@@ -29,7 +45,7 @@ def optimise(exported: Manifest, source: Path, name: str, folder: Path) -> Graph
         )
         side = f"{entry.file}.data"
         settings.add_session_config_entry("session.optimized_model_external_initializers_file_name", side)
-    with refused(source / entry.file):
+    with _disk_errors(folder / entry.file), refused(source / entry.file):
         onnxruntime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
     if data:
         hashes = {side: sha256(folder / side)}

@@ -42,6 +42,8 @@ def naming(path: str | os.PathLike[str], staged: Path | None = None) -> Iterator
     try:
         yield
     except OSError as error:
+        if re.fullmatch(r"\d+ requested and \d+ written", str(error)):  # numpy's
+            error = OSError(errno.ENOSPC, f"not all was written ({error})")
         name = error.filename
         if name is None:
             name = path

@@ -8,11 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from engine.build.onnxruntime import optimise
 from engine.io import cli, files, notices
 from engine.io.files import atomic_path, atomic_write, clean_leftovers, fsync
 from engine.io.folders import staged_folder
+from engine.runtime import manifest as manifests
+from tests.support.folders import model, write_folder
 
 OLD = time.time() - 3600
 
@@ -171,6 +175,9 @@ def test_a_write_that_fails_names_the_file_or_what_it_is_in(tmp_path, number):
     with pytest.raises(OSError) as caught, staged_folder(tmp_path / "model"):
         raise unnamed
     assert caught.value.filename == str(tmp_path / "model")
+    with pytest.raises(OSError, match="not all was written") as caught, staged_folder(tmp_path / "model"):
+        np.zeros(1 << 20).tofile("/dev/full")
+    assert caught.value.filename == str(tmp_path / "model") and caught.value.errno == errno.ENOSPC
     with pytest.raises(FileNotFoundError) as caught, staged_folder(tmp_path / "model") as inside:
         (inside / "unet" / "config.json").write_text("{}")
     assert caught.value.filename == str(tmp_path / "model" / "unet" / "config.json")
@@ -194,3 +201,12 @@ def test_sealed_sees_the_whole_file_before_it_has_its_name(tmp_path):
     with atomic_path(tmp_path / "a", sealed=lambda p: seen.append((p.read_text(), (tmp_path / "a").exists()))) as p:
         p.write_text("whole")
     assert seen == [("whole", False)] and (tmp_path / "a").read_text() == "whole"
+
+
+def test_a_full_disk_names_the_file_that_onnx_runtime_writes(tmp_path):
+    source = write_folder(tmp_path / "source", model())
+    (tmp_path / "out").mkdir()
+    os.symlink("/dev/full", tmp_path / "out" / "generator.onnx")
+    with pytest.raises(OSError) as caught:
+        optimise(manifests.load(source), source, "generator", tmp_path / "out")
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(tmp_path / "out" / "generator.onnx")
