@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -15,14 +16,18 @@ from engine.runtime.manifest import Graph, Manifest
 
 @contextmanager
 def _disk_errors(file: Path) -> Iterator[None]:
-    """Inside, a file that ONNX Runtime cannot write is an OSError that names it; it says "SystemError : 28" itself."""
+    """Inside, a file that ONNX Runtime cannot write is an OSError that names it.
+
+    Itself it says "SystemError : 28" where it cannot begin, and that it cannot serialize where it cannot end.
+    """
     try:
         yield
     except Exception as error:
-        number = re.search(r"SystemError : (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from None
+        if number := re.search(r"SystemError : (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from None
+        if "serialization failed" in str(error):
+            raise OSError(errno.EIO, "cannot be written whole; is the disk full?", str(file)) from None
+        raise
 
 
 def optimise(exported: Manifest, source: Path, name: str, folder: Path) -> Graph:

@@ -209,4 +209,7 @@ def test_a_full_disk_names_the_file_that_onnx_runtime_writes(tmp_path):
     os.symlink("/dev/full", tmp_path / "out" / "generator.onnx")
     with pytest.raises(OSError) as caught:
         optimise(manifests.load(source), source, "generator", tmp_path / "out")
-    assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(tmp_path / "out" / "generator.onnx")
+    assert caught.value.errno == errno.EIO and caught.value.filename == str(tmp_path / "out" / "generator.onnx")
+    with pytest.raises(OSError) as caught:
+        optimise(manifests.load(source), source, "generator", tmp_path / "nowhere")
+    assert caught.value.errno == errno.ENOENT and caught.value.filename == str(tmp_path / "nowhere" / "generator.onnx")
