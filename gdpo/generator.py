@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from gdpo.model import folders, hub, lora, lora_files
+from gdpo.model import folders, hub, lora, lora_files, lora_layers
 from gdpo.model.codecs import PixelCodec, load_codec, save_codec
 from gdpo.model.compact import CompactUNetConfig
 from gdpo.model.network_unet import NetworkUNet
@@ -307,7 +307,8 @@ class OneStepGenerator(nn.Module):
         m = self.multiple
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % m or images.shape[3] % m:
             raise ValueError(f"images must be [B,3,H,W] with H and W multiples of {m}; got {tuple(images.shape)}")
-        return self.codec.encode(images, sample_posterior)
+        with lora_layers.cast_together(self.vae):
+            return self.codec.encode(images, sample_posterior)
 
     def predict(
         self,
@@ -332,12 +333,14 @@ class OneStepGenerator(nn.Module):
         noisy = math.sqrt(self.a_n) * latents + math.sqrt(self.b_n) * noise
         if self.parametrization == "residual":
             condition = latents if condition is None else condition
-            x0 = condition + self.unet(torch.cat([noisy, condition], dim=1), self.t_diffusion).sample
+            with lora_layers.cast_together(self.unet):
+                x0 = condition + self.unet(torch.cat([noisy, condition], dim=1), self.t_diffusion).sample
             return Prediction((noisy - math.sqrt(self.a_d) * x0) / math.sqrt(self.b_d), x0)
         text = self.text_embeds(len(latents)) if prompt_embeds is None else prompt_embeds.expand(len(latents), -1, -1)
         # Diffusers would copy a number to the device, and the host would wait for all that is queued there.
         t = torch.full((1,), self.t_diffusion, device=noisy.device)
-        noise_pred = self.unet(noisy, t, encoder_hidden_states=text.to(noisy.dtype)).sample
+        with lora_layers.cast_together(self.unet):
+            noise_pred = self.unet(noisy, t, encoder_hidden_states=text.to(noisy.dtype)).sample
         return Prediction(noise_pred, (noisy - math.sqrt(self.b_d) * noise_pred) / math.sqrt(self.a_d))
 
     def decode(self, x0: torch.Tensor) -> torch.Tensor:

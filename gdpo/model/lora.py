@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gdpo.model import lora_files
+from gdpo.model import lora_files, lora_layers
 from gdpo.randomness import seed_of
 
 # The layers that OSEDiff and the released GDPO code adapt; conv_in of the UNet is trained whole.
@@ -70,18 +70,10 @@ def add(
             inject_adapter_in_model(config, model, adapter)
         except ValueError as error:
             raise ValueError(f"no LoRA for the modules {targets} of {type(model).__name__}: {error}") from error
+    lora_layers.changed(model)
     # The base may be bf16; what is trained stays fp32.
     for parameter in parameters(model, adapter).values():
         parameter.data = parameter.data.float()
-
-
-def _layers(model: Any) -> Iterator[Any]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import ModulesToSaveWrapper
-
-    for module in model.modules():
-        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
-            yield module
 
 
 def adapters(model: Any) -> tuple[str, ...]:
@@ -97,15 +89,11 @@ def parameters(model: Any, adapter: str = "default") -> dict[str, nn.Parameter]:
 
 
 def activate(model: Any, adapter: str | None) -> None:
-    """Use one adapter, or the base alone (None). `requires_grad` flags are left as they are."""
-    layers = list(_layers(model))
-    flags = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
-    for layer in layers:
-        layer.enable_adapters(adapter is not None)
+    """Use one adapter, or the base alone (None). `requires_grad` flags are left as they are, which peft changes."""
+    for layer in lora_layers.layers(model):
+        layer._disable_adapters = adapter is None
         if adapter is not None:
-            layer.set_adapter(adapter)
-    for p, flag in flags:  # peft flips these when switching
-        p.requires_grad_(flag)
+            layer._active_adapter = [adapter]
 
 
 @contextmanager
@@ -126,7 +114,7 @@ def leave_casts_to_autocast(model: Any) -> None:
 
     Same values, but without that copy, and the backward pass keeps the input itself instead of one more of its size.
     """
-    for layer in _layers(model):
+    for layer in lora_layers.layers(model):
         layer.cast_input_dtype_enabled = False
 
 
@@ -158,6 +146,7 @@ def merge(model: Any, strength: float = 1.0, adapter: str = "default") -> None:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, plain)
     del model.peft_config
+    lora_layers.changed(model)
 
 
 def _merge_pair(module: Any, plain: Any, strength: float, adapter: str) -> None:
@@ -221,6 +210,7 @@ def attach(model: Any, stored: lora_files.Adapter, where: str, adapter: str = "d
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`lora_bias=True` was passed but")  # `merge` sees to it
         inject_adapter_in_model(LoraConfig(**options), model, adapter)
+    lora_layers.changed(model)
     own = parameters(model, adapter)
     for parameter in own.values():
         parameter.data = parameter.data.float()

@@ -17,9 +17,10 @@ from torch import nn
 
 from gdpo.generator import OneStepGenerator
 from gdpo.model import lora
-from gdpo.model.diffusers_patches import norms_in_own_precision
+from gdpo.model.diffusers_patches import norms_in_own_precision, skip_divisions
 from gdpo.model.prompts import PromptEncoder
 from gdpo.model.tiny import TinyUNetConfig
+from gdpo.model.training_patches import undivided_attention
 from gdpo.model.unets import works_on_pixels
 from gdpo.photos.dataset import Batch, CropDataset, loader
 from gdpo.photos.mixture import HeldOut, Mixture
@@ -126,6 +127,9 @@ def base_generator(config: TrainConfig, accelerator: Accelerator) -> OneStepGene
     if model.channels_last:
         generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     generator.to(accelerator.device).eval()  # dropout has no place here; LoRA trains all the same
+    for part in (generator.unet, generator.codec):
+        skip_divisions(part)
+        undivided_attention(part)
     if accelerator.device.type == "cuda" and accelerator.mixed_precision != "no" and not model.full:
         norms_in_own_precision(generator)  # a CPU's autocast leaves them so
     return generator
@@ -245,6 +249,8 @@ def add_lora(generator: OneStepGenerator, model: ModelConfig, seed: int, *, trai
         train_whole=train_whole,
         seed=seed,
     )
+    if model.channels_last and not model.use_dora:  # as the layers beside it; peft's DoRA takes no such order
+        unet.to(memory_format=torch.channels_last)
 
 
 class Prompts:

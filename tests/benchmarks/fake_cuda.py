@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses import fake_tensor
+from torch.optim import optimizer
 from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -74,8 +75,8 @@ class Watch(TorchDispatchMode):
                 t.constant = None  # or it would be computed with, on a GPU
         result = function(*args, **kwargs)
         if not (function.is_view or name in FREE):
-            made = torch.utils._pytree.tree_leaves(result)
-            self.did(name, [*tensors, *(t for t in made if isinstance(t, torch.Tensor))])
+            made = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+            self.did(name, [*tensors, *(t.detach() for t in made if any(t is own for own in tensors)), *made])
         for t in torch.utils._pytree.tree_leaves(result):
             if isinstance(t, torch.Tensor) and t.device.type == "cuda":
                 self._count(t.untyped_storage())
@@ -83,7 +84,7 @@ class Watch(TorchDispatchMode):
         return result
 
     def did(self, name: str, tensors: list[torch.Tensor]) -> None:
-        """Count a kernel by the distinct elements that it reads and writes (in place: once)."""
+        """Count a kernel by the distinct elements of the tensors that it reads and writes."""
         own = {id(t): t for t in tensors if t.device.type == "cuda"}.values()
         if own:
             self.ops[name][0] += 1
@@ -143,9 +144,16 @@ def pretend(watch: Watch) -> None:
         setattr(torch.cuda, name, answer)
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     fake_tensor.init_gpu_context = lambda device: None
-    _foreach_utils._foreach_supported_types.append(fake_tensor.FakeTensor)  # the optimiser's kernels for many tensors
+    for kinds in (_foreach_utils._foreach_supported_types, optimizer._foreach_supported_types):
+        kinds.append(fake_tensor.FakeTensor)  # kernels for many tensors at once
     torch._C._set_only_lift_cpu_tensors(True)
     torch.Tensor.pin_memory = lambda self, device=None: self.clone()  # type: ignore[method-assign, assignment]
+    dropout = nn.functional.dropout  # without data a copy stands for one that drops nothing
+
+    def dropped(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+        return dropout(x, p, training, inplace) if training and p else x
+
+    nn.functional.dropout = dropped  # type: ignore[assignment]
 
     def convert(self, function, recurse=True):
         for child in self.children():
@@ -183,6 +191,25 @@ class _Launched(dict):
         return lambda *args, **named: self.watch.did(self.name, [t for t in args if isinstance(t, torch.Tensor)])
 
 
+def _silu(watch: Watch, x: torch.Tensor, inplace: bool = False) -> torch.Tensor:
+    """F.silu, whose backward pass is one kernel on a GPU; without one torch takes it apart."""
+
+    class Silu(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return aten.silu(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            (x,) = ctx.saved_tensors
+            made = torch.empty_like(grad)
+            watch.did("silu_backward", [grad, x, made])
+            return made
+
+    return Silu.apply(x)
+
+
 def count(folder: str, procedure: str, variant: str, crop: str, group: str, architecture: str = "") -> dict[str, Any]:
     """Of the second step, where the optimiser has its state: the peak of all tensors, kernels, bytes that they move."""
     from accelerate import Accelerator
@@ -208,6 +235,7 @@ def count(folder: str, procedure: str, variant: str, crop: str, group: str, arch
     accelerator = Accelerator(mixed_precision="bf16")
     own = nn.functional.scaled_dot_product_attention
     nn.functional.scaled_dot_product_attention = functools.partial(attention, own)  # type: ignore[assignment]
+    nn.functional.silu = functools.partial(_silu, watch)
     if architecture:
         shape = random_folder.architecture(architecture)
     for module in (codecs, folders, prompts):

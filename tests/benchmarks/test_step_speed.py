@@ -1,14 +1,19 @@
 """What makes the step cheaper leaves its results: casts, normalisations, compiled frozen parts."""
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import gdpo_step
-from gdpo.model import lora
+from gdpo.model import lora, lora_layers
+from gdpo.model import training_patches as patches
 from gdpo.model.diffusers_patches import norms_in_own_precision
+from gdpo.train import setup
+from gdpo.train.methods import gdpo as method
 from gdpo.train.methods.gdpo import GDPO
 from gdpo.train.setup import save_trained
 
@@ -34,6 +39,7 @@ def losses(accelerator, folder, variant="plain", steps=3):
 def test_without_the_copies_that_autocast_makes_needless_the_losses_are_the_same_bits(
     mini_sd, accelerator, monkeypatch
 ):
+    monkeypatch.setattr(lora_layers, "_classes", dict)  # peft's forward pass, as DoRA has it
     without = losses(accelerator("bf16"), mini_sd)
     monkeypatch.setattr(lora, "leave_casts_to_autocast", lambda model: None)
     assert without == losses(accelerator("bf16"), mini_sd)
@@ -63,9 +69,13 @@ def test_the_backward_pass_keeps_less_and_the_lora_stays_fp32(mini_sd):
     for p in lora.parameters(unet).values():
         p.requires_grad_(True)
     inputs = (torch.randn(2, 4, 16, 16, dtype=torch.bfloat16), 100, torch.randn(2, 77, 32, dtype=torch.bfloat16))
-    before = saved_bytes(unet, *inputs)
-    lora.leave_casts_to_autocast(unet)
+    pefts = copy.deepcopy(unet)
+    for layer in lora_layers.layers(pefts):
+        layer.__class__ = type(layer).__mro__[1]
+    before = saved_bytes(pefts, *inputs)
     assert saved_bytes(unet, *inputs) < 0.85 * before
+    lora.leave_casts_to_autocast(pefts)
+    assert saved_bytes(pefts, *inputs) < 0.85 * before
     assert {p.dtype for p in lora.parameters(unet).values()} == {torch.float32}
     assert {p.dtype for n, p in unet.named_parameters() if ".lora_" not in n} == {torch.bfloat16}
 
@@ -142,6 +152,39 @@ def test_fused_normalisations_of_the_frozen_autoencoder_give_the_same_training(
         save_trained(generator, made[-1].config, tmp_path / name)
     files = [{p.name: p.read_bytes() for p in (tmp_path / name / "vae").iterdir()} for name in ("plain", "fused")]
     assert files[0] == files[1]
+
+
+def test_without_divisions_by_one_and_with_the_time_computed_once_the_training_is_the_same(
+    mini_sd, accelerator, monkeypatch
+):
+    def taken():
+        divisions.clear()
+        with Divisions():
+            return losses(accelerator("no"), mini_sd), len(divisions), names(made[-1].generator)
+
+    class Divisions(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.div.Tensor and args[0].ndim > 2:
+                divisions.append(args[0].shape)
+            return function(*args, **(kwargs or {}))
+
+    def names(generator):
+        return [[(n, tuple(p.shape)) for n, p in m.named_parameters()] for m in (generator.unet, generator.codec)]
+
+    divisions: list[torch.Size] = []
+    made, build = [], GDPO._make_frozen_calls
+    monkeypatch.setattr(GDPO, "_make_frozen_calls", lambda self: made.append(self) or build(self))
+    cheaper, few, own = taken()
+    monkeypatch.setattr(method, "constant_time", lambda *_: None)
+    undivided = taken()[0]
+    assert undivided == pytest.approx(cheaper, rel=1e-3)  # of one picture, or of a batch of equals: other roundings
+    for name in ("skip_divisions", "undivided_attention"):
+        monkeypatch.setattr(setup, name, lambda *_: None)
+    plain, many, theirs = taken()
+    assert plain == undivided and plain[1] != plain[0]
+    assert few < many / 2 and own == theirs
+    monkeypatch.setattr(method, "constant_time", lambda unet, t: patches.constant_time(unet, t + 50))
+    assert taken()[0] != pytest.approx(cheaper, rel=1e-3)  # teeth: another time is another loss
 
 
 @pytest.mark.slow

@@ -9,7 +9,9 @@ import torch
 
 from gdpo.generator import OneStepGenerator
 from gdpo.model import diffusers_patches as patches
-from gdpo.model import lora
+from gdpo.model import lora, lora_layers, training_patches
+
+HOMES = {patch: home for home in (patches, training_patches) for patch in home.REACHES}
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,7 @@ def lacking(generator, patch: str) -> list[str]:
     """ "CLASS.ATTRIBUTE" of what the patch needs and instances of the class do not have."""
     modules = [*generator.unet.modules(), *generator.codec.modules()]
     missing = []
-    for path, attributes in patches.REACHES[patch]:
+    for path, attributes in HOMES[patch].REACHES[patch]:
         home, _, name = path.rpartition(".")
         found = [m for m in modules if isinstance(m, getattr(import_module(home), name))]
         if not found:
@@ -30,12 +32,12 @@ def lacking(generator, patch: str) -> list[str]:
     return missing
 
 
-@pytest.mark.parametrize("patch", patches.REACHES)
+@pytest.mark.parametrize("patch", HOMES)
 def test_every_patch_fits(patch, generator):
     missing = lacking(generator, patch)
     version = f"diffusers {diffusers.__version__}"
-    assert not missing, f"diffusers_patches.{patch} does not fit {version}: there is no {', '.join(missing)}"
-    assert callable(getattr(patches, patch))
+    assert not missing, f"{patch} does not fit {version}: there is no {', '.join(missing)}"
+    assert callable(getattr(HOMES[patch], patch))
 
 
 def test_a_patch_that_does_not_fit_is_named(generator, monkeypatch):
@@ -77,7 +79,8 @@ def test_lora_layers_have_what_is_switched(mini_sd):
     """peft's part: the casts that autocast makes needless, and adapters that go on and off."""
     unet = OneStepGenerator.from_pretrained(mini_sd).unet
     lora.add(unet, 2, lora.UNET_TARGETS)
-    layers = list(lora._layers(unet))
-    needed = ("cast_input_dtype_enabled", "enable_adapters", "set_adapter", "get_base_layer")
+    layers = lora_layers.layers(unet)
+    needed = ("cast_input_dtype_enabled", "_disable_adapters", "_active_adapter", "active_adapters", "get_base_layer")
+    needed += ("lora_A", "lora_B", "lora_dropout", "lora_variant", "scaling", "merged")
     missing = [name for name in needed if not all(hasattr(layer, name) for layer in layers)]
     assert layers and not missing, f"gdpo.model.lora does not fit peft {peft.__version__}: no {', '.join(missing)}"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from gdpo.generator import OneStepGenerator
-from gdpo.model import lora
+from gdpo.model import lora, lora_layers
 from gdpo.model.prompts import NEGATIVE_PROMPT
 from gdpo.randomness import moved, normal, uniform
 from gdpo.train.config import NAOSDConfig
@@ -73,4 +73,5 @@ class VSD:
         return a.sqrt() * latents + (1 - a).sqrt() * noise, a, 1 - a
 
     def _unet(self, noisy: torch.Tensor, t: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
-        return self.generator.unet(noisy, t, encoder_hidden_states=text).sample.float()
+        with lora_layers.cast_together(self.generator.unet):
+            return self.generator.unet(noisy, t, encoder_hidden_states=text).sample.float()

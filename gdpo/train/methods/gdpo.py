@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from gdpo.kernels import gdpo_loss, use_triton
 from gdpo.model import lora
-from gdpo.model.diffusers_patches import fuse_norms
+from gdpo.model.diffusers_patches import fold_padding, fuse_norms
+from gdpo.model.training_patches import constant_time
 from gdpo.photos.dataset import Batch
 from gdpo.randomness import moved
 from gdpo.scores.group import GroupReward, Judged
@@ -48,9 +49,12 @@ class GDPO(Method):
     def __init__(self, config: GDPOConfig, accelerator: Accelerator):
         super().__init__(config, accelerator)
         unet = self.generator.unet
+        fold_padding(self.generator.codec)  # frozen: no LoRA goes around its convolutions
         if self._frozen_norms_are_fused():
             fuse_norms(self.generator.codec)
         add_lora(self.generator, config.model, config.seed)
+        if self.generator.uses_text:  # a UNet of diffusers'
+            constant_time(unet, self.generator.t_diffusion)
         if accelerator.mixed_precision != "no":
             lora.leave_casts_to_autocast(unet)
         self.trained = lora.parameters(unet)
