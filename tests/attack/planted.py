@@ -46,7 +46,7 @@ FAULTS = [
     ),
     Fault(
         FILES,
-        " or status.st_mtime >= _STARTED:",
+        " or status.st_mtime >= before:",
         ":",
         f"{IN_FILES}::test_leftovers_of_killed_runs_go_and_nothing_else_does",
     ),
