@@ -21,6 +21,7 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else it warns that this will change
     "RAY_agent_register_timeout_ms": "300000",  # a busy machine takes longer than the 30 s that are allowed
     "RAY_worker_register_timeout_seconds": "300",
+    "RAY_prestart_worker_first_driver": "0",  # processes that nobody needs
     "RAY_worker_niceness": "0",  # Ray would run its processes at 15, which is last on a machine that is shared
 }
 

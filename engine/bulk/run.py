@@ -83,7 +83,7 @@ def run(
                         pipeline = _pipeline(
                             ray, list(batches(iter(chunk), size)), enlarger, (work, board), machines, workers
                         )
-                        _write(ray, pipeline, ledger, board)
+                        _write(ray, pipeline, ledger, board, writers=1 + workers // 16)
                         ray.get(board.clear.remote())
                 for status, count in ray.get(board.counts.remote()).items():
                     summary[status] += count
@@ -159,15 +159,17 @@ def _pipeline(
     )
 
 
-def _write(ray: Any, pipeline: Any, ledger: Ledger, board: Any) -> None:
-    """Make the pictures of a part and write their rows."""
+def _write(ray: Any, pipeline: Any, ledger: Ledger, board: Any, writers: int) -> None:
+    """Make the pictures of a part and write their rows, with so many tasks at a time."""
     import pyarrow.fs
 
     out, folder = ledger.out, ledger.new_part()
     filesystem = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(out.fs))
     out.make_folder(f"{folder}/rows")
     try:
-        pipeline.write_parquet(out.path(folder), filesystem=filesystem, ray_remote_args={"num_cpus": 0.5})
+        pipeline.write_parquet(
+            out.path(folder), filesystem=filesystem, ray_remote_args={"num_cpus": 0.5}, concurrency=writers
+        )
     except Exception as error:
         reason = ""
         with contextlib.suppress(Exception):

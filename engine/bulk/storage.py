@@ -15,7 +15,12 @@ from typing import TypeVar
 # Storage where an object appears whole when its upload ends. Elsewhere it is uploaded under another name and renamed.
 _WHOLE_PUT = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "memory"}
 _TRIES, _PAUSE = 3, 0.5  # of an operation that the storage failed, and seconds before the second
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # not tried again
+_NUMBERS = {  # of failures that are not tried again; clients of object stores leave them out
+    FileNotFoundError: errno.ENOENT,
+    PermissionError: errno.EACCES,
+    IsADirectoryError: errno.EISDIR,
+    NotADirectoryError: errno.ENOTDIR,
+}
 Result = TypeVar("Result")
 
 
@@ -122,7 +127,7 @@ class Storage:
             with named(self.url, key):
                 try:
                     return call()
-                except _FINAL:
+                except tuple(_NUMBERS):
                     raise
                 except Exception:
                     if self.local or attempt + 1 == _TRIES:
@@ -138,10 +143,10 @@ def named(url: str, key: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kind = next((kind for kind in _FINAL if isinstance(error, kind)), OSError)
-        absent = os.strerror(errno.ENOENT) if kind is FileNotFoundError else None
-        text = error.strerror or absent or _line(error)
-        raise kind(error.errno or errno.EIO, text, where or error.filename or url) from None
+        kind = next((kind for kind in _NUMBERS if isinstance(error, kind)), OSError)
+        number = error.errno or _NUMBERS.get(kind, errno.EIO)
+        text = error.strerror or (os.strerror(number) if kind is FileNotFoundError else _line(error))
+        raise kind(number, text, where or error.filename or url) from None
     except Exception as error:  # clients of object stores have exceptions of their own
         raise OSError(errno.EIO, _line(error), where or url) from None
 

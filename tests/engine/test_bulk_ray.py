@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -15,23 +16,26 @@ from skimage import data
 
 pytest.importorskip("ray", reason="needs ray (extra cluster)")
 
-from engine.bulk.ledger import STATE, Ledger
+from engine.bulk.claim import claimed
+from engine.bulk.ledger import CLAIM, STATE, Ledger
 from engine.bulk.storage import Storage
 from engine.io.files import sha256
+from tests.support import faulty
 from tests.support.ray_cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
 PICTURES = int(os.environ.get("GDPO_BULK_PICTURES", "400"))
 
 
-def start(*arguments: object) -> subprocess.Popen:
+def start(*arguments: object, **environment: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "engine.bulk", *map(str, arguments), "--no-progress"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    env = os.environ | environment
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def run(*arguments: object) -> tuple[int, dict, str]:
+def run(*arguments: object, **environment: str) -> tuple[int, dict, str]:
     """Exit code, summary, what came to stderr."""
-    process = start(*arguments)
+    process = start(*arguments, **environment)
     out, err = process.communicate(timeout=400)
     return process.returncode, json.loads(out) if out else {}, err
 
@@ -71,6 +75,48 @@ def test_a_folder_on_this_machine(tmp_path):
     assert "1 failed in an earlier run (--retry-failed tries them again)" in err
     code, _, err = run(tmp_path / "in", tmp_path / "out", "--seed", 1)
     assert code == 2 and "was begun with other options (seed 0 -> 1)" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "options", "code", "message"),
+    [
+        ("absent", "out", [], 2, "absent: no such folder"),
+        ("empty", "out", [], 2, "empty: no pictures there"),
+        ("in", "/proc/out", [], 2, "/proc/out/.gdpo-bulk/claim.json: "),
+        ("s3://bucket/x" if not find_spec("s3fs") else "nowhere://x", "out", [], 2, "://"),
+        ("webhdfs://127.0.0.1:1/x", "out", [], 1, "webhdfs://127.0.0.1:1/x: "),  # nobody is there
+        ("in", "in", [], 2, "the pictures are in it; give another output"),
+        ("in", "out", ["--address", "127.0.0.1:1"], 2, "--address 127.0.0.1:1: no Ray cluster there"),
+    ],
+)
+def test_what_cannot_be_begun_is_one_line(tmp_path, source, out, options, code, message):
+    crops(tmp_path / "in", 1, 0)
+    (tmp_path / "empty").mkdir()
+    places = [text if "://" in text else tmp_path / text for text in (source, out)]
+    found, _, err = run(*places, *options)
+    assert (found, err.count("\n"), err[:7]) == (code, 1, "error: ") and message in err, err
+
+
+def test_two_runs_into_one_output(tmp_path):
+    crops(tmp_path / "in", 1, 0)
+    with claimed(Storage(str(tmp_path / "out")), CLAIM):
+        code, _, err = run(tmp_path / "in", tmp_path / "out")
+    assert code == 2 and "another run (on " in err.splitlines()[-1] and "give another output" in err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(faulty.missing() != "", reason=faulty.missing())
+def test_a_full_disk_ends_the_run_with_one_line(tmp_path):
+    crops(tmp_path / "in", 8, 0)
+    out, library = tmp_path / "out", faulty.build(tmp_path)
+    full = faulty.environment(library, out / "d", "full", at=12)  # of each process; the ledger has space
+    code, _, err = run(tmp_path / "in", out, "--workers", 2, **full)
+    assert code == 1 and "No space left on device; the run stopped, what is finished is kept" in err, err
+    assert err.count("\n") == 1
+    wanted = expected(tmp_path / "in", tmp_path / "wanted")
+    assert hashes(out).items() < wanted.items()
+    code, _, err = run(tmp_path / "in", out, "--workers", 2)
+    assert code == 0 and hashes(out) == wanted, err
 
 
 @pytest.mark.slow
