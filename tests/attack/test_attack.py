@@ -10,6 +10,7 @@ import pytest
 
 from tests.attack import harness
 from tests.attack.harness import Log, Section, attack, run_chunk
+from tests.attack.planted import FAULTS
 from tests.support import faulty
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +46,13 @@ def test_nothing_breaks_in_whole_commands(name, tmp_path):
 def test_an_unknown_section_is_named_with_those_that_there_are(tmp_path):
     done = tried(tmp_path, "--only", "everything")
     assert done.returncode == 2 and "pictures, bombs" in done.stderr and "got everything" in done.stderr
+
+
+@pytest.mark.parametrize("number, fault", enumerate(FAULTS, 1))
+def test_a_planted_fault_has_its_line_and_its_test(number, fault):
+    assert (ROOT / fault.file).read_text().count(fault.right) == 1
+    file, name = fault.test.split("::")
+    assert f"def {name}(" in (ROOT / file).read_text()
 
 
 # ---- the harness itself
