@@ -48,7 +48,7 @@ def test_an_unknown_section_is_named_with_those_that_there_are(tmp_path):
     assert done.returncode == 2 and "pictures, bombs" in done.stderr and "got everything" in done.stderr
 
 
-@pytest.mark.parametrize("number, fault", enumerate(FAULTS, 1))
+@pytest.mark.parametrize("number, fault", list(enumerate(FAULTS, 1)))
 def test_a_planted_fault_has_its_line_and_its_test(number, fault):
     assert (ROOT / fault.file).read_text().count(fault.right) == 1
     file, name = fault.test.split("::")
