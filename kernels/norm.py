@@ -6,6 +6,8 @@ cancel: whatever the mean, they are sums about a point near it, merged pairwise 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,11 +18,18 @@ from .launch import is_channels_last, options, power_of_two
 
 
 def group_norm_reference(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5, silu: bool = False
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    silu: bool = False,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """The definition, in fp64 for fp64 and in fp32 otherwise. Arguments as in `group_norm`."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    out = F.group_norm(x.to(wide), groups, weight.to(wide), bias.to(wide), eps)
+    x_wide = x.to(wide) if shift is None else x.to(wide) + shift.to(wide)[:, *(None,) * (x.ndim - 2)]
+    out = F.group_norm(x_wide, groups, weight.to(wide), bias.to(wide), eps)
     return (F.silu(out) if silu else out).to(x.dtype)
 
 
@@ -34,30 +43,38 @@ def _group_norm_small_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
+    shift_ptr,
     out_ptr,
     length,
-    channels,
-    per_group,
     eps,
+    CHANNELS: tl.constexpr,
+    PER_GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SILU: tl.constexpr,
+    SHIFTED: tl.constexpr,
 ):
-    """A group of a picture a program, all of it in registers: the variance is taken about the mean itself."""
+    """A group of a picture a program, all of it in registers: the variance is taken about the mean itself.
+
+    The model's sizes are constants, so that loads are as wide as the start of a group allows.
+    """
     g, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     r, c = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
-    inside = (r < length) & (c < per_group)
-    offset = n * length * channels + g * per_group + r * channels + c
-    x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    size = 1.0 * length * per_group
+    inside = (r < length) & (c < PER_GROUP)
+    base = n * length * CHANNELS + g * PER_GROUP
+    offset = r * CHANNELS + c
+    x = tl.load(x_ptr + base + offset, mask=inside, other=0.0).to(tl.float32)
+    there = c < PER_GROUP
+    if SHIFTED:
+        x += tl.load(shift_ptr + g * PER_GROUP + c, mask=there, other=0.0).to(tl.float32)
+    size = 1.0 * length * PER_GROUP
     d = tl.where(inside, x - tl.div_rn(tl.sum(x), size), 0.0)
     d = tl.where(inside, d - tl.div_rn(tl.sum(d), size), 0.0)  # what rounding left of the mean
     scale = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(d * d), size) + eps))
-    there = c < per_group
-    weight = tl.load(weight_ptr + g * per_group + c, mask=there, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + g * per_group + c, mask=there, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + g * PER_GROUP + c, mask=there, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + g * PER_GROUP + c, mask=there, other=0.0).to(tl.float32)
     y = d * (scale * weight) + bias
-    tl.store(out_ptr + offset, (_silu(y) if SILU else y).to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + base + offset, (_silu(y) if SILU else y).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -103,6 +120,7 @@ def _group_norm_partial_kernel(
 def _group_norm_reduce_kernel(
     partial_ptr,
     weight_ptr,
+    shift_ptr,
     coefficient_ptr,
     length,
     channels,
@@ -112,11 +130,16 @@ def _group_norm_reduce_kernel(
     eps,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
+    SHIFTED: tl.constexpr,
 ):
-    """Chunks and channels of a group, merged in a fixed order: the mean and rstd * weight of each channel, [N,2,C]."""
+    """Chunks and channels of a group, merged in a fixed order: the mean and rstd * weight of each channel, [N,2,C].
+
+    A shift moves the channels' means, and nothing else; of what is read again it is not a part yet.
+    """
     g, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     means = partial_ptr + (2 * n * channels + g * per_group) * chunks
     deviations = partial_ptr + ((2 * n + 1) * channels + g * per_group) * chunks
+    shifts = shift_ptr + g * per_group
     entries = per_group * chunks
     lane = tl.arange(0, BLOCK)
     size = 1.0 * length * per_group
@@ -126,6 +149,8 @@ def _group_norm_reduce_kernel(
         i = start + lane
         count = tl.minimum(length - i % chunks * rows, rows).to(tl.float32)
         mean = tl.load(means + i, mask=i < entries, other=0.0)
+        if SHIFTED:
+            mean += tl.load(shifts + i // chunks, mask=i < entries, other=0.0).to(tl.float32)
         total += tl.where(i < entries, (mean - centre) * count, 0.0)
     centre += tl.div_rn(tl.sum(total, 0), size)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -133,6 +158,8 @@ def _group_norm_reduce_kernel(
         i = start + lane
         count = tl.minimum(length - i % chunks * rows, rows).to(tl.float32)
         d = tl.load(means + i, mask=i < entries, other=0.0) - centre
+        if SHIFTED:
+            d += tl.load(shifts + i // chunks, mask=i < entries, other=0.0).to(tl.float32)
         own = tl.load(deviations + i, mask=i < entries, other=0.0)
         total += tl.where(i < entries, own + count * d * d, 0.0)
     scale = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(total, 0), size) + eps))
@@ -140,7 +167,10 @@ def _group_norm_reduce_kernel(
     there = c < per_group
     weight = tl.load(weight_ptr + g * per_group + c, mask=there, other=0.0).to(tl.float32)
     target = coefficient_ptr + 2 * n * channels + g * per_group + c
-    tl.store(target, tl.zeros((COLUMNS,), tl.float32) + centre, mask=there)
+    mean = tl.zeros((COLUMNS,), tl.float32) + centre
+    if SHIFTED:
+        mean -= tl.load(shifts + c, mask=there, other=0.0).to(tl.float32)
+    tl.store(target, mean, mask=there)
     tl.store(target + channels, scale * weight, mask=there)
 
 
@@ -188,20 +218,23 @@ def _tiling(images: int, length: int, channels: int) -> tuple[int, int, int]:
     return rows, columns, steps
 
 
-def _launch(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
+def _launch(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, shift: Tensor | None = None
+) -> Tensor:
     """x [N,C,...] -> the same shape, channels-last."""
     rows_last = x.movedim(1, -1).contiguous()
     images, channels = x.shape[:2]
-    length, per_group = rows_last[0, ..., 0].numel(), channels // groups
+    length, per_group = math.prod(x.shape[2:]), channels // groups
     out = torch.empty_like(rows_last)
     weight, bias = weight.contiguous(), bias.contiguous()
+    shifted, shift = shift is not None, bias if shift is None else shift.contiguous()
     height, width = power_of_two(length), power_of_two(per_group)
     with torch.cuda.device_of(x):
         if height * width <= SMALL:
             warps = min(max(height * width // 1024, 1), 16)
             _group_norm_small_kernel[(groups, images)](
-                rows_last, weight, bias, out, length, channels, per_group, eps,
-                ROWS=height, COLUMNS=width, SILU=silu, **options(warps, registers=128),
+                rows_last, weight, bias, shift, out, length, eps, CHANNELS=channels, PER_GROUP=per_group,
+                ROWS=height, COLUMNS=width, SILU=silu, SHIFTED=shifted, **options(warps, registers=128),
             )  # fmt: skip
             return out.movedim(-1, 1)
         rows, columns, steps = _tiling(images, length, channels)
@@ -213,8 +246,8 @@ def _launch(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, si
             rows_last, partial, length, channels, chunks, ROWS=rows, COLUMNS=columns, STEPS=steps, **options(8)
         )
         _group_norm_reduce_kernel[(groups, images)](
-            partial, weight, coefficient, length, channels, per_group, chunks, rows * steps, eps,
-            COLUMNS=width, BLOCK=1024, **options(8),
+            partial, weight, shift, coefficient, length, channels, per_group, chunks, rows * steps, eps,
+            COLUMNS=width, BLOCK=1024, SHIFTED=shifted, **options(8),
         )  # fmt: skip
         _group_norm_apply_kernel[grid](
             rows_last, coefficient, bias, out, length, channels,
@@ -225,12 +258,14 @@ def _launch(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, si
 
 # An operator that torch.compile does not look into.
 @torch.library.custom_op("gdpo::group_norm", mutates_args=())
-def _group_norm_op(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
-    return _launch(x, groups, weight, bias, eps, silu)
+def _group_norm_op(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, shift: Tensor | None = None
+) -> Tensor:
+    return _launch(x, groups, weight, bias, eps, silu, shift)
 
 
 @_group_norm_op.register_fake
-def _(x, groups, weight, bias, eps, silu):
+def _(x, groups, weight, bias, eps, silu, shift=None):
     return torch.empty_like(x.movedim(1, -1).contiguous()).movedim(-1, 1)
 
 
@@ -242,6 +277,7 @@ def group_norm(
     eps: float = 1e-5,
     *,
     silu: bool = False,
+    shift: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """y = (x - mean) / sqrt(var + eps) * weight + bias over each group of channels, then y * sigmoid(y) if `silu`.
@@ -252,6 +288,7 @@ def group_norm(
         weight, bias: [C].
         eps: > 0.
         silu: apply SiLU to the result, before it is rounded to the type of x.
+        shift: [C], added to x first: the bias of the convolution before it, without a pass of its own.
         backend: "auto" (Triton for channels-last features on a GPU that need no gradient), "torch" (the definition) or
             "triton" (forward only; other layouts are copied first).
 
@@ -267,17 +304,21 @@ def group_norm(
     sizes = checks.tensor("x", x, axes)
     checks.tensor("weight", weight, "C", {"C": sizes["C"]})
     checks.tensor("bias", bias, "C", {"C": sizes["C"]})
+    if shift is not None:
+        checks.tensor("shift", shift, "C", {"C": sizes["C"]})
+        checks.same_device(x=x, shift=shift)
     if not (isinstance(groups, int) and groups > 0 and sizes["C"] % groups == 0):
         raise ValueError(f"groups must divide the {sizes['C']} channels of x; got {groups!r}")
     if not eps > 0:
         raise ValueError(f"eps must be a number > 0; got {eps!r}")
     checks.same_device(x=x, weight=weight, bias=bias)
-    learning = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad)
+    tensors = (x, weight, bias) if shift is None else (x, weight, bias, shift)
+    learning = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if learning and backend == "triton":
         raise ValueError("backend='triton' has no backward pass: use torch.no_grad(), or pass backend='torch'")
     if backend == "auto" and (learning or not is_channels_last(x, 1)):
         backend = "torch"
-    if use_triton(backend, x, weight, bias):
+    if use_triton(backend, *tensors):
         run = _group_norm_op if torch.compiler.is_compiling() else _launch
-        return run(x, groups, weight, bias, float(eps), silu)
-    return group_norm_reference(x, groups, weight, bias, eps, silu)
+        return run(x, groups, weight, bias, float(eps), silu, shift)
+    return group_norm_reference(x, groups, weight, bias, eps, silu, shift)

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from engine.build.builder import TARGETS, BuildOptions, architecture_of, build
+from engine.build.builder import TARGETS, BuildOptions, architecture_of, build, usual_alone
 from engine.io import cli
 from engine.io.images import READABLE, read_image
 from engine.io.picture import to_8_bit
 from engine.runtime import manifest as manifests
+from engine.runtime.backends.registry import PLANS
 from engine.runtime.backends.tensorrt import load_module
 from engine.runtime.manifest import Manifest, Profile
 from engine.runtime.repository import NAME
@@ -23,10 +24,15 @@ from engine.runtime.repository import NAME
 _MOST_PICTURES = 40  # more only take longer
 
 
-def profile_from(options: Any, exported: Manifest) -> Profile:
-    """A profile from shapes as trtexec takes them (image:1x3x64x64) or from the exported folder."""
+def profile_from(options: Any, exported: Manifest, backend: str) -> Profile:
+    """A profile from shapes as trtexec takes them (image:1x3x64x64) or from the exported folder.
+
+    A plan is for the usual shape alone, unless the smallest or the largest is named.
+    """
     low, usual, high = (_shape(text, exported) for text in (options.min_shapes, options.opt_shapes, options.max_shapes))
     old = exported.profile
+    if backend in PLANS and not low and not high:
+        old, low, high = usual_alone(old), usual, usual
     batch = tuple(s[0] if s else b for s, b in zip((low, usual, high), old.batch))
     tile = tuple(s[1] if s else t for s, t in zip((low, usual, high), old.tile))
     if list(batch) != sorted(batch) or list(tile) != sorted(tile):
@@ -72,10 +78,10 @@ def main() -> int:
     parser.add_argument(
         "--backend", choices=TARGETS, help="default: tensorrt if it and an NVIDIA GPU are available, else onnxruntime"
     )
-    words = {"min": "smallest", "opt": "typical", "max": "largest"}
+    words = {"min": "smallest", "opt": "usual", "max": "largest"}
     for which in words:
         parser.add_argument(f"--{which}-shapes", metavar="image:BxCxHxW",
-                            help=f"{words[which]} input shape of the plan (default: as exported)")  # fmt: skip
+                            help=f"{words[which]} input shape (default: as exported; a plan: the usual)")  # fmt: skip
     parser.add_argument("--precision", choices=("int8",),
                         help="int8: quantized, for CPUs with VNNI, if pictures stay the same")  # fmt: skip
     parser.add_argument("--calibration", metavar="DIR", help="pictures that int8 is calibrated on and checked with")
@@ -103,7 +109,8 @@ def main() -> int:
         options.version_compatible,
         tuple(options.architecture),
     )
-    profile = profile_from(options, manifests.load(source))
+    # A server joins batches, so its plans are for any size of batch.
+    profile = profile_from(options, manifests.load(source), "onnxruntime" if options.triton_repository else backend)
     cache = Path(options.timing_cache) if options.timing_cache else None
 
     def log(text: str) -> None:

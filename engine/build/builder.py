@@ -43,7 +43,8 @@ def build(
         out: the folder to write. It is left alone when it is up to date: made of the same files, by the same version,
             with the same options.
         backend: "onnxruntime", "tensorrt" or "tensorrt-rtx".
-        profile: batch and tile sides; None takes the exported folder's. A static export has only its own.
+        profile: batch and tile sides; None takes the exported folder's, and for a plan its usual ones alone (a plan
+            for a range is slower and needs more memory). A static export has only its own.
         options: of a plan.
         timing_cache: of tensorrt: a file that remembers measurements between builds; made when missing.
         log: gets TensorRT's messages.
@@ -74,7 +75,8 @@ def build(
         raise ValueError(f"precision int8 is for backend onnxruntime (and OpenVINO); got {backend}")
     options = options or BuildOptions()
     options.check(backend)
-    profile = within(profile or exported.profile, exported)
+    default = usual_alone(exported.profile) if backend in PLANS else exported.profile
+    profile = within(profile or default, exported)
     built = replace(
         exported,
         backend=backend,
@@ -116,6 +118,11 @@ def build(
         if backend in PLANS:
             manifests.remember_plan(graph.sha256)
     return built, True
+
+
+def usual_alone(profile: Profile) -> Profile:
+    """The static profile of the usual batch and tile."""
+    return Profile((profile.batch[1],) * 3, (profile.tile[1],) * 3)
 
 
 def within(profile: Profile, exported: Manifest) -> Profile:

@@ -73,7 +73,7 @@ def build_plan(
     _decompose_attention(trt, network)
     config = builder.create_builder_config()
     _configure(trt, config, options)
-    if not profile.static:
+    if not exported.profile.static:
         config.add_optimization_profile(_optimisation_profile(builder, exported, entry, profile))
     cache = None
     if timing_cache is not None:

@@ -19,8 +19,10 @@ from gdpo.model.diffusers_patches import (
     fold_padding,
     fuse_attention,
     fuse_norms,
+    merge_biases,
     transformers_channels_last,
 )
+from gdpo.model.layers import split_phases
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,10 @@ def prepare(generator: OneStepGenerator, steps: Steps) -> nn.Module:
             if type(module) is FixedCrossAttention:
                 module.__class__ = DenseCrossAttention
         fold_padding(generator.codec)
+        for part in (generator.unet, generator.codec):
+            merge_biases(part)
+            if steps.precision != "fp32" and next(generator.parameters()).device.type == "cpu":
+                split_phases(part)
     elif steps != DEFINITION:
         generator.merge_lora()
     for part in (generator.unet, generator.codec):

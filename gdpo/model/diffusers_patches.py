@@ -26,7 +26,7 @@ REACHES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
     "fuse_norms": [
         (
             "diffusers.models.resnet.ResnetBlock2D",
-            ("norm1", "norm2", "nonlinearity", "time_embedding_norm", "time_emb_proj", "skip_time_act"),
+            ("norm1", "norm2", "conv1", "nonlinearity", "time_embedding_norm", "time_emb_proj", "skip_time_act"),
         ),
         ("diffusers.UNet2DConditionModel", ("conv_norm_out", "conv_act")),
     ],
@@ -52,25 +52,11 @@ REACHES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
             + ("time_embedding_norm", "upsample", "downsample", "dropout", "output_scale_factor"),
         ),
     ],
+    "merge_biases": [("diffusers.models.resnet.ResnetBlock2D", ("conv2", "conv_shortcut"))],
     "fold_upsampling": [
         ("diffusers.models.upsampling.Upsample2D", ("conv", "interpolate", "norm", "use_conv_transpose")),
     ],
     "fold_padding": [("diffusers.models.downsampling.Downsample2D", ("conv", "padding", "use_conv"))],
-    "undivided_attention": [
-        (
-            "diffusers.models.attention_processor.Attention",
-            ("to_q", "to_k", "to_v", "to_out", "heads", "group_norm", "norm_q", "norm_k", "norm_cross", "spatial_norm")
-            + ("add_k_proj", "residual_connection", "rescale_output_factor", "processor", "set_processor"),
-        ),
-    ],
-    "constant_time": [
-        (
-            "diffusers.models.resnet.ResnetBlock2D",
-            ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut", "nonlinearity", "skip_time_act")
-            + ("time_embedding_norm", "upsample", "downsample", "dropout", "output_scale_factor"),
-        ),
-        ("diffusers.UNet2DConditionModel", ("time_embedding", "get_time_embed", "time_embed_act", "config")),
-    ],
     "transformers_channels_last": [
         (
             "diffusers.models.transformers.transformer_2d.Transformer2DModel",
@@ -124,19 +110,26 @@ def _upsampled(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
 
 
 class FusedGroupNorm(nn.Module):
-    """nn.GroupNorm, with SiLU or without, on the fused kernel where it can run."""
+    """nn.GroupNorm, with SiLU or without, on the fused kernel where it can run; `shift` [C] is added to x first."""
 
-    def __init__(self, norm: nn.GroupNorm, silu: bool = False):
+    def __init__(self, norm: nn.GroupNorm, silu: bool = False, shift: nn.Parameter | None = None):
         super().__init__()
         self.groups, self.eps, self.silu = norm.num_groups, norm.eps, silu
-        self.weight, self.bias = norm.weight, norm.bias
+        self.weight, self.bias, self.shift = norm.weight, norm.bias, shift
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return group_norm(x, self.groups, self.weight, self.bias, self.eps, silu=self.silu)
+        return group_norm(x, self.groups, self.weight, self.bias, self.eps, silu=self.silu, shift=self.shift)
+
+
+class _BiasElsewhere(nn.Conv2d):
+    """A convolution whose bias what follows adds. It keeps it: a model in training is saved as it was read."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(x, self.weight, None)
 
 
 def fuse_norms(module: nn.Module) -> None:
-    """Replace every affine GroupNorm, together with the SiLU that follows it in diffusers' blocks."""
+    """Replace every affine GroupNorm, with the SiLU behind it and the bias before it in diffusers' blocks."""
     from diffusers.models.resnet import ResnetBlock2D
 
     block: Any = ResnetBlock2D
@@ -145,7 +138,11 @@ def fuse_norms(module: nn.Module) -> None:
         if isinstance(part, block) and isinstance(part.nonlinearity, nn.SiLU):
             if part.time_embedding_norm == "scale_shift" or not all(map(_affine, (part.norm1, part.norm2))):
                 continue  # the SiLU follows something else
-            part.norm1, part.norm2 = FusedGroupNorm(part.norm1, True), FusedGroupNorm(part.norm2, True)
+            plain = type(part.conv1) is nn.Conv2d  # a GPU would add its bias in a pass of its own
+            shift = part.conv1.bias if plain else None
+            part.norm1, part.norm2 = FusedGroupNorm(part.norm1, True), FusedGroupNorm(part.norm2, True, shift)
+            if plain:
+                part.conv1.__class__ = _BiasElsewhere
             if part.time_emb_proj is not None and not part.skip_time_act:
                 part.time_emb_proj = nn.Sequential(part.nonlinearity, part.time_emb_proj)
             part.nonlinearity = nn.Identity()
@@ -259,6 +256,18 @@ def _resnet_output(self: Any, x: torch.Tensor, temb: torch.Tensor | None, *args:
         h = h + self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
     h = self.conv2(self.nonlinearity(self.norm2(h)))
     return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+
+
+@torch.no_grad()
+def merge_biases(module: nn.Module) -> None:
+    """Add what the two last convolutions of a ResnetBlock2D add in one place, in place: a pass over memory less."""
+    parts: list[Any] = list(module.modules())
+    for part in parts:
+        if type(part).__name__ == "ResnetBlock2D" and part.conv_shortcut is not None:
+            last, shortcut = part.conv2, part.conv_shortcut
+            if type(last) is nn.Conv2d and type(shortcut) is nn.Conv2d and shortcut.bias is not None:
+                shortcut.bias.add_(last.bias)
+                last.bias = None
 
 
 # ---- upsampling and downsampling
@@ -376,77 +385,3 @@ def _transformer_output(
     if self.use_linear_projection:
         return picture(self.proj_out(hidden_states)) + residual
     return self.proj_out(picture(hidden_states)) + residual
-
-
-# ---- training: the same numbers, and every weight where it was
-
-
-class _Undivided:
-    """diffusers' AttnProcessor2_0 for plain attention, without the division of its result by 1."""
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: None = None,
-        temb: None = None,
-    ) -> torch.Tensor:
-        picture = hidden_states.ndim == 4
-        x = hidden_states.flatten(2).transpose(1, 2) if picture else hidden_states
-        if attn.group_norm is not None:
-            x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
-        context = x if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = (
-            projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for projected in (attn.to_q(x), attn.to_k(context), attn.to_v(context))
-        )
-        out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        out = attn.to_out[0](out.to(query.dtype))
-        out = out.transpose(1, 2).reshape(hidden_states.shape) if picture else out
-        return out + hidden_states if attn.residual_connection else out
-
-
-def undivided_attention(module: nn.Module) -> None:
-    """Keep plain attention from dividing its result by 1, in place: equal to the bit."""
-    parts: list[Any] = [part for part in module.modules() if type(part).__name__ == "Attention"]
-    for part in parts:
-        extras = (part.spatial_norm, part.norm_q, part.norm_k, part.norm_cross or None, part.add_k_proj)
-        plain = part.rescale_output_factor == 1 and part.to_out[1].p == 0 and all(extra is None for extra in extras)
-        if plain and type(part.processor).__name__ == "AttnProcessor2_0":
-            part.set_processor(_Undivided())
-
-
-@torch.no_grad()
-def constant_time(unet: Any, timestep: int) -> None:
-    """Compute once what each residual block adds for the timestep, in place; weights stay what they are, and saved.
-
-    For a UNet that is called at one timestep. One with another kind of embedding, or a LoRA on this one, is left alone.
-    """
-    blocks = [part for part in unet.modules() if type(part).__name__ == "ResnetBlock2D"]
-    odd = ("class_embed_type", "addition_embed_type", "time_cond_proj_dim", "encoder_hid_dim_type")
-    linear = [unet.time_embedding.linear_1, unet.time_embedding.linear_2, *(part.time_emb_proj for part in blocks)]
-    if any(unet.config.get(k) for k in odd) or any(type(part) is not nn.Linear for part in linear):
-        return
-    if unet.time_embed_act is not None or not all(_is_plain(part) for part in blocks):
-        return
-    parameter = next(unet.parameters())
-    sample = torch.zeros(1, dtype=parameter.dtype, device=parameter.device)
-    time = unet.time_embedding(unet.get_time_embed(sample, timestep))
-    for part in blocks:
-        shift = part.time_emb_proj(part.nonlinearity(time))[:, :, None, None]
-        part.register_buffer("shift", shift, persistent=False)
-        part.forward = MethodType(_shifted_output, part)
-    unet.get_time_embed = unet.time_embedding.forward = lambda *args, **kwargs: None
-
-
-def _is_plain(block: Any) -> bool:
-    """A ResnetBlock2D as Stable Diffusion has it."""
-    other = block.upsample or block.downsample or block.skip_time_act or block.dropout.p
-    return not other and block.time_embedding_norm == "default" and block.output_scale_factor == 1
-
-
-def _shifted_output(self: Any, x: torch.Tensor, temb: None, *args: Any, **kwargs: Any) -> torch.Tensor:
-    h = self.conv1(self.nonlinearity(self.norm1(x))) + self.shift
-    h = self.conv2(self.nonlinearity(self.norm2(h)))
-    return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h

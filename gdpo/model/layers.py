@@ -32,7 +32,8 @@ def subpixel(conv: nn.Conv2d) -> nn.ConvTranspose2d:
 class Phases(nn.Module):
     """A transposed convolution of `subpixel` as four 2x2 convolutions, of the even and odd rows and columns.
 
-    ONNX Runtime's transposed convolution keeps 16 products a pixel and channel in memory, and takes twice the time.
+    For CPUs: ONNX Runtime's transposed convolution keeps 16 products a pixel and channel in memory, and takes longer;
+    torch's in bf16 may add rounded products.
     """
 
     def __init__(self, conv: nn.ConvTranspose2d):
@@ -47,12 +48,17 @@ class Phases(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pads = [(1 - column, column, 1 - row, row) for row, column in _PHASES]
-        phases = torch.stack([conv(F.pad(x, pad)) for conv, pad in zip(self.phases, pads)], 1)
-        return phases.unflatten(1, (2, 2)).permute(0, 3, 4, 1, 5, 2).flatten(4).flatten(2, 3)
+        phases = [conv(F.pad(x, pad)) for conv, pad in zip(self.phases, pads)]
+        rows = [torch.stack(phases[row : row + 2], 4).flatten(3) for row in (0, 2)]
+        return torch.stack(rows, 3).flatten(2, 3).contiguous(memory_format=_order(x))
+
+
+def _order(x: torch.Tensor) -> torch.memory_format:
+    return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
 
 
 def split_phases(module: nn.Module) -> None:
-    """Replace what `fold_upsampling` made by its four phases, for an export."""
+    """Replace what `fold_upsampling` made by its four phases, in place."""
     for part in list(module.modules()):
         for name, child in list(part.named_children()):
             if isinstance(child, nn.ConvTranspose2d) and (child.kernel_size, child.stride) == ((4, 4), (2, 2)):
@@ -63,9 +69,8 @@ class PaddedBehind(nn.Conv2d):
     """A 3x3 convolution of stride 2: with padding 2, which it can do itself, it begins one output too early."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        order = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
         out = F.conv2d(x, self.weight, self.bias, self.stride, padding=2)
-        return out[:, :, 1:, 1:].contiguous(memory_format=order)
+        return out[:, :, 1:, 1:].contiguous(memory_format=_order(x))
 
 
 def attention_by_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -81,7 +86,7 @@ def attention_by_products(query: torch.Tensor, key: torch.Tensor, value: torch.T
     q, k, v = (t.flatten(0, 1) for t in (query, key, value))
     rows = max(1, SCORES // (len(k) * k.shape[1]))
     parts = [_wide_product(part, k.mT).softmax(-1).to(v.dtype) @ v for part in q.split(rows, dim=1)]
-    return torch.cat(parts, 1).unflatten(0, query.shape[:2])
+    return (torch.cat(parts, 1) if parts[1:] else parts[0]).unflatten(0, query.shape[:2])
 
 
 def _wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

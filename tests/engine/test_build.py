@@ -3,6 +3,7 @@
 import shutil
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -83,10 +84,12 @@ def test_the_other_tensorrt_rtx_plans_of_stable_diffusions_shape(mini_model, tmp
 
 def check_plan(source, out):
     said = []
+    profile = manifests.load(source).profile
     manifest, built = build.build(
         source,
         out,
         "tensorrt-rtx",
+        profile=profile,
         options=BuildOptions(workspace_mib=8192, optimization_level=0),
         log=said.append,
     )
@@ -95,11 +98,34 @@ def check_plan(source, out):
     for name in manifest.graphs:
         plan, _ = manifest.read(out, name)
         assert len(plan) > 100_000 and manifests.built_here(manifest.graphs[name].sha256)
-    assert not build.build(source, out, "tensorrt-rtx", options=BuildOptions(8192, 0))[1]
+    assert not build.build(source, out, "tensorrt-rtx", profile=profile, options=BuildOptions(8192, 0))[1]
     assert build._up_to_date(out, manifest)
     assert not build._up_to_date(out, replace(manifest, backend_version="0"))
     with pytest.raises(RuntimeError, match="NVIDIA"):  # no GPU here, or none that the plan fits
         Upscaler.load(out)
+
+
+@rtx
+def test_a_plan_of_a_dynamic_export_is_for_its_usual_shape_alone(tiny_engine, tmp_path):
+    manifest, _ = build.build(tiny_engine, tmp_path, "tensorrt-rtx", options=BuildOptions(8192, 0))
+    assert manifest.profile == Profile((1, 1, 1), (512, 512, 512)) and (tmp_path / "generator.plan").is_file()
+
+
+@pytest.mark.parametrize(
+    "shapes, batch, tile",
+    [
+        ({}, (1, 1, 1), (512, 512, 512)),
+        ({"opt": "image:4x3x256x256"}, (4, 4, 4), (256, 256, 256)),
+        ({"max": "image:4x3x768x768"}, (1, 1, 4), (64, 512, 768)),
+        ({"min": "image:1x3x128x128", "opt": "image:2x3x256x256"}, (1, 2, 8), (128, 256, 1024)),
+    ],
+)
+def test_a_plan_is_for_a_range_where_its_ends_are_named(tiny_engine, shapes, batch, tile):
+    options = SimpleNamespace(**{f"{end}_shapes": shapes.get(end) for end in ("min", "opt", "max")})
+    exported = manifests.load(tiny_engine)
+    assert command.profile_from(options, exported, "tensorrt") == Profile(batch, tile)
+    if not shapes:
+        assert command.profile_from(options, exported, "onnxruntime") == exported.profile
 
 
 def broken_copy(folder, out):

@@ -64,6 +64,20 @@ def test_a_plane_split_over_programs(split, shape, dtype):
     check(problem(*shape, dtype), silu=False)
 
 
+@pytest.mark.parametrize("way", ["small", "split"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_a_shift_is_added_first(way, dtype, request):
+    if way == "split":
+        request.getfixturevalue("split")
+    x, groups, weight, bias = problem(2, 24, 9, 7, 4, dtype)
+    shift = 3 * torch.randn(24, device=DEVICE, dtype=dtype)
+    shifted = x.double() + shift.double()[:, None, None]
+    exact = torch.nn.functional.group_norm(shifted, groups, weight.double(), bias.double())
+    plain = group_norm(x, groups, weight, bias, shift=shift, backend="torch")
+    assert_as_good(group_norm(x, groups, weight, bias, shift=shift, backend="triton"), plain, exact)
+    assert relative_error(group_norm(x, groups, weight, bias, backend="triton"), exact) > 0.1
+
+
 def test_a_large_plane_with_its_own_tiling():
     check(problem(1, 128, 33, 40, 4))  # 44 tiles of 32 rows, none masked in the channels
 
@@ -169,6 +183,7 @@ def test_compiles_to_one_graph():
 def test_the_operator_keeps_its_word(order):
     x, groups, weight, bias = problem(2, 16, 6, 5, 4)
     torch.library.opcheck(norm._group_norm_op, (order(x), groups, weight, bias, 1e-5, True))
+    torch.library.opcheck(norm._group_norm_op, (order(x), groups, weight, bias, 1e-5, True, bias))
 
 
 @pytest.mark.gpu
@@ -183,6 +198,23 @@ def test_cuda_graph_capture():
         graph.replay()
         exact = group_norm(*double([x, *rest]), silu=True, backend="torch")
         assert_as_good(out, group_norm(x, *rest, silu=True, backend="torch"), exact)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("mean += tl.load(shifts + i", "mean -= tl.load(shifts + i"),
+        ("d += tl.load(shifts + i", "d -= tl.load(shifts + i"),
+        ("mean -= tl.load(shifts + c", "mean += tl.load(shifts + c"),
+        ("x += tl.load(shift_ptr", "x -= tl.load(shift_ptr"),
+    ],
+)
+def test_a_fault_of_the_shift_is_seen(old, new, tmp_path):
+    args, shift = problem(1, 16, 7, 9, 4), torch.linspace(-3, 3, 16, device=DEVICE)
+    function = _fault(old, new, tmp_path, small="shift_ptr" in old)
+    exact = group_norm(*double(args), shift=shift.double(), backend="torch")
+    assert relative_error(group_norm(*args, shift=shift, backend="triton"), exact) < 1e-6
+    assert relative_error(function(*args, shift=shift, backend="triton"), exact) > 1e-2
 
 
 def test_without_a_fault_the_copy_passes(split, tmp_path):
