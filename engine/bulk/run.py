@@ -26,7 +26,7 @@ from engine.io.notices import say
 
 PART = 50_000  # keys that the driver has in memory at a time, and that one file of the ledger holds;
 PART_OF_A_WORKER = 500  # at least so many for each process, which starts anew with each part
-BLOCK = 16  # keys that a process gets at a time, at most: whose rows a kill may lose
+BLOCK = 8  # keys that a process gets at a time, at most: whose rows a kill may lose
 _SHARES = 4  # blocks for each process at least, where there are so many keys: the last ones end together
 _LINE_SECONDS, _POLL_SECONDS = 30.0, 1.0
 
@@ -87,7 +87,7 @@ def run(
                         ray.get(board.clear.remote())
                 for status, count in ray.get(board.counts.remote()).items():
                     summary[status] += count
-                summary["failures"] += [{"key": k, "error": e} for k, e in ray.get(board.failures.remote())]
+                summary["failures"] += [{"key": k, "error": e} for k, e in sorted(ray.get(board.failures.remote()))]
                 broken = ray.get(board.broken.remote())
             if out.local:
                 for folder in sorted({Path(out.path(key)).parent for key in broken}):
