@@ -13,8 +13,12 @@ SCORES = 1 << 28  # that are in memory at once: 1 GiB
 _PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))  # of an upsampled picture: row, column
 
 
+class Subpixel(nn.ConvTranspose2d):
+    """Nearest x2 and a 3x3 convolution behind it, as one."""
+
+
 @torch.no_grad()
-def subpixel(conv: nn.Conv2d) -> nn.ConvTranspose2d:
+def subpixel(conv: nn.Conv2d) -> Subpixel:
     """What `conv`, 3x3 with padding 1, makes of a picture upsampled x2 by repetition: 4/9 of its products, no copy.
 
     Along an axis a pixel adds w[2], w[1], w[0] to the outputs around it, and its repetition the same one further: the
@@ -23,20 +27,20 @@ def subpixel(conv: nn.Conv2d) -> nn.ConvTranspose2d:
     weight = conv.weight.double().flip(2, 3).transpose(0, 1)
     weight = F.pad(weight, (0, 1)) + F.pad(weight, (1, 0))
     weight = F.pad(weight, (0, 0, 0, 1)) + F.pad(weight, (0, 0, 1, 0))
-    made: Any = nn.ConvTranspose2d(conv.in_channels, conv.out_channels, 4, 2, 1, device="meta")
+    made: Any = Subpixel(conv.in_channels, conv.out_channels, 4, 2, 1, device="meta")
     made.weight = nn.Parameter(weight.to(conv.weight.dtype).contiguous(), requires_grad=False)
     made.bias = conv.bias
     return made
 
 
 class Phases(nn.Module):
-    """A transposed convolution of `subpixel` as four 2x2 convolutions, of the even and odd rows and columns.
+    """What `subpixel` makes, as four 2x2 convolutions, of the even and odd rows and columns.
 
     For CPUs: ONNX Runtime's transposed convolution keeps 16 products a pixel and channel in memory, and takes longer;
     torch's in bf16 may add rounded products.
     """
 
-    def __init__(self, conv: nn.ConvTranspose2d):
+    def __init__(self, conv: Subpixel):
         super().__init__()
         weight = conv.weight.detach().flip(2, 3).transpose(0, 1)
         self.phases = nn.ModuleList()
@@ -61,7 +65,7 @@ def split_phases(module: nn.Module) -> None:
     """Replace what `fold_upsampling` made by its four phases, in place."""
     for part in list(module.modules()):
         for name, child in list(part.named_children()):
-            if isinstance(child, nn.ConvTranspose2d) and (child.kernel_size, child.stride) == ((4, 4), (2, 2)):
+            if isinstance(child, Subpixel):
                 setattr(part, name, Phases(child))
 
 

@@ -39,6 +39,12 @@ def test_upsampling_inside_the_convolution(form, height, width):
     assert (found - upsampled(conv, x)).abs().max() < EXACT
 
 
+def test_another_transposed_convolution_is_not_split():
+    module = nn.Sequential(nn.ConvTranspose2d(3, 3, 4, 2, bias=False), layers.subpixel(nn.Conv2d(3, 3, 3, padding=1)))
+    layers.split_phases(module)
+    assert isinstance(module[0], nn.ConvTranspose2d) and isinstance(module[1], layers.Phases)
+
+
 @pytest.mark.parametrize("row", range(4))
 def test_a_wrong_entry_of_the_kernel_is_seen(row):
     conv, x = nn.Conv2d(6, 5, 3, padding=1).double(), torch.randn(2, 6, 5, 7).double()
