@@ -34,7 +34,7 @@ class Fault:
 
 FAULTS = [
     # writers
-    Fault(FILES, "        fsync(staged)\n", "", f"{IN_FILES}::test_a_disk_that_fails_or_is_full_is_no_such_share"),
+    Fault(FILES, "            fsync(staged)\n", "", f"{IN_FILES}::test_a_disk_that_fails_or_is_full_is_no_such_share"),
     Fault(
         FILES,
         "            staged.unlink()\n",

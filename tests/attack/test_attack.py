@@ -50,7 +50,9 @@ def test_an_unknown_section_is_named_with_those_that_there_are(tmp_path):
 
 @pytest.mark.parametrize("number, fault", list(enumerate(FAULTS, 1)))
 def test_a_planted_fault_has_its_line_and_its_test(number, fault):
-    assert (ROOT / fault.file).read_text().count(fault.right) == 1
+    text = (ROOT / fault.file).read_text()
+    assert text.count(fault.right) == 1
+    compile(text.replace(fault.right, fault.wrong), fault.file, "exec")  # it fails for no other reason
     file, name = fault.test.split("::")
     assert f"def {name}(" in (ROOT / file).read_text()
 
