@@ -184,14 +184,14 @@ def page(models: list[str], limits: Limits, root: Path, *, at_once: int = 2, any
         gr.Markdown("# GDPO-SR\nDrop photos, press Upscale, and drag the line to compare. They stay on this machine.")
         results = gr.State(Results(), time_to_live=_KEPT, delete_callback=Results.remove)
         with gr.Row():
-            with gr.Column(scale=1, min_width=300):
+            with gr.Column(scale=1, min_width=340):
                 files = gr.File(
                     label=f"Pictures (up to {limits.pictures}, {limits.max_pixels / 1e6:g} megapixels each)",
                     file_count="multiple", file_types=sorted(READABLE), height=180, elem_id="pictures",
                 )  # fmt: skip
                 with gr.Row():
-                    start = gr.Button("Upscale", variant="primary", elem_id="start")
-                    stop = gr.Button("Stop", elem_id="stop")
+                    start = gr.Button("Upscale", variant="primary", min_width=90, elem_id="start")
+                    stop = gr.Button("Stop", min_width=90, elem_id="stop")
                 with gr.Row():
                     scale = gr.Number(4, label="Scale", minimum=0.05, maximum=64, min_width=90, elem_id="scale")
                     seed = gr.Number(0, label="Seed", minimum=0, precision=0, min_width=90, elem_id="seed")
@@ -205,7 +205,7 @@ def page(models: list[str], limits: Limits, root: Path, *, at_once: int = 2, any
             with gr.Column(scale=3):
                 slider = gr.ImageSlider(
                     label="Before | after", type="filepath", buttons=["fullscreen"], interactive=False,
-                    max_height=720, elem_id="slider",
+                    max_height=600, elem_id="slider",
                 )  # fmt: skip
                 chosen = gr.Dropdown([], label="Shown", visible=False, elem_id="shown")
                 failures = gr.Textbox(label="Not made", visible=False, elem_id="failures")

@@ -246,7 +246,7 @@ def _check_size(known: Header, max_pixels: int, max_side: int) -> None:
         raise ImageError(f"a picture of {width}x{height} pixels")
     if width * height > max_pixels:
         raise ImageError(
-            f"{width}x{height} is {width * height / 1e6:.0f} megapixels; at most {max_pixels / 1e6:.0f} are read"
+            f"{width}x{height} is {width * height / 1e6:.6g} megapixels; at most {max_pixels / 1e6:.6g} are read"
         )
     if max(width, height) > max_side:
         raise ImageError(f"a picture of {width}x{height} pixels; at most {max_side} a side are read")

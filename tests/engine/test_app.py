@@ -31,6 +31,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def url(folder):
     command = [sys.executable, "-m", "engine.app", "--port", "0", "--model", folder, "--pictures", "3"]
+    command += ["--max-pixels", "10000", "--max-mib", "0.2"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
         yield next(m[1] for line in process.stderr if (m := re.search(r"listening on (http://127\S+)", line)))
@@ -149,6 +150,19 @@ def test_limits_are_told(url, browser, tmp_path):
     window.start()
     window.page.get_by_text("4 pictures; at most 3 at a time.").wait_for()
 
+    window, noise = Window(browser, url), tmp_path / "noise.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)).save(noise)
+    window.page.set_input_files("#pictures input[type=file]", noise)
+    window.page.get_by_text("exceed the maximum allowed size").first.wait_for()
+
+    window = Window(browser, url)
+    window.drop(photo(tmp_path / "large.png", 0, 0, 120, 130))
+    window.start()
+    failures = window.page.locator("#failures textarea")
+    sync_api.expect(failures).to_have_value(
+        "large.png: 130x120 is 0.0156 megapixels; at most 0.01 are read", timeout=WAIT
+    )
+
 
 def test_one_picture_of_the_page(folder, tmp_path):
     """Without a browser: the file, and what the slider shows of deep, transparent and large pictures."""
@@ -163,8 +177,9 @@ def test_one_picture_of_the_page(folder, tmp_path):
         tmp_path / "clear.png", Settings(), AS_INPUT, up, tmp_path / "1", lambda *tiles: told.append(tiles)
     )
     assert Path(file).read_bytes() == command_line(tmp_path / "clear.png", folder, tmp_path / "out.png")
-    assert Image.open(before).size == Image.open(after).size == (120, 80)
-    assert np.asarray(Image.open(after)).min() > 250  # white shows through
+    shown = [np.asarray(Image.open(file)) for file in (before, after)]
+    assert [picture.shape for picture in shown] == [(80, 120, 3)] * 2
+    assert shown[1].min() > 250  # white shows through
     assert told[-1][0] == told[-1][1] > 0
     with pytest.raises(ValueError, match=r"clear.png: JPEG cannot hold the picture's transparency"):
         make(tmp_path / "clear.png", Settings(), "jpg", up, tmp_path / "1", lambda *tiles: None)
