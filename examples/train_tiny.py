@@ -16,7 +16,7 @@ from engine.io.cli import run as run_command
 from engine.io.files import atomic_write
 
 CROPS = Path("data/crops")
-STAGES = {"tiny-naosd": "naosd", "tiny-gdpo": "gdpo"}
+STAGES = {"tiny-naosd": "naosd", "tiny-naosd-2": "naosd", "tiny-gdpo": "gdpo"}
 CARD = """# The tiny generator of GDPO-SR
 
 One-step x4 super-resolution without a VAE: {parameters:.2f} M parameters on pixel-unshuffled latents; noise added at

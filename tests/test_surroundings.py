@@ -15,8 +15,7 @@ from tests.support.folders import model, write_folder
 ROOT = Path(__file__).parents[1]
 COMMANDS = [
     "engine.upscale", "engine.info", "engine.bench", "engine.build", "engine.export", "gdpo.train", "gdpo.prepare",
-    "gdpo.evaluate", "gdpo.merge", "gdpo.convert", "gdpo.assets", "gdpo.targets", "gdpo.gate",
-    "gdpo.random_folder",
+    "gdpo.evaluate", "gdpo.merge", "gdpo.convert", "gdpo.assets", "gdpo.targets", "gdpo.random_folder",
     "engine.serve", "engine.app", "gdpo.rewards", "gdpo.hub", "gdpo.degradation",
 ]  # fmt: skip
 BUNDLED = ROOT / "engine" / "data" / "tiny"
@@ -33,7 +32,6 @@ WORK = {  # what each is asked to do, in a folder with photos/, small/ and folde
     "gdpo.convert": f"{BUNDLED} --out out",
     "gdpo.assets": "no-such-asset",
     "gdpo.targets": "--data.folder=photos --output_dir=out",
-    "gdpo.gate": "--data.folder=photos --out out",
     "gdpo.random_folder": "out",
     "engine.serve": "--model nowhere",
     "engine.app": "--model nowhere",
@@ -41,7 +39,7 @@ WORK = {  # what each is asked to do, in a folder with photos/, small/ and folde
     "gdpo.hub": "model --overwrite",
     "gdpo.degradation": "--in photos --pairs out",
 }
-REFUSE = ("gdpo.assets", "gdpo.targets", "gdpo.gate", "gdpo.merge", "engine.serve", "engine.app", "gdpo.rewards")
+REFUSE = ("gdpo.assets", "gdpo.targets", "gdpo.merge", "engine.serve", "engine.app", "gdpo.rewards")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 

@@ -5,7 +5,6 @@ turn and one pixel shuffle, no skip but the picture itself. It fits a latent of 
 can start from the published weights: the LR, from which bicubic made the condition, is a linear function of it
 (`recover`), the upsampled LR that the network's picture is added to is one of the LR (`base`), and the noise of the
 latent reaches the network as noise of the LR (`grain`). All of these are convolutions and learn with the others.
-A gate (gdpo.model.gate) may keep most of what it draws off clean pictures.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gdpo.model.gate import Gate
 from gdpo.model.tiny import UNetOutput
 
 GRAIN = 2 / 255  # of a picture in [0,1]: standard deviation of the noise that the network sees on the LR
@@ -31,7 +29,6 @@ class CompactUNetConfig:
         width: channels of the body.
         layers: convolutions between the first and the last.
         base_kernel: side of the linear upsampler's kernels, in LR pixels.
-        gate: channels of the gate; 0: none, the whole residual is drawn everywhere.
     """
 
     in_channels: int = 96
@@ -39,7 +36,6 @@ class CompactUNetConfig:
     width: int = 64
     layers: int = 16
     base_kernel: int = 5
-    gate: int = 0
 
     def __post_init__(self):
         if self.in_channels != 2 * self.out_channels:
@@ -89,7 +85,6 @@ class CompactUNet(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(config.width, config.width, 3, padding=1) for _ in range(config.layers))
         self.acts = nn.ModuleList(nn.PReLU(config.width) for _ in range(config.layers + 1))
         self.conv_out = nn.Conv2d(config.width, config.out_channels, 3, padding=1)
-        self.gate = Gate(config.width, config.gate) if config.gate else None
         self.gradient_checkpointing = False
         self._reset()
 
@@ -127,7 +122,6 @@ class CompactUNet(nn.Module):
             width=len(weights["conv_in.bias"]),
             layers=sum(name.startswith("convs.") and name.endswith(".weight") for name in weights),
             base_kernel=weights["base.weight"].shape[-1],
-            gate=len(weights.get("gate.look.bias", ())),
         )
 
     @torch.no_grad()
@@ -151,10 +145,7 @@ class CompactUNet(nn.Module):
         x = self.acts[0](self.conv_in(x))
         for conv, act in zip(self.convs, self.acts[1:]):
             x = act(conv(x))
-        residual = 2 * self.conv_out(x)
-        if self.gate is not None:
-            residual = self.gate(x) * residual
-        return UNetOutput(residual + self.base(lr) - condition)
+        return UNetOutput(2 * self.conv_out(x) + self.base(lr) - condition)
 
 
 @torch.no_grad()
