@@ -11,6 +11,7 @@ With beta = 5000 the difference of two means cancels (a relative error of 6e-4 i
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -198,7 +199,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss [], margin [B], and scale [B,G] for the backward pass."""
     images, group, channels, *_ = pred.shape
-    samples, n = images * group, pred[0, 0].numel()
+    samples, n = images * group, math.prod(pred.shape[2:])
     last = _is_channels_last(pred)
     pred, noise, ref_pred = (in_order(x, CHANNELS, last) for x in (pred, noise, ref_pred))
     weight = None if weight is None else weight.contiguous()
@@ -232,7 +233,7 @@ def _backward(
 ) -> Tensor:
     """The gradient of pred [B,G,C,H,W], in its dtype and order."""
     images, group, channels, *_ = pred.shape
-    samples, n = images * group, pred[0, 0].numel()
+    samples, n = images * group, math.prod(pred.shape[2:])
     last = _is_channels_last(pred)
     pred, noise = in_order(pred, CHANNELS, last), in_order(noise, CHANNELS, last)
     chunks, steps = _chunking(samples, n)
@@ -250,16 +251,12 @@ def _backward(
 
 class _GdpoLoss(torch.autograd.Function):
     @staticmethod
-    def forward(pred, noise, ref_pred, advantage, weight, beta):
-        return _forward(pred, noise, ref_pred, advantage, weight, beta)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pred, noise, _, _, weight, _ = inputs
-        _, margin, scale = output
+    def forward(ctx, pred, noise, ref_pred, advantage, weight, beta):  # setup_context would look at its signature
+        loss, margin, scale = _forward(pred, noise, ref_pred, advantage, weight, beta)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(scale)
         ctx.save_for_backward(pred, noise, weight, margin, scale)
+        return loss, margin, scale
 
     @staticmethod
     @torch.autograd.function.once_differentiable

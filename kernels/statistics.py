@@ -184,7 +184,7 @@ def _attribute_statistics_fwd_kernel(
     """A tile a program: the target's luma stays in registers while the group's samples pass by, each read once."""
     tile, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     tiles = tl.num_programs(0)
-    y = tile // tiles_x * ROWS + tl.arange(0, ROWS)[:, None]
+    y = (tile // tiles_x * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)  # offsets of rows pass 2^31
     left = tile % tiles_x * COLUMNS
     x = left + tl.arange(0, COLUMNS)[None, :]
     inside = (y < height) & (x < width)
@@ -274,7 +274,7 @@ def _launch(samples: Tensor, target: Tensor, mask: Tensor) -> AttributeStatistic
             **options(warps, registers=128),
         )  # fmt: skip
         _attribute_statistics_reduce_kernel[(g, b)](partial, out, g, tiles, BLOCK=256, **options(4))
-    return AttributeStatistics(*out)
+    return AttributeStatistics(*out.unbind())
 
 
 @torch.no_grad()

@@ -140,3 +140,17 @@ def test_without_a_fault_the_copy_passes(tmp_path):
 def test_a_planted_fault_is_seen(old, new, tmp_path):
     with pytest.raises(AssertionError):
         check(problem(1, 2, 6, 130), mutant(statistics, old, new, tmp_path).attribute_statistics)
+
+
+def test_rows_may_lie_far_apart():
+    """Beyond 2^31 elements: a view of something larger."""
+    samples, target, mask = problem(1, 2, 3, 4, torch.float16)
+    far, height = torch.empty(2 * 2**30 + 4096, dtype=torch.float16, device=DEVICE), 3
+    try:
+        spread = far.as_strided((1, 2, 3, height, 4), (64, 16, 4, 2**30 + 32, 1))
+    except RuntimeError as error:
+        pytest.skip(f"no room for its addresses: {error}")
+    spread.copy_(samples)
+    expected = attribute_statistics(samples, target, mask, backend="triton")
+    for a, b in zip(attribute_statistics(spread, target, mask, backend="triton"), expected):
+        assert torch.equal(a, b)
