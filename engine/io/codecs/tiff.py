@@ -234,6 +234,6 @@ def write(sink: Sink, bands: Bands, picture: Picture, quality: int, lossless: bo
     added = {"EXIF": {"exif": picture.exif}, "IPTC": {"iptc": picture.iptc}}
     if picture.icc and space_of(picture.icc) != ("RGB" if bands.shape[2] >= 3 else "GRAY"):  # libvips drops it
         added["colour profile"] = {"icc": picture.icc}
-    for name, block in added.items():
-        if any(block.values()) and not add_to_tiff(sink, **block):
+    for name, more in added.items():
+        if any(more.values()) and not add_to_tiff(sink, **more):
             notice(f"{name} left out: it is damaged, or the file has no room for it")
