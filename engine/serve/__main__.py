@@ -122,8 +122,9 @@ def main() -> int:
     Server(config).run(sockets=[listener])
     unfinished = app.state.service.open
     if unfinished:
-        say(f"stopped; {unfinished} accepted pictures were not finished")
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # whoever read stderr may be gone
+            say(f"stopped; {unfinished} accepted pictures were not finished")
+            sys.stderr.flush()
         os._exit(1)  # their threads would go on
     say("stopped; all accepted pictures were finished")
     return 0
