@@ -109,6 +109,7 @@ def train(method: str, config: TrainConfig) -> None:
         log_with=tracker(config),
         project_dir=config.output_dir,
     )
+    config.accumulate(accelerator.num_processes)
     dataset = dataset_of(config, accelerator)
     if config.data.captions and dataset.captions is None:
         raise ValueError(f"data.captions is set, but {config.data.folder} has no captions.jsonl")

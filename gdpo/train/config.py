@@ -145,6 +145,8 @@ class TrainConfig:
         seed: of everything random.
         train_batch_size: images per process and micro-batch.
         gradient_accumulation_steps: micro-batches per optimiser step.
+        global_batch_size: images per optimiser step in all: gradient_accumulation_steps follows from it and from the
+            number of processes, which may change from one start to the next. 0: it does not.
         max_train_steps: optimiser steps of the whole run.
         learning_rate: peak learning rate of AdamW.
         lr_scheduler: after the warm-up.
@@ -177,6 +179,7 @@ class TrainConfig:
     degradation: DegradationConfig = field(default_factory=DegradationConfig)
     train_batch_size: int = resumable(1)
     gradient_accumulation_steps: int = resumable(1)
+    global_batch_size: int = resumable(0)
     max_train_steps: int = resumable(1000)
     learning_rate: float = future(5e-5)
     lr_scheduler: Literal["constant", "cosine", "linear"] = future("constant")
@@ -209,7 +212,7 @@ class TrainConfig:
         _at_least(1, self, "logging_steps", "data.crop_size", "model.lora_rank", "model.layers_per_block")
         _at_least(2, self, "checkpoints_total_limit")
         _at_least(0, self, "lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "validation_steps")
-        _at_least(0, self, "validation_images", "data.num_workers", "guard_steps")
+        _at_least(0, self, "validation_images", "data.num_workers", "guard_steps", "global_batch_size")
         _at_least(1, self, "guard_images")
         every = self.guard_steps or self.validation_steps
         _require(not self.guard or every > 0, "guard_steps", "at least 1 with a guard", self.guard_steps)
@@ -226,6 +229,22 @@ class TrainConfig:
         self.data.validate()
         widths = self.model.block_out_channels
         _require(min(widths, default=0) >= 1, "model.block_out_channels", "one or more widths of at least 1", widths)
+
+    def accumulate(self, processes: int) -> None:
+        """Set gradient_accumulation_steps from global_batch_size, where that is given.
+
+        Raises:
+            ValueError: it is no multiple of batch x processes.
+        """
+        if self.global_batch_size:
+            at_once = self.train_batch_size * processes
+            self.gradient_accumulation_steps, rest = divmod(self.global_batch_size, at_once)
+            _require(
+                rest == 0,
+                "global_batch_size",
+                f"a multiple of {at_once} (train_batch_size {self.train_batch_size} x {processes} processes)",
+                self.global_batch_size,
+            )
 
     def changeable(self) -> set[str]:
         """Of `identity`, the options that a resumed run may set anew all the same: see `future`."""

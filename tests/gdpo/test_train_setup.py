@@ -187,6 +187,7 @@ FREE = [
     "report_to",
     "train_batch_size",
     "gradient_accumulation_steps",
+    "global_batch_size",
     "sample_batch_size",
     "backend",
     "data.num_workers",

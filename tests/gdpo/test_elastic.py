@@ -1,0 +1,105 @@
+"""Elastic training: processes come and go (torchrun --nnodes=MIN:MAX), and the model is that of a straight run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gdpo.train.config import NAOSDConfig
+from tests.gdpo.test_train_invariants import distance, weights
+from tests.support.training import NAOSD, ROOT, environment, train
+
+STEPS = 120
+
+
+def test_accumulation_follows_from_the_processes():
+    for processes, accumulation in ((1, 4), (2, 2), (4, 1)):
+        config = NAOSDConfig(train_batch_size=2, global_batch_size=8)
+        config.accumulate(processes)
+        assert config.gradient_accumulation_steps == accumulation
+    for processes in (3, 8):
+        with pytest.raises(ValueError, match=rf"global_batch_size must be a multiple of {2 * processes} "):
+            NAOSDConfig(train_batch_size=2, global_batch_size=8).accumulate(processes)
+
+
+def options(crops: Path, out: Path) -> list[str]:
+    common = ["--global_batch_size=2", "--train_batch_size=1", "--checkpointing_steps=2", "--validation_steps=0"]
+    return [*NAOSD, f"--data.folder={crops}", f"--output_dir={out}", f"--max_train_steps={STEPS}", *common]
+
+
+def steps(out: Path) -> list[int]:
+    """Of the rows that are written so far."""
+    try:
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return [row["step"] for row in rows if "loss" in row]
+
+
+class Node:
+    """torchrun's agent of one machine, with one process."""
+
+    def __init__(self, host: int, port: int, log: Path, *arguments: str):
+        conf = f"is_host={host},last_call_timeout=3,keep_alive_interval=1"
+        launch = ["-m", "torch.distributed.run", "--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=9",
+                  "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test",
+                  f"--rdzv_conf={conf}", "--local_addr=127.0.0.1"]  # fmt: skip
+        with open(log, "w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, *launch, "-m", "gdpo.train", *arguments],
+                cwd=ROOT, env=environment(), stdout=file, stderr=file, stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )  # fmt: skip
+        self.log = log
+
+    def kill(self) -> None:
+        """As when the machine is switched off: the agent, and its process, which has a session of its own."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        for pid in (self.process.pid, *map(int, children)):
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.mark.slow
+def test_two_processes_then_one_then_two_equal_a_straight_run(crops, tmp_path):
+    straight, elastic = tmp_path / "straight", tmp_path / "elastic"
+    train(*options(crops, straight))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    arguments = (*options(crops, elastic), "--resume_from_checkpoint=auto")
+    nodes = [Node(1, port, tmp_path / "first.log", *arguments)]
+
+    def wait_for(processes: int, step: int) -> None:
+        until = time.monotonic() + 200
+        while max(steps(elastic), default=0) < step or count() != processes:
+            assert nodes[0].process.poll() is None, nodes[0].log.read_text()[-3000:]
+            assert time.monotonic() < until, [node.log.read_text()[-3000:] for node in nodes]
+            time.sleep(0.05)
+
+    def count() -> int:
+        return json.loads((elastic / "environment.json").read_text())["processes"]
+
+    try:
+        nodes.append(Node(0, port, tmp_path / "second.log", *arguments))
+        wait_for(2, 5)
+        nodes[1].kill()
+        wait_for(1, 10)
+        nodes.append(Node(0, port, tmp_path / "third.log", *arguments))
+        for node in (nodes[0], nodes[2]):
+            assert node.process.wait(timeout=300) == 0, node.log.read_text()[-3000:]
+        assert count() == 2
+    finally:
+        for node in nodes:
+            if node.process.poll() is None:
+                node.kill()
+    assert steps(elastic) == steps(straight) == list(range(1, STEPS + 1))
+    assert distance(weights(straight), weights(elastic)) < 2e-5
