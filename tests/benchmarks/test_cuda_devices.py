@@ -32,9 +32,9 @@ def library(tmp_path_factory) -> Path:
     return library
 
 
-def run(library: Path, *arguments: object):
+def run(library: Path, *arguments: object, module: str = "fake_cuda"):
     environment = os.environ | {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "tests.benchmarks.fake_cuda", *map(str, arguments)]
+    command = [sys.executable, "-m", f"tests.benchmarks.{module}", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -60,6 +60,16 @@ def test_within_a_gdpo_step_the_host_waits_for_the_check_of_the_rewards_alone(re
 
 def test_inference_is_recorded_as_a_graph_without_copies_and_waits(report):
     assert report["graphs"] == 1 and not report["captured"]
+
+
+def test_no_pass_over_a_picture_is_for_nothing(library):
+    counted = run(library, 64, 1, "mini", module="fake_picture")
+    ops = counted["by_op"]
+    assert counted["kernels"] == sum(number for number, _ in ops.values()) and counted["flop"] > 0
+    assert not {"upsample_nearest2d", "constant_pad_nd", "native_group_norm", "silu"} & ops.keys()
+    assert ops["div"][0] == 1  # of the latents, by their scale
+    # A normalisation adds the bias of the convolution in front of it, a shortcut that of the one beside it.
+    assert ops["bias"][0] < 0.6 * ops["convolution"][0]
 
 
 @pytest.mark.slow
