@@ -59,3 +59,10 @@ def test_kernels_compile_without_spills_and_with_wide_loads(capability, tmp_path
         if "reduce" not in row["kernel"]:  # every element of the features; nothing else is as large
             assert row["loads_128bit"] >= 2 and row["loads"] == row["loads_128bit"], row
             assert "apply" not in row["kernel"] or row["stores_128bit"] >= 2, row
+
+
+@pytest.mark.slow
+def test_the_real_models_have_no_other_normalisations():
+    script = "from tests.support import aot; assert aot.real_norms() == {k: set(v) for k, v in aot.NORMS.items()}"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]

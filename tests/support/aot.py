@@ -8,8 +8,10 @@ those of real calls, at sizes that fit no memory here.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -66,8 +68,8 @@ def record(call: Callable[[], object], modules=(complexity, loss, norm, reward, 
     return launches
 
 
-def compile_launch(launch: dict[str, Any], capability: int) -> Any:
-    """Compile one recorded launch with the specialisation that the JIT would choose."""
+def specialisation(launch: dict[str, Any]) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
+    """Signature, constants and attributes, as the JIT would choose them for a recorded launch."""
     names = launch["kernel"].arg_names
     signature, constants, attributes = {}, {}, {}
     for position, name in enumerate(names):
@@ -84,6 +86,12 @@ def compile_launch(launch: dict[str, Any], capability: int) -> Any:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0:
                 attributes[(position,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def compile_launch(launch: dict[str, Any], capability: int) -> Any:
+    """Compile one recorded launch."""
+    signature, constants, attributes = specialisation(launch)
     source = ASTSource(fn=launch["kernel"], signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch["options"])
 
@@ -147,9 +155,52 @@ def _statistics(b: int, g: int, side: int, dtype: torch.dtype) -> None:
     statistics._launch(_new(b, g, 3, side, side, dtype=dtype), _new(b, 3, side, side, dtype=dtype), mask)
 
 
-def _norm(n: int, channels: int, side: int, dtype: torch.dtype, silu: bool, groups: int = 32) -> None:
+def _norm(
+    n: int, channels: int, side: int, dtype: torch.dtype, silu: bool, groups: int = 32, shifted: bool = False
+) -> None:
     x = torch.empty(n, side, side, channels, dtype=dtype, device="meta").movedim(-1, 1)
-    norm._launch(x, groups, _new(channels, dtype=dtype), _new(channels, dtype=dtype), 1e-5, silu)
+    weight, bias, shift = (_new(channels, dtype=dtype) for _ in range(3))
+    norm._launch(x, groups, weight, bias, 1e-5, silu, shift if shifted else None)
+
+
+# (channels, side, SiLU behind it) of every GroupNorm of Stable Diffusion 2.1-base at 512 pixels, 32 groups each; the
+# autoencoder's last one but one works on 4096 tokens.
+NORMS = {
+    "unet": (
+        *((c, side, True) for side, widths in ((64, (320, 640, 960)), (32, (320, 640, 960, 1280, 1920)),
+                                               (16, (640, 1280, 1920, 2560)), (8, (1280, 2560))) for c in widths),
+        *((c, side, False) for c, side in ((320, 64), (640, 32), (1280, 16), (1280, 8))),
+    ),
+    "vae": (
+        *((c, side, True) for c, sides in ((128, (256, 512)), (256, (128, 256, 512)), (512, (64, 128, 256)))
+          for side in sides),
+        (512, 64, False),
+    ),
+}  # fmt: skip
+
+
+def real_norms() -> dict[str, set[tuple[int, int, bool]]]:
+    """The same, looked up in the networks themselves, without weights."""
+    from torch import nn
+
+    from gdpo.model import random_folder
+
+    shape = random_folder.architecture("sd21")
+    found: dict[str, set[tuple[int, int, bool]]] = {"unet": set(), "vae": set()}
+    with torch.device("meta"), torch.no_grad():
+        unet, vae = random_folder._unet(shape["unet"]), random_folder._vae(shape["vae"])
+        for part, model in (("unet", unet), ("vae", vae)):
+            for name, module in model.named_modules():
+                if isinstance(module, nn.GroupNorm):
+                    silu = name.rpartition(".")[2] in ("norm1", "norm2", "conv_norm_out")
+
+                    def seen(m: Any, x: Any, y: Any, part: str = part, silu: bool = silu) -> None:
+                        found[part].add((x[0].shape[1], math.isqrt(x[0][0, 0].numel()), silu))
+
+                    module.register_forward_hook(seen)
+        unet(_new(1, 4, 64, 64), _new(1), encoder_hidden_states=_new(1, 77, 1024))
+        vae.decode(vae.encode(_new(1, 3, 512, 512)).latent_dist.mode())
+    return found
 
 
 # Not compiled but for the H100: what differs from the rest in a count or a type.
@@ -185,6 +236,12 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"unet {name}", lambda dtype=dtype: _norm(1, 320, 64, dtype, True)
     yield "unet large", lambda: _norm(1, 2560, 16, torch.bfloat16, True)
     yield "unet small", lambda: _norm(1, 1280, 8, torch.bfloat16, False)
+    for part, norms in NORMS.items():
+        for images, shifted in ((1, False), (1, True), (6, False)):  # inference; a group in training
+            for channels, side, silu in norms:
+                call = functools.partial(_norm, images, channels, side, torch.bfloat16, silu, shifted=shifted)
+                if silu or not shifted:  # the bias of a convolution goes into the normalisation behind it
+                    yield f"real {part} {images}x{channels}x{side}", call
     yield "weighted float32", lambda: _loss(16, 16, 128, torch.float32, True)
     yield "odd float32", lambda: _loss(3, 2, 7, torch.float32, True, channels=1)
     yield "odd float32", lambda: _statistics(1, 1, 37, torch.float32)
@@ -205,12 +262,16 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
 
 def main() -> None:
     targets = [int(a) for a in sys.argv[1:]] or [80, 90, 100]
+    compiled: dict[str, dict[str, int]] = {}  # many shapes of a model are one kernel
     for variant, call in cases():
         for launch, capability in itertools.product(record(call), targets):
             if not _chosen(launch["name"], variant, capability):
                 continue
+            same = repr((launch["name"], capability, launch["options"], *specialisation(launch)))
+            if same not in compiled:
+                compiled[same] = figures(compile_launch(launch, capability))
             row = {"kernel": launch["name"], "variant": variant, "capability": capability}
-            print(json.dumps(row | figures(compile_launch(launch, capability))), flush=True)
+            print(json.dumps(row | compiled[same]), flush=True)
 
 
 if __name__ == "__main__":
