@@ -17,7 +17,7 @@ from gdpo.train.config import NAOSDConfig
 from tests.gdpo.test_train_invariants import distance, weights
 from tests.support.training import NAOSD, ROOT, environment, train
 
-STEPS = 120
+STEPS = 200  # enough that the third node comes before the end
 
 
 def test_accumulation_follows_from_the_processes():
@@ -31,7 +31,7 @@ def test_accumulation_follows_from_the_processes():
 
 
 def options(crops: Path, out: Path) -> list[str]:
-    common = ["--global_batch_size=2", "--train_batch_size=1", "--checkpointing_steps=2", "--validation_steps=0"]
+    common = ["--global_batch_size=2", "--train_batch_size=1", "--checkpointing_steps=5", "--validation_steps=0"]
     return [*NAOSD, f"--data.folder={crops}", f"--output_dir={out}", f"--max_train_steps={STEPS}", *common]
 
 
@@ -90,9 +90,9 @@ def test_two_processes_then_one_then_two_equal_a_straight_run(crops, tmp_path):
 
     try:
         nodes.append(Node(0, port, tmp_path / "second.log", *arguments))
-        wait_for(2, 5)
+        wait_for(2, 10)
         nodes[1].kill()
-        wait_for(1, 10)
+        wait_for(1, 15)
         nodes.append(Node(0, port, tmp_path / "third.log", *arguments))
         for node in (nodes[0], nodes[2]):
             assert node.process.wait(timeout=300) == 0, node.log.read_text()[-3000:]
