@@ -181,19 +181,29 @@ def _complexity_fwd_kernel(
     ph, pw = tl.minimum(height - y0, PATCH), tl.minimum(width - x0, PATCH)
 
     column, pixel = tl.arange(0, K), tl.arange(0, 64)
-    source_ptr = gray_ptr + b * stride_b + (x0 + column).to(tl.int64) * stride_w
+    inside = (column[:, None] < ph) & (column[None, :] < pw)
+    rows, columns = (y0 + column).to(tl.int64)[:, None], (x0 + column).to(tl.int64)[None, :]
+    source = gray_ptr + b * stride_b + rows * stride_h + columns * stride_w
 
-    # Resize and Sobel are separable and linear: the gradient of the resized patch P is S P D^T and D P S^T, a sum over
-    # the rows of P, so that one row at a time is in registers and nothing is in memory.
-    smooth_x, derive_x = _sobel_pair(pixel[:, None], column[None, :], pw)
-    dx = tl.zeros((64, 64), tl.float32)
-    dy = tl.zeros((64, 64), tl.float32)
-    for k in range(PATCH):
-        there = column < tl.where(ph > k, pw, 0)
-        row = tl.load(source_ptr + (y0 + k).to(tl.int64) * stride_h, mask=there, other=0.0).to(tl.float32)
-        smooth_y, derive_y = _sobel_pair(pixel, k, ph)
-        dx += smooth_y[:, None] * tl.sum(derive_x * row[None, :], 1)[None, :]
-        dy += derive_y[:, None] * tl.sum(smooth_x * row[None, :], 1)[None, :]
+    # Resize and Sobel are separable and linear: the gradient of the resized patch P is S P D^T and D P S^T. In fp32:
+    # TF32's 10 bits would move magnitudes into other bins.
+    if K == 16:
+        patch = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        smooth_x, derive_x = _sobel_pair(pixel[None, :], column[:, None], pw)
+        smooth_y, derive_y = _sobel_pair(pixel[:, None], column[None, :], ph)
+        dx = tl.dot(smooth_y, tl.dot(patch, derive_x, input_precision="ieee"), input_precision="ieee")
+        dy = tl.dot(derive_y, tl.dot(patch, smooth_x, input_precision="ieee"), input_precision="ieee")
+    else:  # larger products spill: row by row, nothing but one row in registers
+        smooth_x, derive_x = _sobel_pair(pixel[:, None], column[None, :], pw)
+        dx = tl.zeros((64, 64), tl.float32)
+        dy = tl.zeros((64, 64), tl.float32)
+        for k in range(PATCH):
+            there = column < tl.where(ph > k, pw, 0)
+            row_ptr = gray_ptr + b * stride_b + (y0 + k).to(tl.int64) * stride_h
+            row = tl.load(row_ptr + (x0 + column).to(tl.int64) * stride_w, mask=there, other=0.0).to(tl.float32)
+            smooth_y, derive_y = _sobel_pair(pixel, k, ph)
+            dx += smooth_y[:, None] * tl.sum(derive_x * row[None, :], 1)[None, :]
+            dy += derive_y[:, None] * tl.sum(smooth_x * row[None, :], 1)[None, :]
     poison = tl.sum(0 * dx)  # NaN stays NaN
     scaled = tl.reshape(tl.sqrt(dx * dx + dy * dy) * BINS_PER_UNIT, (4096,))
     counted = scaled < 256
@@ -202,9 +212,7 @@ def _complexity_fwd_kernel(
     p = histogram / (tl.sum(histogram) + 1e-5)
     area = ph * pw
     complexity = -tl.sum(p * tl.log2(p + 1e-10)) * area.to(tl.float32) + poison
-    y, x = y0 + column[:, None], x0 + column[None, :]
-    inside = (column[:, None] < ph) & (column[None, :] < pw)
-    out = b * height * width + y.to(tl.int64) * width + x
+    out = b * height * width + rows * width + columns
     if RATIOS:
         textured = complexity > threshold
         tl.store(mask_ptr + out, tl.where(inside, textured.to(tl.int8), 0), mask=inside)
