@@ -18,7 +18,6 @@ from engine.io.cli import Failed
 _SPARE = 4  # logical CPUs besides those of the actors, for Ray Data's own tasks; without them it waits for ever
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # else its own lines about lost processes stand between ours
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else it warns that this will change
     "RAY_agent_register_timeout_ms": "300000",  # a busy machine takes longer than the 30 s that are allowed
     "RAY_worker_register_timeout_seconds": "300",
