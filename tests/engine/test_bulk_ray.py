@@ -112,7 +112,8 @@ def test_a_full_disk_ends_the_run_with_one_line(tmp_path):
     full = faulty.environment(library, out / "d", "full", at=12)  # of each process; the ledger has space
     code, _, err = run(tmp_path / "in", out, "--workers", 2, **full)
     assert code == 1 and "No space left on device; the run stopped, what is finished is kept" in err, err
-    assert err.count("\n") == 1
+    ours = [line for line in err.splitlines() if not line.startswith("[20")]  # Ray's core writes some with the time
+    assert len(ours) == 1, err
     wanted = expected(tmp_path / "in", tmp_path / "wanted")
     assert hashes(out).items() < wanted.items()
     code, _, err = run(tmp_path / "in", out, "--workers", 2)
