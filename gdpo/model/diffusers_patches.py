@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -265,7 +265,7 @@ def merge_biases(module: nn.Module) -> None:
     for part in parts:
         if type(part).__name__ == "ResnetBlock2D" and part.conv_shortcut is not None:
             last, shortcut = part.conv2, part.conv_shortcut
-            if type(last) is nn.Conv2d and type(shortcut) is nn.Conv2d and shortcut.bias is not None:
+            if type(last) is nn.Conv2d and type(shortcut) is nn.Conv2d and None not in (last.bias, shortcut.bias):
                 shortcut.bias.add_(last.bias)
                 last.bias = None
 
@@ -290,7 +290,7 @@ def fold_upsampling(module: nn.Module) -> None:
                     part[i], part[i + 1] = nn.Identity(), subpixel(conv)
 
 
-def _is_3x3(conv: Any, stride: int, padding: int) -> bool:
+def _is_3x3(conv: Any, stride: int, padding: int) -> TypeGuard[nn.Conv2d]:
     """Whether it is a plain convolution, without a LoRA around it."""
     if type(conv) is not nn.Conv2d or conv.groups != 1 or conv.padding_mode != "zeros":
         return False

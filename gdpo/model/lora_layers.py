@@ -91,7 +91,7 @@ class _Prepared(torch.autograd.Function):
         flat = torch.zeros(sum(sizes), dtype=dtype, device=a[0].device)
         starts = itertools.accumulate(sizes, initial=0)
         wide = [flat.as_strided((rank, *p.shape[1:]), p.stride(), start) for p, start in zip(a, starts)]
-        torch._foreach_copy_([p[: p0.shape[0]] for p, p0 in zip(wide, a)], a)
+        torch._foreach_copy_([p[: p0.shape[0]] for p, p0 in zip(wide, a)], list(a))
         stacked = (torch.cat([p.flatten(1) for p in b]) * scale).to(dtype)
         stacked = F.pad(stacked, (0, rank - stacked.shape[1]))
         return *wide, *stacked.split([len(p) for p in b])
@@ -103,7 +103,7 @@ class _Prepared(torch.autograd.Function):
         (a, b), (like_a, like_b) = _halves(grads), _halves(ctx.like)
         found = [torch.empty_strided(*like, dtype=ctx.dtype, device=a[0].device) for like in like_a]
         torch._foreach_copy_(found, [g[:r] for g in a])
-        stacked = torch.cat(b)[:, :r].to(ctx.dtype) * ctx.scale
+        stacked = torch.cat(list(b))[:, :r].to(ctx.dtype) * ctx.scale
         rows = stacked.split([len(g) for g in b])
         return None, None, None, *found, *(g.view(size) for g, (size, _) in zip(rows, like_b))
 
