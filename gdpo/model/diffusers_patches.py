@@ -265,7 +265,8 @@ def merge_biases(module: nn.Module) -> None:
     for part in parts:
         if type(part).__name__ == "ResnetBlock2D" and part.conv_shortcut is not None:
             last, shortcut = part.conv2, part.conv_shortcut
-            if type(last) is nn.Conv2d and type(shortcut) is nn.Conv2d and None not in (last.bias, shortcut.bias):
+            plain = type(last) is nn.Conv2d and type(shortcut) is nn.Conv2d
+            if plain and last.bias is not None and shortcut.bias is not None:
                 shortcut.bias.add_(last.bias)
                 last.bias = None
 
