@@ -138,8 +138,8 @@ def _plain(layer: Any) -> _Plain | None:
     base = layer.base_layer
     if len(names) != 1 or names[0] in layer.lora_variant or base.weight.requires_grad:
         return None
-    if type(base) not in (nn.Linear, nn.Conv2d, Shifted):
-        return None
+    if type(base) not in (nn.Linear, nn.Conv2d, Shifted) or base._forward_hooks or base._forward_pre_hooks:
+        return None  # a hook (where a network's noise enters: network_unet) is called with the layer
     (name,) = names
     a, b, w = layer.lora_A[name], layer.lora_B[name], base.weight
     if b.bias is not None or not isinstance(layer.lora_dropout[name], nn.Identity):

@@ -179,9 +179,9 @@ def test_no_attention_reads_a_batch_with_a_stride_of_0(mini_sd, monkeypatch):
     run = torch_backend.from_generator(generator, steps=Steps(folded=True, attention=True))[1]
     attention, strides = torch.nn.functional.scaled_dot_product_attention, []
 
-    def look(*tensors):
+    def look(*tensors, **options):
         strides.extend(t.stride(0) for t in tensors)
-        return attention(*tensors)
+        return attention(*tensors, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", look)
     run.run(torch.zeros(2, 3, 64, 64), torch.zeros(2, 4, 8, 8))

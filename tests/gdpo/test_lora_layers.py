@@ -144,6 +144,17 @@ def test_dora_and_bases_that_learn_keep_pefts_forward_pass():
     assert net.out.base_layer.weight.grad is not None
 
 
+def test_hooks_of_a_base_layer_are_called():
+    """A network of others takes its noise by one (gdpo.model.network_unet)."""
+    net, peft_net = made()
+    x = torch.randn(2, 6, 9, 9, dtype=torch.float64)
+    for one in (net, peft_net):
+        one.down.base_layer.register_forward_hook(lambda module, inputs, output: output + 1)
+    found, expected = taken(net, x), taken(peft_net, x)
+    assert max(errors(found, expected)) < 1e-13
+    assert not torch.allclose(found[0], taken(made()[0], x)[0])
+
+
 def test_switching_is_a_matter_of_flags(monkeypatch):
     net, _ = made(torch.float32)
     lora.add(net, 2, ["out"], train_whole=("last",), adapter="fake")
