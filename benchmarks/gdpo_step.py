@@ -132,8 +132,9 @@ def _released(folder: str, accelerator: Any, crop: int, group: int, variant: str
 
 
 def _method(folder: str, accelerator: Any, crop: int, group: int, variant: str = "plain", **more: Any) -> Any:
-    from gdpo.train.config import DataConfig, GDPOConfig, ModelConfig
+    from gdpo.train.config import GDPOConfig
     from gdpo.train.methods.gdpo import GDPO
+    from gdpo.train.options import DataConfig, ModelConfig
 
     config = GDPOConfig(
         model=ModelConfig(pretrained=folder, gradient_checkpointing=variant == "checkpointing"),

@@ -82,7 +82,7 @@ def interpolate(trained: OneStepGenerator, base: OneStepGenerator, strength: flo
 
 def base_of(name: str | os.PathLike[str]) -> OneStepGenerator:
     """The generator that training would start from; what makes it needs the packages of training."""
-    from gdpo.train.config import ModelConfig
+    from gdpo.train.options import ModelConfig
     from gdpo.train.setup import base_of
 
     return base_of(ModelConfig(pretrained=os.fspath(name)), seed=0)

@@ -21,7 +21,8 @@ def _part(text: str) -> tuple[int, int]:
 
 def main() -> None:
     from gdpo.train.__main__ import ConfigFile
-    from gdpo.train.config import NAOSDConfig, several
+    from gdpo.train.config import NAOSDConfig
+    from gdpo.train.options import several
 
     parser = Parser(prog="python -m gdpo.targets", description="Make the targets of NAOSD's teacher beforehand.")
     parser.add_argument("--config", action=ConfigFile, help="YAML file of `gdpo.train naosd`")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gdpo.kernels import group_norm
-from gdpo.model.layers import PaddedBehind, attention, subpixel
+from gdpo.model.layers import PaddedBehind, attention, subpixel, tokens
 
 # Patch -> (class of diffusers, what instances of it must have).
 REACHES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
@@ -326,10 +326,7 @@ class _SelfAttention:
         attention_mask: None = None,
         temb: None = None,
     ) -> torch.Tensor:
-        picture = hidden_states.ndim == 4
-        x = hidden_states.flatten(2).transpose(1, 2) if picture else hidden_states
-        if attn.group_norm is not None:
-            x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+        x, picture = tokens(attn, hidden_states), hidden_states.ndim == 4
         query, key, value = attn.to_qkv(x).unflatten(-1, (3, attn.heads, -1)).permute(2, 0, 3, 1, 4)
         out = attn.to_out[0](attention(query, key, value).transpose(1, 2).flatten(2))
         out = out.transpose(1, 2).unflatten(2, hidden_states.shape[2:]) if picture else out

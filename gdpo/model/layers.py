@@ -102,6 +102,12 @@ def _wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.float() @ b.float()
 
 
+def tokens(attn: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """What an Attention of diffusers projects, [B,L,C]: a picture [B,C,H,W] flattened; normalised where it has a norm."""
+    x = hidden_states.flatten(2).transpose(1, 2) if hidden_states.ndim == 4 else hidden_states
+    return x if attn.group_norm is None else attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+
+
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     if query.is_cuda and query.shape[-1] > FLASH:
         return attention_by_products(query, key, value)

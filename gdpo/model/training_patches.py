@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gdpo.model.layers import tokens
 from gdpo.model.lora_layers import Shifted
 
 REACHES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
@@ -44,10 +45,7 @@ class _Undivided:
         attention_mask: None = None,
         temb: None = None,
     ) -> torch.Tensor:
-        picture = hidden_states.ndim == 4
-        x = hidden_states.flatten(2).transpose(1, 2) if picture else hidden_states
-        if attn.group_norm is not None:
-            x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+        x, picture = tokens(attn, hidden_states), hidden_states.ndim == 4
         context = x if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = (
             projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)

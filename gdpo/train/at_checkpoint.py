@@ -11,7 +11,7 @@ import torch
 from gdpo.generator import OneStepGenerator
 from gdpo.model import lora, lora_files
 from gdpo.train import checkpoint as checkpoints
-from gdpo.train.config import ModelConfig
+from gdpo.train.options import ModelConfig
 from gdpo.train.setup import base_of
 
 _ADAPTED = re.compile(r"(?P<name>.+\.(lora_A|lora_B|lora_magnitude_vector))\.default(?P<leaf>\.weight|\.bias)?")

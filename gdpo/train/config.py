@@ -6,134 +6,12 @@ Leaf names follow diffusers' training scripts, the RL names follow TRL.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass
-from operator import attrgetter
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from gdpo.degradation import DegradationConfig
+from gdpo.train.options import DataConfig, ModelConfig, above_0, at_least, future, require, resumable, several
 from gdpo.train.teacher import TeacherConfig
-
-
-def resumable(default: Any) -> Any:
-    """An option that a resumed run may set anew, because the trained weights do not depend on it."""
-    return field(default=default, metadata={"resumable": True})
-
-
-def future(default: Any) -> Any:
-    """An option that a resumed run may change, which is said: only the steps to come depend on it."""
-    return field(default=default, metadata={"future": True})
-
-
-@dataclass
-class ModelConfig:
-    """Where the generator comes from and what of it is trained.
-
-    Args:
-        pretrained: a model folder (diffusers layout), "tiny": a fresh generator of the tiny preset, or "compact": the
-            compact network with the weights of Real-ESRGAN animevideov3 (python -m gdpo.assets real-esrgan).
-        t_noise: timestep of the noise added to the latent; None takes what the folder remembers.
-        t_diffusion: timestep at which the UNet is called; None takes what the folder remembers.
-        full: train every weight of the UNet instead of a LoRA (naosd only; the tiny preset's way).
-        lora_rank: rank of the UNet's LoRA (and of the VAE encoder's in naosd).
-        lora_alpha: the LoRA scale is lora_alpha/lora_rank; None means equal to the rank.
-        lora_target_modules: last parts of the names of the UNet's modules that get a LoRA, such as to_q or
-            attn1.to_out.0 (peft's target_modules); None: those of the paper.
-        use_rslora: the scale is lora_alpha/sqrt(lora_rank) (arXiv 2312.03732).
-        use_dora: train the magnitude of each output channel apart from its direction (arXiv 2402.09353).
-        prompt: the fixed prompt of models with cross-attention; None takes what the folder remembers.
-        gradient_checkpointing: recompute activations in the backward pass.
-        channels_last: memory format of convolution weights and activations.
-        block_out_channels: widths of a fresh tiny UNet.
-        layers_per_block: residual blocks per width of a fresh tiny UNet.
-    """
-
-    pretrained: str = "tiny"
-    t_noise: int | None = None
-    t_diffusion: int | None = None
-    full: bool = False
-    lora_rank: int = 4
-    lora_alpha: int | None = None
-    lora_target_modules: list[str] | None = None
-    use_rslora: bool = False
-    use_dora: bool = False
-    prompt: str | None = None
-    gradient_checkpointing: bool = resumable(False)
-    channels_last: bool = True
-    block_out_channels: tuple[int, ...] = (64, 96, 128)
-    layers_per_block: int = 2
-
-
-@dataclass
-class PairsConfig:
-    """Real pairs: LR pictures as cameras and networks made them, and the HR of the same scenes.
-
-    Args:
-        lr: folder, list file, shards or dataset on disk, as data.folder; or several. Of the HR's size or 2 to 8 times
-            smaller; matched by name. May be the same as hr where the names tell LR from HR.
-        hr: the same of the HR pictures.
-        ratio: share of the samples that are real pairs; the others are degraded from data.folder. 1: pairs alone.
-        weights: with several, how often each is drawn, relative to the others; None: as often as it has pictures.
-    """
-
-    lr: list[str] | str | None = resumable(None)  # noqa: RUF009
-    hr: list[str] | str | None = resumable(None)  # noqa: RUF009
-    ratio: float = 0.5
-    weights: list[float] | None = None
-
-
-@dataclass
-class ValidationConfig:
-    """Real pairs of which the sheets and the figures of held-out pictures are; None: those of the training data.
-
-    Args:
-        lr, hr: as data.pairs.
-    """
-
-    lr: str | None = resumable(None)
-    hr: str | None = resumable(None)
-
-
-@dataclass
-class DataConfig:
-    """The photos.
-
-    Args:
-        folder: a folder made by `python -m gdpo.prepare`, or any folder of pictures; a list file (LIST.txt, a path a
-            line), shards (F-{000..012}.tar, F-*.tar), or a dataset that save_to_disk wrote; or several.
-        weights: with several, how often each is drawn, relative to the others; None: as often as it has pictures.
-        pairs: real pairs of LR and HR, mixed with what is degraded from the folder.
-        validation: real pairs for the sheets.
-        crop_size: side of the square HR crops.
-        skip_small: leave out pictures smaller than a crop, instead of refusing the folder.
-        num_workers: data loader processes (0: in this process).
-        on_error: a picture that cannot be read ends the run after saving the steps before it ("stop"), or is named and
-            counted (`skipped` in metrics.jsonl), and another takes its place ("skip").
-        captions: use the captions.jsonl of the folder as prompts instead of the fixed prompt.
-    """
-
-    folder: list[str] | str = resumable("data/crops")  # noqa: RUF009
-    weights: list[float] | None = None
-    pairs: PairsConfig = field(default_factory=PairsConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
-    crop_size: int = 512
-    skip_small: bool = resumable(False)
-    num_workers: int = resumable(0)
-    on_error: Literal["stop", "skip"] = resumable("stop")
-    captions: bool = False
-
-    def validate(self) -> None:
-        """Raise ValueError naming the option."""
-        pairs, validation = self.pairs, self.validation
-        for name, one in (("data.pairs", pairs), ("data.validation", validation)):
-            _require((one.lr is None) == (one.hr is None), name, "both lr and hr, or neither", [one.lr, one.hr])
-        _require(0 < pairs.ratio <= 1, "data.pairs.ratio", "above 0, at most 1", pairs.ratio)
-        lr, hr, folders = (several(x) for x in (pairs.lr, pairs.hr, self.folder))
-        _require(len(lr) == len(hr), "data.pairs", "as many lr as hr", f"{len(lr)} and {len(hr)}")
-        _require(bool(folders), "data.folder", "at least one", folders)
-        for name, weights, of in (("data.weights", self.weights, folders), ("data.pairs.weights", pairs.weights, hr)):
-            if weights is not None:
-                fits = len(weights) == len(of) and min(weights, default=1) > 0
-                _require(fits, name, f"a number above 0 for each of {len(of)}", weights)
 
 
 @dataclass
@@ -208,27 +86,27 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raise ValueError naming the option, what it must be, and what it is."""
-        _at_least(1, self, "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps")
-        _at_least(1, self, "logging_steps", "data.crop_size", "model.lora_rank", "model.layers_per_block")
-        _at_least(2, self, "checkpoints_total_limit")
-        _at_least(0, self, "lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "validation_steps")
-        _at_least(0, self, "validation_images", "data.num_workers", "guard_steps", "global_batch_size")
-        _at_least(1, self, "guard_images")
+        at_least(1, self, "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps")
+        at_least(1, self, "logging_steps", "data.crop_size", "model.lora_rank", "model.layers_per_block")
+        at_least(2, self, "checkpoints_total_limit")
+        at_least(0, self, "lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "validation_steps")
+        at_least(0, self, "validation_images", "data.num_workers", "guard_steps", "global_batch_size")
+        at_least(1, self, "guard_images")
         every = self.guard_steps or self.validation_steps
-        _require(not self.guard or every > 0, "guard_steps", "at least 1 with a guard", self.guard_steps)
-        _require(
+        require(not self.guard or every > 0, "guard_steps", "at least 1 with a guard", self.guard_steps)
+        require(
             self.guard_best in ("last", *self.guard), "guard_best", "last or a score of guard", repr(self.guard_best)
         )
-        _above_0(self, "learning_rate", "adam_epsilon")
+        above_0(self, "learning_rate", "adam_epsilon")
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
-            _require(0 <= getattr(self, name) < 1, name, "in [0,1)", getattr(self, name))
+            require(0 <= getattr(self, name) < 1, name, "in [0,1)", getattr(self, name))
         if self.model.lora_alpha is not None:
-            _at_least(1, self, "model.lora_alpha")
+            at_least(1, self, "model.lora_alpha")
         targets = self.model.lora_target_modules
-        _require(targets is None or all(targets or [""]), "model.lora_target_modules", "one or more names", targets)
+        require(targets is None or all(targets or [""]), "model.lora_target_modules", "one or more names", targets)
         self.data.validate()
         widths = self.model.block_out_channels
-        _require(min(widths, default=0) >= 1, "model.block_out_channels", "one or more widths of at least 1", widths)
+        require(min(widths, default=0) >= 1, "model.block_out_channels", "one or more widths of at least 1", widths)
 
     def accumulate(self, processes: int) -> None:
         """Set gradient_accumulation_steps from global_batch_size, where that is given.
@@ -239,7 +117,7 @@ class TrainConfig:
         if self.global_batch_size:
             at_once = self.train_batch_size * processes
             self.gradient_accumulation_steps, rest = divmod(self.global_batch_size, at_once)
-            _require(
+            require(
                 rest == 0,
                 "global_batch_size",
                 f"a multiple of {at_once} (train_batch_size {self.train_batch_size} x {processes} processes)",
@@ -320,27 +198,27 @@ class NAOSDConfig(TrainConfig):
 
     def validate(self) -> None:
         super().validate()
-        _at_least(0, self, "pixel_weight", "perceptual_weight", "vsd_weight", "diversity", "perceptual_size")
-        _at_least(0, self, "grid_weight", "lattice_weight", "spectrum_weight", "pixel_relative", "chroma_weight")
-        _require(0 < self.perceptual_share <= 1, "perceptual_share", "above 0, at most 1", self.perceptual_share)
-        _at_least(1, self, "num_noises", "vsd_lora_rank")
-        _above_0(self, "vsd_learning_rate")
-        _require(1 <= self.perceptual_blocks <= 5, "perceptual_blocks", "1 to 5", self.perceptual_blocks)
+        at_least(0, self, "pixel_weight", "perceptual_weight", "vsd_weight", "diversity", "perceptual_size")
+        at_least(0, self, "grid_weight", "lattice_weight", "spectrum_weight", "pixel_relative", "chroma_weight")
+        require(0 < self.perceptual_share <= 1, "perceptual_share", "above 0, at most 1", self.perceptual_share)
+        at_least(1, self, "num_noises", "vsd_lora_rank")
+        above_0(self, "vsd_learning_rate")
+        require(1 <= self.perceptual_blocks <= 5, "perceptual_blocks", "1 to 5", self.perceptual_blocks)
         if self.grid_weight or self.lattice_weight or self.spectrum_weight:
             side = self.data.crop_size
-            _require(side >= 32, "data.crop_size", "at least 32 with a grid, lattice or spectrum weight", side)
-        _require(
+            require(side >= 32, "data.crop_size", "at least 32 with a grid, lattice or spectrum weight", side)
+        require(
             not (self.diversity and self.num_noises < 2),
             "diversity",
             "0 unless num_noises is 2 or more",
             self.diversity,
         )
-        _require(0 <= self.vsd_t[0] < self.vsd_t[1] <= 1, "vsd_t", "an increasing pair in [0,1]", self.vsd_t)
+        require(0 <= self.vsd_t[0] < self.vsd_t[1] <= 1, "vsd_t", "an increasing pair in [0,1]", self.vsd_t)
         if self.teacher.name:
             self.teacher.validate(self.data.crop_size)
             folders = several(self.data.folder)
-            _require(len(folders) == 1, "data.folder", "one folder with a teacher", folders)
-            _require(self.num_noises == 1, "num_noises", "1 with a teacher", self.num_noises)
+            require(len(folders) == 1, "data.folder", "one folder with a teacher", folders)
+            require(self.num_noises == 1, "num_noises", "1 with a teacher", self.num_noises)
         if self.vsd_weight and self.model.full:
             raise ValueError("vsd_weight must be 0 with model.full: VSD needs the pretrained UNet as its teacher")
 
@@ -405,53 +283,30 @@ class GDPOConfig(TrainConfig):
 
     def validate(self) -> None:
         super().validate()
-        _require(self.num_generations >= 2, "num_generations", "at least 2 (a group is compared)", self.num_generations)
-        _at_least(0, self, "sample_batch_size", "kl")
-        _above_0(self, "beta", "epsilon", "nft_strength")
+        require(self.num_generations >= 2, "num_generations", "at least 2 (a group is compared)", self.num_generations)
+        at_least(0, self, "sample_batch_size", "kl")
+        above_0(self, "beta", "epsilon", "nft_strength")
         pairs, half = self.num_pairs, self.num_generations // 2
-        _require(self.algorithm != "dp2o" or 1 <= pairs <= half, "num_pairs", f"1 to {half} (half a group)", pairs)
-        _require(0 <= self.mean_reward_std <= 1, "mean_reward_std", "in [0,1]", self.mean_reward_std)
-        _above_0(self, "reward_timeout")
-        _at_least(0, self, "reward_patience")
-        _require(bool(self.reward_funcs), "reward_funcs", "at least one name", self.reward_funcs)
+        require(self.algorithm != "dp2o" or 1 <= pairs <= half, "num_pairs", f"1 to {half} (half a group)", pairs)
+        require(0 <= self.mean_reward_std <= 1, "mean_reward_std", "in [0,1]", self.mean_reward_std)
+        above_0(self, "reward_timeout")
+        at_least(0, self, "reward_patience")
+        require(bool(self.reward_funcs), "reward_funcs", "at least one name", self.reward_funcs)
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
             raise ValueError(
                 f"reward_weights must have one number per reward function ({len(self.reward_funcs)}); "
                 f"got {len(self.reward_weights)}"
             )
         if self.reward_weights is not None:
-            _require(min(self.reward_weights) > 0, "reward_weights", "above 0", self.reward_weights)
+            require(min(self.reward_weights) > 0, "reward_weights", "above 0", self.reward_weights)
         if self.rho != "auto":
-            _require(0 <= float(self.rho) <= 1, "rho", "'auto' or a number in [0,1]", self.rho)
-        _require(
-            not self.model.full, "model.full", "false for gdpo (the reference is the UNet with its LoRA off)", True
-        )
+            require(0 <= float(self.rho) <= 1, "rho", "'auto' or a number in [0,1]", self.rho)
+        require(not self.model.full, "model.full", "false for gdpo (the reference is the UNet with its LoRA off)", True)
         fresh = self.model.pretrained in ("tiny", "compact")
-        _require(not fresh, "model.pretrained", "the folder of a trained generator", self.model.pretrained)
+        require(not fresh, "model.pretrained", "the folder of a trained generator", self.model.pretrained)
 
     def identity(self) -> dict[str, Any]:
         """A reward over HTTP may move to another host and port."""
         own = super().identity()
         own["reward_funcs"] = [urlsplit(name).path if "://" in name else name for name in self.reward_funcs]
         return own
-
-
-def several(value: list[str] | str | None) -> list[str]:
-    """An option that takes one or more."""
-    return [] if value is None else [value] if isinstance(value, str) else list(value)
-
-
-def _at_least(least: int, config: TrainConfig, *names: str) -> None:
-    for name in names:
-        value = attrgetter(name)(config)
-        _require(value >= least, name, f"at least {least}", value)
-
-
-def _above_0(config: TrainConfig, *names: str) -> None:
-    for name in names:
-        _require(getattr(config, name) > 0, name, "above 0", getattr(config, name))
-
-
-def _require(ok: bool, name: str, expected: str, actual: object) -> None:
-    if not ok:
-        raise ValueError(f"{name} must be {expected}; got {actual}")

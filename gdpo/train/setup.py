@@ -25,7 +25,8 @@ from gdpo.model.unets import works_on_pixels
 from gdpo.photos.dataset import Batch, CropDataset, loader
 from gdpo.photos.mixture import HeldOut, Mixture
 from gdpo.randomness import normal
-from gdpo.train.config import ModelConfig, TrainConfig, several
+from gdpo.train.config import TrainConfig
+from gdpo.train.options import ModelConfig, several
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -17,7 +17,8 @@ from skimage import data as photos
 from gdpo.degradation import Degradation
 from gdpo.photos.dataset import Batch
 from gdpo.randomness import normal
-from gdpo.train.config import DataConfig, GDPOConfig, ModelConfig
+from gdpo.train.config import GDPOConfig
+from gdpo.train.options import DataConfig, ModelConfig
 
 B, G, BETA, RANK, ALPHA, SEED = 3, 4, 5000.0, 3, 5, 11
 CAPTIONS = ["sharp texture", "blurry painting", "clean photo"]

@@ -7,7 +7,7 @@ import torch
 
 from gdpo.generator import OneStepGenerator
 from gdpo.model import lora
-from gdpo.train.config import ModelConfig
+from gdpo.train.options import ModelConfig
 from gdpo.train.setup import add_lora
 from tests.support.training import GDPO, train_here
 

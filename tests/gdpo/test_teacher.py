@@ -18,8 +18,9 @@ from engine.io.images import Picture, write_image
 from gdpo.degradation import Degradation, DegradationConfig
 from gdpo.model.ncnn import load_ncnn, network
 from gdpo.photos.dataset import CropDataset, loader
-from gdpo.train.config import DataConfig, ModelConfig, NAOSDConfig
+from gdpo.train.config import NAOSDConfig
 from gdpo.train.methods.naosd import NAOSD
+from gdpo.train.options import DataConfig, ModelConfig
 from gdpo.train.teacher import Targets, TeacherConfig, load_teacher, upsampled, with_grain
 
 

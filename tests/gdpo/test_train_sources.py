@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from gdpo.train.config import DataConfig, NAOSDConfig, PairsConfig, ValidationConfig
+from gdpo.train.config import NAOSDConfig
+from gdpo.train.options import DataConfig, PairsConfig, ValidationConfig
 from tests.support.training import GDPO, NAOSD, train, train_here
 
 

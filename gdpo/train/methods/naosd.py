@@ -20,12 +20,13 @@ from gdpo.photos.dataset import Batch
 from gdpo.randomness import moved, uniform
 from gdpo.scores.features import load_perceptual
 from gdpo.scores.registry import SCORES
-from gdpo.train.config import NAOSDConfig, several
+from gdpo.train.config import NAOSDConfig
 from gdpo.train.losses.chroma import chroma_distance
 from gdpo.train.losses.energy import EnergyScore
 from gdpo.train.losses.grid import grid_penalty, lattice_penalty, spectrum_penalty
 from gdpo.train.losses.vsd import VSD
 from gdpo.train.methods.base import Backward, Columns, Method, Metrics
+from gdpo.train.options import several
 from gdpo.train.setup import add_lora, group_noise
 from gdpo.train.teacher import Targets, upsampled, with_grain
 

@@ -1,0 +1,153 @@
+"""Options of the model and the data, and how an option is declared and checked (gdpo.train.config has the rest)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any, Literal
+
+
+def resumable(default: Any) -> Any:
+    """An option that a resumed run may set anew, because the trained weights do not depend on it."""
+    return field(default=default, metadata={"resumable": True})
+
+
+def future(default: Any) -> Any:
+    """An option that a resumed run may change, which is said: only the steps to come depend on it."""
+    return field(default=default, metadata={"future": True})
+
+
+def several(value: list[str] | str | None) -> list[str]:
+    """An option that takes one or more."""
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def at_least(least: int, config: Any, *names: str) -> None:
+    """Raise ValueError naming the first of the options that is below `least`."""
+    for name in names:
+        value = attrgetter(name)(config)
+        require(value >= least, name, f"at least {least}", value)
+
+
+def above_0(config: Any, *names: str) -> None:
+    """Raise ValueError naming the first of the options that is not above 0."""
+    for name in names:
+        require(getattr(config, name) > 0, name, "above 0", getattr(config, name))
+
+
+def require(ok: bool, name: str, expected: str, actual: object) -> None:
+    """Raise ValueError naming the option, what it must be, and what it is."""
+    if not ok:
+        raise ValueError(f"{name} must be {expected}; got {actual}")
+
+
+@dataclass
+class ModelConfig:
+    """Where the generator comes from and what of it is trained.
+
+    Args:
+        pretrained: a model folder (diffusers layout), "tiny": a fresh generator of the tiny preset, or "compact": the
+            compact network with the weights of Real-ESRGAN animevideov3 (python -m gdpo.assets real-esrgan).
+        t_noise: timestep of the noise added to the latent; None takes what the folder remembers.
+        t_diffusion: timestep at which the UNet is called; None takes what the folder remembers.
+        full: train every weight of the UNet instead of a LoRA (naosd only; the tiny preset's way).
+        lora_rank: rank of the UNet's LoRA (and of the VAE encoder's in naosd).
+        lora_alpha: the LoRA scale is lora_alpha/lora_rank; None means equal to the rank.
+        lora_target_modules: last parts of the names of the UNet's modules that get a LoRA, such as to_q or
+            attn1.to_out.0 (peft's target_modules); None: those of the paper.
+        use_rslora: the scale is lora_alpha/sqrt(lora_rank) (arXiv 2312.03732).
+        use_dora: train the magnitude of each output channel apart from its direction (arXiv 2402.09353).
+        prompt: the fixed prompt of models with cross-attention; None takes what the folder remembers.
+        gradient_checkpointing: recompute activations in the backward pass.
+        channels_last: memory format of convolution weights and activations.
+        block_out_channels: widths of a fresh tiny UNet.
+        layers_per_block: residual blocks per width of a fresh tiny UNet.
+    """
+
+    pretrained: str = "tiny"
+    t_noise: int | None = None
+    t_diffusion: int | None = None
+    full: bool = False
+    lora_rank: int = 4
+    lora_alpha: int | None = None
+    lora_target_modules: list[str] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    prompt: str | None = None
+    gradient_checkpointing: bool = resumable(False)
+    channels_last: bool = True
+    block_out_channels: tuple[int, ...] = (64, 96, 128)
+    layers_per_block: int = 2
+
+
+@dataclass
+class PairsConfig:
+    """Real pairs: LR pictures as cameras and networks made them, and the HR of the same scenes.
+
+    Args:
+        lr: folder, list file, shards or dataset on disk, as data.folder; or several. Of the HR's size or 2 to 8 times
+            smaller; matched by name. May be the same as hr where the names tell LR from HR.
+        hr: the same of the HR pictures.
+        ratio: share of the samples that are real pairs; the others are degraded from data.folder. 1: pairs alone.
+        weights: with several, how often each is drawn, relative to the others; None: as often as it has pictures.
+    """
+
+    lr: list[str] | str | None = resumable(None)  # noqa: RUF009
+    hr: list[str] | str | None = resumable(None)  # noqa: RUF009
+    ratio: float = 0.5
+    weights: list[float] | None = None
+
+
+@dataclass
+class ValidationConfig:
+    """Real pairs of which the sheets and the figures of held-out pictures are; None: those of the training data.
+
+    Args:
+        lr, hr: as data.pairs.
+    """
+
+    lr: str | None = resumable(None)
+    hr: str | None = resumable(None)
+
+
+@dataclass
+class DataConfig:
+    """The photos.
+
+    Args:
+        folder: a folder made by `python -m gdpo.prepare`, or any folder of pictures; a list file (LIST.txt, a path a
+            line), shards (F-{000..012}.tar, F-*.tar), or a dataset that save_to_disk wrote; or several.
+        weights: with several, how often each is drawn, relative to the others; None: as often as it has pictures.
+        pairs: real pairs of LR and HR, mixed with what is degraded from the folder.
+        validation: real pairs for the sheets.
+        crop_size: side of the square HR crops.
+        skip_small: leave out pictures smaller than a crop, instead of refusing the folder.
+        num_workers: data loader processes (0: in this process).
+        on_error: a picture that cannot be read ends the run after saving the steps before it ("stop"), or is named and
+            counted (`skipped` in metrics.jsonl), and another takes its place ("skip").
+        captions: use the captions.jsonl of the folder as prompts instead of the fixed prompt.
+    """
+
+    folder: list[str] | str = resumable("data/crops")  # noqa: RUF009
+    weights: list[float] | None = None
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    crop_size: int = 512
+    skip_small: bool = resumable(False)
+    num_workers: int = resumable(0)
+    on_error: Literal["stop", "skip"] = resumable("stop")
+    captions: bool = False
+
+    def validate(self) -> None:
+        """Raise ValueError naming the option."""
+        pairs, validation = self.pairs, self.validation
+        for name, one in (("data.pairs", pairs), ("data.validation", validation)):
+            require((one.lr is None) == (one.hr is None), name, "both lr and hr, or neither", [one.lr, one.hr])
+        require(0 < pairs.ratio <= 1, "data.pairs.ratio", "above 0, at most 1", pairs.ratio)
+        lr, hr, folders = (several(x) for x in (pairs.lr, pairs.hr, self.folder))
+        require(len(lr) == len(hr), "data.pairs", "as many lr as hr", f"{len(lr)} and {len(hr)}")
+        require(bool(folders), "data.folder", "at least one", folders)
+        for name, weights, of in (("data.weights", self.weights, folders), ("data.pairs.weights", pairs.weights, hr)):
+            if weights is not None:
+                fits = len(weights) == len(of) and min(weights, default=1) > 0
+                require(fits, name, f"a number above 0 for each of {len(of)}", weights)
