@@ -103,7 +103,7 @@ def _wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def tokens(attn: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """What an Attention of diffusers projects, [B,L,C]: a picture [B,C,H,W] flattened; normalised where it has a norm."""
+    """What an Attention of diffusers projects, [B,L,C]: a picture [B,C,H,W] is flattened; with its norm, if any."""
     x = hidden_states.flatten(2).transpose(1, 2) if hidden_states.ndim == 4 else hidden_states
     return x if attn.group_norm is None else attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
 
