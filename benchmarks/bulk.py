@@ -1,18 +1,19 @@
 """What engine.bulk costs beside the pictures: over a plain loop, and for very many keys.
 
-    python -m benchmarks.bulk overhead [--pictures 60] [--side 160] [--dry]
+    python -m benchmarks.bulk overhead [--pictures 60] [--rounds 3] [--side 160] [--dry]
     python -m benchmarks.bulk keys [--count 100000] [--workers 2] [--dry]
 
-`overhead`: the same pictures by a plain loop and by `engine.bulk.run` with one process, in the same run, with the same
-bytes. The start of each (Ray, the model, the first picture) is measured alone and taken off, and reported. `keys`: a
-stand-in for the model that returns at once, and a folder of that many empty files: listing, the run, the ledger, and
-the command again when nothing is left to do. Prints seconds and the peak memory of this process; appends a row to
-benchmarks/results/bulk.jsonl. `--dry`: no row.
+`overhead`: the same pictures by a plain loop and by `engine.bulk.run` with one process, which take turns, with the same
+bytes. Compared is the time from the first result to the last one; what is before and after (Ray, the model, the
+ledger) is reported beside it. `keys`: a stand-in for the model that returns at once, and a folder of that many empty
+files: listing, the run, the ledger, and the command again when nothing is left to do. Prints seconds and the peak
+memory of this process; appends a row to benchmarks/results/bulk.jsonl. `--dry`: no row.
 """
 
 from __future__ import annotations
 
 import resource
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -78,20 +79,31 @@ def crops(folder: Path, count: int, side: int) -> Path:
     return folder
 
 
-def overhead(root: Path, pictures: int, side: int) -> dict[str, Any]:
-    one, many = crops(root / "one", 1, side), crops(root / "many", pictures, side)
-    seconds = {
-        "loop_start_s": loop(one, root / "loop-one"),
-        "bulk_start_s": bulk(one, root / "bulk-one", 1),
-        "loop_s": loop(many, root / "loop"),
-        "bulk_s": bulk(many, root / "bulk", 1),
-    }
-    for path in many.iterdir():
-        if sha256(root / "loop" / path.name) != sha256(root / "bulk" / path.name):
-            raise RuntimeError(f"{path.name}: the bytes differ")
-    plain = (seconds["loop_s"] - seconds["loop_start_s"]) / (pictures - 1)
-    ray = (seconds["bulk_s"] - seconds["bulk_start_s"]) / (pictures - 1)
-    return seconds | {"pictures": pictures, "picture_s": plain, "overhead": ray / plain - 1, "same_bytes": True}
+def span(out: Path) -> float:
+    """Seconds from the first result to the last one."""
+    times = [path.stat().st_mtime_ns for path in out.glob("*.png")]
+    return (max(times) - min(times)) / 1e9
+
+
+def overhead(root: Path, pictures: int, rounds: int, side: int) -> dict[str, Any]:
+    source = crops(root / "in", pictures // rounds, side)
+    loops, bulks, around = [], [], []
+    for number in range(rounds):
+        plain, ray = root / f"loop-{number}", root / f"bulk-{number}"
+        loop(source, plain)
+        seconds = bulk(source, ray, 1)
+        loops.append(span(plain))
+        bulks.append(span(ray))
+        around.append(seconds - bulks[-1])
+        for path in source.iterdir():
+            if sha256(plain / path.name) != sha256(ray / path.name):
+                raise RuntimeError(f"{path.name}: the bytes differ")
+    intervals = rounds * (pictures // rounds - 1)
+    return {
+        "pictures": intervals + rounds, "side": side, "rounds": rounds, "picture_s": sum(loops) / intervals,
+        "overhead": sum(bulks) / sum(loops) - 1, "overheads": [b / a - 1 for a, b in zip(loops, bulks)],
+        "start_and_end_s": statistics.median(around), "same_bytes": True,
+    }  # fmt: skip
 
 
 def keys(root: Path, count: int, workers: int) -> dict[str, Any]:
@@ -121,17 +133,20 @@ def peak() -> float:
 def main() -> int:
     p = cli.Parser(prog="python -m benchmarks.bulk", description=__doc__.partition("\n")[0])
     p.add_argument("what", choices=("overhead", "keys"), help="what to measure")
-    p.add_argument("--pictures", type=int, default=60, help="number of pictures")
+    p.add_argument("--pictures", type=int, default=60, help="number of pictures, of all rounds")
+    p.add_argument("--rounds", type=int, default=3, help="turns of each")
     p.add_argument("--side", type=int, default=160, help="side of a picture in pixels; choose it for one second each")
     p.add_argument("--count", type=int, default=100_000, help="number of keys")
     p.add_argument("--workers", type=int, default=2, help="processes of the stand-in")
     p.add_argument("--dry", action="store_true", help="no row")
     options = p.parse_args()
+    if options.pictures < 2 * options.rounds or options.rounds < 1:
+        raise ValueError(f"{options.rounds} rounds need at least two pictures each; got {options.pictures}")
     if not options.dry:
         require_clean()
     with tempfile.TemporaryDirectory(prefix="gdpo-bulk-") as folder:
         if options.what == "overhead":
-            figures = overhead(Path(folder), options.pictures, options.side)
+            figures = overhead(Path(folder), options.pictures, options.rounds, options.side)
         else:
             figures = keys(Path(folder), options.count, options.workers)
     for name, value in figures.items():
