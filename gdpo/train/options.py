@@ -48,7 +48,7 @@ class ModelConfig:
     Args:
         pretrained: a model folder (diffusers layout), "tiny": a fresh generator of the tiny preset, or "compact": the
             compact network with the weights of Real-ESRGAN animevideov3 (python -m gdpo.assets real-esrgan).
-        t_noise: timestep of the noise added to the latent; None takes what the folder remembers.
+        t_noise: timestep of the noise added to the latent; None takes what the folder remembers; -1 adds none.
         t_diffusion: timestep at which the UNet is called; None takes what the folder remembers.
         full: train every weight of the UNet instead of a LoRA (naosd only; the tiny preset's way).
         lora_rank: rank of the UNet's LoRA (and of the VAE encoder's in naosd).

@@ -20,7 +20,7 @@ from gdpo.model import lora
 from gdpo.model.diffusers_patches import norms_in_own_precision, skip_divisions
 from gdpo.model.prompts import PromptEncoder
 from gdpo.model.tiny import TinyUNetConfig
-from gdpo.model.training_patches import undivided_attention
+from gdpo.model.training_patches import keep_and_fold_upsampling, undivided_attention
 from gdpo.model.unets import works_on_pixels
 from gdpo.photos.dataset import Batch, CropDataset, loader
 from gdpo.photos.mixture import HeldOut, Mixture
@@ -121,6 +121,9 @@ def base_generator(config: TrainConfig, accelerator: Accelerator) -> OneStepGene
         raise ValueError(
             f"data.crop_size must be a multiple of {generator.multiple} for this model; got {config.data.crop_size}"
         )
+    own = accelerator.device.type == "cuda" and accelerator.mixed_precision != "no" and not model.full
+    if own:
+        keep_and_fold_upsampling(generator.codec)
     if not model.full:
         generator.to(HALVES.get(accelerator.mixed_precision, torch.float32))
     if model.gradient_checkpointing:
@@ -131,7 +134,7 @@ def base_generator(config: TrainConfig, accelerator: Accelerator) -> OneStepGene
     for part in (generator.unet, generator.codec):
         skip_divisions(part)
         undivided_attention(part)
-    if accelerator.device.type == "cuda" and accelerator.mixed_precision != "no" and not model.full:
+    if own:
         norms_in_own_precision(generator)  # a CPU's autocast leaves them so
     return generator
 

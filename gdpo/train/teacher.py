@@ -7,6 +7,10 @@ function of the noise, and so are the generator's samples, which GDPO needs to d
 A large teacher is slow, so `count` targets are made once and kept: each a function of (teacher, crops, degradation,
 seed, number), in a folder named by a hash of all of these. A step takes random windows of them. Missing ones are made
 when they are needed, or before: `python -m gdpo.targets --config F.yaml`.
+
+The model itself, as it was before training, may be the teacher (`name: self`): what it does with one kind of input is
+kept while it learns another (learning without forgetting; Li and Hoiem 2016, arXiv 1606.09282). It sees the generator's
+own input and noise, so nothing is stored.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from gdpo.randomness import generator_for, normal, uniform
 _FORMAT, _SCALE = 1, 4
 _GRAIN = 32  # a grain of one standard deviation in the stored 8-bit numbers
 _TRIES = 1000
+SELF = "self"
 
 
 @dataclass
@@ -43,7 +48,8 @@ class TeacherConfig:
     Args:
         name: real-esrgan-x4plus, real-esrgan-animevideov3 or realsr-df2k (python -m gdpo.assets real-esrgan realsr), a
             path: STEM of an ncnn network (STEM.param, STEM.bin), or a .pth or .safetensors file of an
-            architecture that the package spandrel knows. Empty: no teacher.
+            architecture that the package spandrel knows. "self": the model before training, on every sample that `on`
+            names; share, noise, count, crop_size and cache have no effect then. Empty: no teacher.
         share: of the samples, that are taken from the targets; the others have the HR alone.
         weight: of the teacher's picture in the losses of such a sample, from 0 to 1; the HR has the rest.
         on: which presets of degradation.mix the targets are of: "degraded" (all but bicubic), "clean" (bicubic), "all".
@@ -68,6 +74,8 @@ class TeacherConfig:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"teacher.{name} must be from 0 to 1; got {value}")
+        if self.name == SELF:
+            return
         if not 0 <= self.noise <= 0.2:
             raise ValueError(f"teacher.noise must be from 0 to 0.2 (of a picture in [0,1]); got {self.noise}")
         if self.count < 1:

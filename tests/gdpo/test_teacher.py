@@ -21,6 +21,7 @@ from gdpo.photos.dataset import CropDataset, loader
 from gdpo.train.config import NAOSDConfig
 from gdpo.train.methods.naosd import NAOSD
 from gdpo.train.options import DataConfig, ModelConfig
+from gdpo.train.setup import group_noise
 from gdpo.train.teacher import Targets, TeacherConfig, load_teacher, upsampled, with_grain
 
 
@@ -183,6 +184,29 @@ def test_the_loss_of_a_taught_sample_is_shared_between_teacher_and_hr(world, rel
     assert (of_hr.mean() - expected.mean()).abs() > 1e-3  # teeth
 
 
+@pytest.mark.parametrize("on", ["degraded", "clean", "all"])
+def test_a_model_that_is_its_own_teacher_keeps_what_it_drew(world, on):
+    config = config_of(world, teacher=TeacherConfig(name="self", weight=1.0, on=on))
+    config.validate()
+    method = NAOSD(config, Accelerator(cpu=True))
+    samples = list(range(8))
+    batch = next(iter(loader(CropDataset(config.data.folder, "train", 64), [samples], seed=0)))
+    assert not float(method.step(batch, 0, lambda loss: None)["taught"])  # nothing is learned yet
+    with torch.no_grad():
+        for parameter in method.generator.unet.head.out.parameters():
+            parameter.add_(0.05)
+    kept = [i for i in samples if on == "all" or (method.degrade.preset_of(0, i) == "bicubic") == (on == "clean")]
+    metrics = method.step(batch, 0, lambda loss: None)
+    before = method.inputs(batch)  # an untrained TinyUNet returns its input
+    noise = group_noise(method.generator.encode(before).shape, 0, "naosd", samples, 1)
+    with torch.no_grad():
+        now = method.generator.decode(method.generator.predict(method.generator.encode(before), noise, None).x0)
+    shown = batch.hr * 2 - 1
+    shown[kept] = before[kept]
+    assert torch.allclose(metrics["loss"], (now - shown).abs().mean(), atol=1e-5)
+    assert 0 < len(kept) < 8 or on == "all"
+
+
 def test_the_perceptual_distance_looks_at_a_share_of_the_degraded_samples(world):
     class Distance(torch.nn.Module):
         def forward(self, a, b):
@@ -226,6 +250,8 @@ def test_the_command_makes_them_all_in_parts_and_again_none(world, tmp_path):
     assert len(list((tmp_path / "t").rglob("*.safetensors"))) == 5
     wrong = command("--part", "3/2")
     assert wrong.returncode == 2 and "--part must be K/N" in wrong.stderr
+    own = command("--teacher.name", "self")
+    assert own.returncode == 2 and "teacher.name is self" in own.stderr
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from gdpo.generator import NO_NOISE
 from gdpo.kernels import gdpo_loss, use_triton
 from gdpo.model import lora
-from gdpo.model.diffusers_patches import fold_padding, fuse_norms
+from gdpo.model.diffusers_patches import fold_padding, fuse_gates, fuse_norms, transformers_channels_last
 from gdpo.model.training_patches import constant_time
 from gdpo.photos.dataset import Batch
 from gdpo.randomness import moved
@@ -48,13 +49,21 @@ class GDPO(Method):
 
     def __init__(self, config: GDPOConfig, accelerator: Accelerator):
         super().__init__(config, accelerator)
+        if self.generator.t_noise == NO_NOISE:
+            raise ValueError(
+                f"{config.model.pretrained} adds no noise, so the samples of a group would all be the same; train it "
+                "with noise first (gdpo.train naosd --model.t_noise 250 --model.t_diffusion 100)"
+            )
         unet = self.generator.unet
         fold_padding(self.generator.codec)  # frozen: no LoRA goes around its convolutions
-        if self._frozen_norms_are_fused():
-            fuse_norms(self.generator.codec)
         add_lora(self.generator, config.model, config.seed)
         if self.generator.uses_text:  # a UNet of diffusers'
             constant_time(unet, self.generator.t_diffusion)
+        if self._kernels_are_fused():
+            for part in (self.generator.codec, unet):
+                fuse_norms(part)
+            fuse_gates(unet)
+            transformers_channels_last(unet)
         if accelerator.mixed_precision != "no":
             lora.leave_casts_to_autocast(unet)
         self.trained = lora.parameters(unet)
@@ -75,9 +84,9 @@ class GDPO(Method):
         self.samples_at_once = config.sample_batch_size  # 0: all
         self._make_frozen_calls()
 
-    def _frozen_norms_are_fused(self) -> bool:
-        """Whether the autoencoder, which needs no gradient, takes the fused kernel: torch's on a GPU first copies
-        channels-last features into the other order. The UNet keeps torch's: policy and reference alike.
+    def _kernels_are_fused(self) -> bool:
+        """Whether normalisations and gates take the fused kernels, policy and reference alike: torch's normalisation on
+        a GPU first copies channels-last features into the other order.
         """
         if self.accelerator.mixed_precision == "no" or self.config.compile_frozen:
             return False

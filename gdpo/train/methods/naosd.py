@@ -8,6 +8,7 @@ picture as well as at the HR.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from gdpo.train.losses.vsd import VSD
 from gdpo.train.methods.base import Backward, Columns, Method, Metrics
 from gdpo.train.options import several
 from gdpo.train.setup import add_lora, group_noise
-from gdpo.train.teacher import Targets, upsampled, with_grain
+from gdpo.train.teacher import SELF, Targets, upsampled, with_grain
 
 _HELD_OUT = ("psnr_y", "ssim_y", "grid_artefact", "lattice_artefact")  # logged with each sheet
 _EASIEST = 0.003  # of [-1,1]: an input with less error than this counts as one that has it
@@ -53,8 +54,10 @@ class NAOSD(Method):
             blocks = config.perceptual_blocks
             score = EnergyScore(blocks) if config.diversity else load_perceptual(config.perceptual, blocks)
             self.perceptual = score.to(accelerator.device)
-        self.targets = None
-        if config.teacher.name:
+        self.targets = self.start = None
+        if config.teacher.name == SELF:
+            self.start = copy.deepcopy(self.generator).requires_grad_(False)
+        elif config.teacher.name:
             self.targets = Targets(
                 config.teacher, several(config.data.folder)[0], self.degrade, config.seed, accelerator.device
             )
@@ -108,6 +111,8 @@ class NAOSD(Method):
             if taught is not None and grain is not None and config.teacher.noise:
                 noise[taught.rows] = with_grain(noise[taught.rows], grain.to(noise))
             many_text = None if text is None else text.repeat_interleave(config.num_noises, dim=0)
+            if self.start is not None:
+                taught = self._start_drew(batch, latents, noise, many_text)
             x0 = generator.predict(latents, noise, many_text).x0
             restored = generator.decode(x0)
             loss, metrics = self._losses(restored.float(), hr, batch, taught, image.float())
@@ -123,6 +128,22 @@ class NAOSD(Method):
                 backward(fake)
             metrics["vsd_fake"] = fake
         return {"loss": loss.detach(), **{k: v.detach() for k, v in metrics.items()}}
+
+    @torch.no_grad()
+    def _start_drew(
+        self, batch: Batch, latents: torch.Tensor, noise: torch.Tensor, text: torch.Tensor | None
+    ) -> Taught | None:
+        """What the model made of the same input and noise before training, of the samples that teacher.on names."""
+        assert self.start is not None
+        on, seed = self.config.teacher.on, self.config.seed
+        clean = [
+            i not in batch.real and self.degrade.preset_of(seed, s) == "bicubic" for i, s in enumerate(batch.samples)
+        ]
+        rows = [i for i, c in enumerate(clean) if on == "all" or c == (on == "clean")]
+        if not rows:
+            return None
+        x0 = self.start.predict(latents[rows], noise[rows], None if text is None else text[rows]).x0
+        return Taught(rows, self.start.decode(x0).float())
 
     def _losses(
         self,
