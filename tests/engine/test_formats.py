@@ -114,14 +114,30 @@ def test_a_jpeg_without_its_end_is_read_with_a_warning_one_without_pixels_is_not
     assert len(said) == 1
 
 
-@pytest.mark.parametrize("subsampling", [0, 1, 2, "gray"])
-@pytest.mark.parametrize("height", [9, 64, 67, 72, 75])
-def test_a_jpeg_whose_last_rows_are_missing_is_refused(tmp_path, subsampling, height):
-    buffer, path, said = io.BytesIO(), tmp_path / "a.jpg", []
-    grain = np.random.default_rng(0).integers(0, 256, (height, 80, 3), dtype=np.uint8)
-    image = Image.fromarray(grain[..., 0] if subsampling == "gray" else grain)
-    image.save(buffer, "JPEG", quality=90, **({} if subsampling == "gray" else {"subsampling": subsampling}))
-    data = buffer.getvalue()
+def jpeg_of_grain(height: int, width: int, sampling: str) -> bytes:
+    """A JPEG with sampling factors that Pillow does not write: their MCUs hold the same blocks as those of others."""
+    written = {"4:4:0": "4:2:2", "gray 2x2": "gray"}.get(sampling, sampling)
+    if sampling == "4:4:0":  # one block above the other instead of beside it
+        shape = (8 * (-(-height // 16)), 16 * (-(-width // 8)), 3)
+    else:
+        shape = (height, width, 3)
+    grain, buffer = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), io.BytesIO()
+    if written == "gray":
+        Image.fromarray(grain[..., 0]).save(buffer, "JPEG", quality=90)
+    else:
+        Image.fromarray(grain).save(buffer, "JPEG", quality=90, subsampling=written)
+    data = bytearray(buffer.getvalue())
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = struct.pack(">HH", height, width)
+    data[frame + 11] = {"4:4:0": 0x12, "gray 2x2": 0x22}.get(sampling, data[frame + 11])
+    return bytes(data)
+
+
+@pytest.mark.parametrize("sampling", ["4:4:4", "4:2:2", "4:2:0", "4:4:0", "gray", "gray 2x2"])
+@pytest.mark.parametrize("height", [1, 5, 8, 9, 20, 64, 67, 72, 75])
+def test_a_jpeg_whose_last_rows_are_missing_is_refused(tmp_path, sampling, height):
+    path, said = tmp_path / "a.jpg", []
+    data = jpeg_of_grain(height, 80, sampling)
     path.write_bytes(data)
     whole = read_image(path, notice=said.append).pixels
     plain = vips().Image.jpegload_buffer(data).numpy().reshape(height, 80, -1)

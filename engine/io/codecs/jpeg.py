@@ -77,7 +77,9 @@ def _decoded(data: bytes) -> np.ndarray:
     """Pixels [H,W,bands] of a JPEG.
 
     libvips looks for its decoder's warnings before each 8 rows, so it never sees those of the last. Without subsampling
-    in height, such rows are independent: 8 more are asked for, and what is said about them is of no concern.
+    in height, such rows are independent: 8 more are asked for, and what is said about them is of no concern. With it,
+    several times 8 rows are decoded at once, and only a picture of no more than 8 rows needs a second look: with as
+    many rows as its data hold, which make its last ones others.
 
     Raises:
         pyvips.Error: the decoder has something to say.
@@ -88,13 +90,22 @@ def _decoded(data: bytes) -> np.ndarray:
         if kind in _BASELINE:
             frame = at, content
     at, content = frame
-    height = int.from_bytes(content[1:3])
+    height, sampling = int.from_bytes(content[1:3]), [factors & 15 for factors in content[7::3]]
+    if len(sampling) == 1:  # of one component it means nothing, but its decoder goes by it
+        data, sampling = data[: at + 7] + b"\x11" + data[at + 8 :], [1]
+
+    def load(rows: int) -> np.ndarray:
+        longer = data[: at + 1] + struct.pack(">H", rows) + data[at + 3 :] if rows else data
+        return samples_of(vips().Image.jpegload_buffer(longer, fail_on="warning", access="sequential"))
+
     # All scans of a progressive JPEG are decoded before its first row.
-    if scans == 1 and 0 < height < 65_400 and all(sampling & 15 == 1 for sampling in content[7::3]):
-        longer = struct.pack(">H", -(-height // 8) * 8 + 8)
-        data = data[: at + 1] + longer + data[at + 3 :]
-    image = vips().Image.jpegload_buffer(data, fail_on="warning", access="sequential")
-    return samples_of(image)[: height or None]
+    if scans != 1 or not 0 < height < 65_400:
+        return load(height)
+    if all(factor == 1 for factor in sampling):
+        return load(-(-height // 8) * 8 + 8)[:height]
+    if height <= 8:
+        load(8 * max(sampling))
+    return load(height)
 
 
 def lacks_pixels(data: bytes, rows: int) -> bool:
