@@ -136,11 +136,16 @@ def quantize(
 
 
 def convolutions(file: Path) -> tuple[list[str], list[str]]:
-    """Names of a graph's convolutions: those next to its input or output, and, in order, those between."""
+    """Names of a graph's convolutions: those that stay in float32 in any case, and, in order, the others.
+
+    The former are those next to its input or output, and those of each channel by itself, which are no work.
+    """
     import onnx
 
     graph = onnx.load(str(file), load_external_data=False).graph
-    nodes = [node for node in graph.node if node.op_type == "Conv"]
+    every = [node for node in graph.node if node.op_type == "Conv"]
+    single = {node.name for node in every if any(a.name == "group" and a.i > 1 for a in node.attribute)}
+    nodes = [node for node in every if node.name not in single]
     maker = {out: node for node in graph.node for out in node.output}
 
     def feeding(name: str) -> Iterator[Any]:
@@ -148,7 +153,7 @@ def convolutions(file: Path) -> tuple[list[str], list[str]]:
         node = maker.get(name)
         if node is None:
             return
-        if node.op_type == "Conv":
+        if node.op_type == "Conv" and node.name not in single:
             yield node
             return
         for source in node.input:
@@ -156,6 +161,7 @@ def convolutions(file: Path) -> tuple[list[str], list[str]]:
 
     outer = {node.name for node in nodes if next(feeding(node.input[0]), None) is None}
     outer |= {node.name for output in graph.output for node in feeding(output.name)}
+    outer |= single
     return sorted(outer), [node.name for node in nodes if node.name not in outer]
 
 

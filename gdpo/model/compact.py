@@ -64,6 +64,34 @@ class EvenConv2d(nn.Conv2d):
         return self._conv_forward(x, self.even(), self.bias)
 
 
+class SplitPReLU(nn.Module):
+    """A PReLU as two convolutions of each channel by itself and a ReLU, for an export that a CPU runs.
+
+    ONNX Runtime keeps features in blocks of channels from one convolution to the next; for a PReLU it unpacks and packs
+    them again, which takes longer than the activation. With the slope a: PReLU(x) = relu((1 - a) x) + a x. That is
+    convex, so of a channel with a > 1 comes the negative; what follows takes it with `sign`.
+    """
+
+    def __init__(self, slope: torch.Tensor):
+        super().__init__()
+        self.sign = torch.where(slope > 1, -1.0, 1.0).to(slope)
+        count = len(slope)
+        self.rest: Any = nn.Conv2d(count, count, 1, groups=count, bias=False).to(slope)
+        self.through: Any = nn.Conv2d(count, count, 1, groups=count, bias=False).to(slope)
+        self.rest.weight.data.copy_((self.sign * (1 - slope))[:, None, None, None])
+        self.through.weight.data.copy_((self.sign * slope)[:, None, None, None])
+        self.requires_grad_(False)
+
+    @staticmethod
+    def slope_of(rest: torch.Tensor, through: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """slope and sign [C] of the weights of the two convolutions."""
+        sign = torch.sign(rest + through).flatten()
+        return sign * through.flatten(), sign
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.rest(x)) + self.through(x)
+
+
 class CompactUNet(nn.Module):
     """Convolutions and PReLUs at the LR's resolution; every side of a latent will do. The timestep is not used.
 
@@ -132,6 +160,25 @@ class CompactUNet(nn.Module):
         plain = plain.to(even.weight)
         plain.weight.copy_(even.even())
         self.base = plain.requires_grad_(False)
+
+    @torch.no_grad()
+    def split_slopes(self) -> None:
+        """Put a SplitPReLU in the place of each PReLU, in place."""
+        for i, following in enumerate([*self.convs, self.conv_out]):
+            self.acts[i] = split = SplitPReLU(self.acts[i].weight.detach())
+            following.weight.mul_(split.sign[:, None, None])
+
+    @staticmethod
+    def join_slopes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The weights of a network by name, with those of `split_slopes` as they were before."""
+        weights = dict(weights)
+        count = sum(name.startswith("acts.") and name.endswith(".rest.weight") for name in weights)
+        for i in range(count):
+            pair = (weights.pop(f"acts.{i}.{part}.weight") for part in ("rest", "through"))
+            weights[f"acts.{i}.weight"], sign = SplitPReLU.slope_of(*pair)
+            following = f"convs.{i}.weight" if i + 1 < count else "conv_out.weight"
+            weights[following] = weights[following] * sign[:, None, None]
+        return weights
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor | int, encoder_hidden_states: torch.Tensor | None = None

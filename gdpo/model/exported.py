@@ -13,6 +13,7 @@ import torch
 
 from engine.runtime import manifest
 from gdpo.generator import OneStepGenerator
+from gdpo.model.compact import CompactUNet
 from gdpo.model.unets import PIXEL_UNETS
 
 _PREFIX = "step.unet."
@@ -41,10 +42,20 @@ def from_export(folder: str | os.PathLike[str]) -> OneStepGenerator:
     graph = onnx.load_model_from_string(content).graph
     stored = {w.name: torch.from_numpy(onnx.numpy_helper.to_array(w).copy()) for w in graph.initializer}
     weights = {k.removeprefix(_PREFIX): v for k, v in stored.items() if k.startswith(_PREFIX)}
-    slopes = [node.input[1] for node in graph.node if node.op_type == "PRelu"]  # reshaped, they have lost their names
+    # Reshaped, or equal to another's, a weight may have lost its name.
+    slopes = [node.input[1] for node in graph.node if node.op_type == "PRelu"]
     weights |= {f"acts.{i}.weight": stored[name].flatten() for i, name in enumerate(slopes)}
+    alone = [
+        n.input[1]
+        for n in graph.node
+        if n.op_type == "Conv" and any(a.name == "group" and a.i > 1 for a in n.attribute)
+    ]
+    for i, (rest, through) in enumerate(zip(alone[::2], alone[1::2])):
+        weights |= {f"acts.{i}.rest.weight": stored[rest], f"acts.{i}.through.weight": stored[through]}
     try:
         kind_of_unet = "CompactUNet" if "recover.weight" in weights else "TinyUNet"
+        if not slopes and kind_of_unet == "CompactUNet":
+            weights = CompactUNet.join_slopes(weights)
         config = PIXEL_UNETS[kind_of_unet].config_of(weights)
         timesteps = {t: int(about.model[t]) for t in ("t_noise", "t_diffusion")}
         generator = OneStepGenerator.tiny(config, **timesteps)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -161,6 +163,26 @@ def test_an_export_is_equal_and_comes_back(generator, tmp_path):
     assert torch.allclose(back.predict(latents, noise).x0, expected, atol=1e-6)
     picture = Upscaler.load(tmp_path / "engine").upscale((smooth(20, 16, 3) * 255).byte().numpy())
     assert picture.shape == (80, 64, 3)
+
+
+def test_slopes_split_into_convolutions_give_the_same_picture_and_come_back(generator, tmp_path):
+    slopes = torch.tensor([1.6, 1.0, 0.0, -0.7, 1.01, 0.999, 3.0, -2.0, 0.5, 0.25, 1.2, -0.1])
+    for act in generator.unet.acts:
+        act.weight.copy_(slopes)
+    unet = copy.deepcopy(generator.unet).double()
+    before = {name: weight.clone() for name, weight in unet.state_dict().items()}
+    sample = torch.randn(2, 96, 9, 7, dtype=torch.float64)
+    expected = unet(sample, 50).sample
+    unet.split_slopes()
+    assert torch.allclose(unet(sample, 50).sample, expected, rtol=0, atol=1e-12)
+    joined = CompactUNet.join_slopes(unet.state_dict())
+    assert joined.keys() == before.keys()
+    assert all(torch.equal(joined[name], weight) for name, weight in before.items())
+    export_generator(generator, tmp_path / "engine")
+    graph = onnx.load(tmp_path / "engine" / "generator.onnx").graph
+    assert not [node for node in graph.node if node.op_type == "PRelu"]
+    back = from_export(tmp_path / "engine").unet
+    assert all(torch.equal(act.weight, slopes) for act in back.acts)
 
 
 def test_a_config_of_another_network_is_named():
