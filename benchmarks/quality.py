@@ -140,6 +140,7 @@ def main() -> None:
     p.add_argument("--out", required=True, metavar="DIR")
     p.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS), help="published networks to compare")
     p.add_argument("--every", type=int, default=1, help="take every n-th picture only")
+    p.add_argument("--untimed", action="store_true", help="leave out the seconds, when other work runs beside")
     p.add_argument("--write-rows", action="store_true", help="append to benchmarks/results/quality.jsonl")
     args = p.parse_args()
     if args.write_rows:
@@ -162,6 +163,8 @@ def main() -> None:
     compared = [parse_source(m)[0] for m in args.model]
     for name, (folder, every) in sets.items():
         seconds = upscale_all(nets, folder / "LR", out / name / "sr", every)
+        if args.untimed:
+            seconds = {}
         lr, hr = folder / "LR", folder / "HR"
         if every > 1:
             lr, hr = subset(folder, out / name / "pairs", every)
