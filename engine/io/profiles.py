@@ -17,6 +17,7 @@ from engine.io.picture import ImageError, Picture, to_8_bit
 
 TAGS = ("cICP", "sRGB", "gAMA", "cHRM")  # PNG's, the first that is there counts; cICP before and the others after iCCP
 _D65 = (0.3127, 0.3290)
+_D50 = (0.9642, 1.0, 0.8249)  # XYZ
 _BT709 = ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06))
 _P3 = ((0.68, 0.32), (0.265, 0.69), (0.15, 0.06))
 # ITU-T H.273: colour primaries with their white, and transfer functions as a gamma, or the name of a curve.
@@ -36,8 +37,12 @@ _HDR = {16: "PQ", 18: "HLG"}
 _UNSPECIFIED = 2
 
 
-def profile_of(tags: Mapping[str, bytes]) -> bytes | None:
+def profile_of(tags: Mapping[str, bytes], gray: bool = False) -> bytes | None:
     """An ICC profile that says what PNG's colour tags say; None where they say sRGB, or nothing.
+
+    Args:
+        tags: chunks by name.
+        gray: a profile for one channel; then primaries mean nothing.
 
     Raises:
         ImageError: they describe HDR or a colour space that a profile of three curves and a matrix cannot.
@@ -52,15 +57,18 @@ def profile_of(tags: Mapping[str, bytes]) -> bytes | None:
         transfer = 13 if transfer == _UNSPECIFIED else transfer
         if primaries not in _PRIMARIES or transfer not in _TRANSFERS or matrix != 0 or full_range != 1:
             raise ImageError(f"its colour space (cICP {tags['cICP'].hex(' ')}) is kept in PNG only; write png")
-        if (primaries, transfer) == (1, 13):
+        if transfer == 13 and (gray or primaries == 1):
             return None
-        return matrix_profile(*_PRIMARIES[primaries], _TRANSFERS[transfer])
+        curve = _TRANSFERS[transfer]
+        return gray_profile(curve) if gray else matrix_profile(*_PRIMARIES[primaries], curve)
     if "sRGB" in tags or not tags:
         return None
-    curve: float | str = "srgb"
+    curve = "srgb"
     points, white = _PRIMARIES[1]
     if len(tags.get("gAMA", b"")) == 4 and (gamma := struct.unpack(">I", tags["gAMA"])[0]):
-        curve = "srgb" if gamma == 45455 and "cHRM" not in tags else 100_000 / gamma
+        curve = "srgb" if gamma == 45455 and (gray or "cHRM" not in tags) else 100_000 / gamma
+    if gray:
+        return None if curve == "srgb" else gray_profile(curve)
     if len(tags.get("cHRM", b"")) == 32:
         x = [value / 100_000 for value in struct.unpack(">8I", tags["cHRM"])]
         white, points = (x[0], x[1]), ((x[2], x[3]), (x[4], x[5]), (x[6], x[7]))
@@ -85,10 +93,9 @@ def matrix_profile(primaries: tuple[tuple[float, float], ...], white: tuple[floa
     columns = np.array([[x / y, 1, (1 - x - y) / y] for x, y in primaries]).T
     source = np.array([white[0] / white[1], 1, (1 - white[0] - white[1]) / white[1]])
     bradford = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
-    d50 = np.array([0.9642, 1.0, 0.8249])
     try:
         matrix = columns * np.linalg.solve(columns, source)
-        cone = np.diag((bradford @ d50) / (bradford @ source))
+        cone = np.diag((bradford @ np.array(_D50)) / (bradford @ source))
         adaptation = np.linalg.solve(bradford, cone @ bradford)
     except np.linalg.LinAlgError:
         raise ImageError("its colour primaries are no colours; write png, which keeps them") from None
@@ -96,33 +103,51 @@ def matrix_profile(primaries: tuple[tuple[float, float], ...], white: tuple[floa
     if not np.isfinite(adapted).all() or np.abs(adapted).max() > 30:
         raise ImageError("its colour primaries are no colours; write png, which keeps them")
 
-    def fixed(*values: float) -> bytes:
-        return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+    content = {b"chad": b"sf32\0\0\0\0" + _fixed(*adaptation.ravel())}
+    for name, column in zip((b"r", b"g", b"b"), adapted.T):
+        content[name + b"XYZ"] = b"XYZ \0\0\0\0" + _fixed(*column)
+        content[name + b"TRC"] = _tone(curve)
+    return _profile(b"RGB ", content)
+
+
+def gray_profile(curve: float | str) -> bytes:
+    """An ICC v4 display profile of one channel with a tone curve: a gamma, "srgb" or "bt709"."""
+    return _profile(b"GRAY", {b"kTRC": _tone(curve)})
+
+
+def _fixed(*values: float) -> bytes:
+    return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+
+def _tone(curve: float | str) -> bytes:
+    if curve == "srgb":
+        return b"para\0\0\0\0\0\3\0\0" + _fixed(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+    if curve == "bt709":
+        return b"para\0\0\0\0\0\3\0\0" + _fixed(1 / 0.45, 1 / 1.099, 0.099 / 1.099, 1 / 4.5, 0.081)
+    return b"para\0\0\0\0\0\0\0\0" + _fixed(min(float(curve), 30.0))
+
+
+def _profile(space: bytes, content: dict[bytes, bytes]) -> bytes:
+    """An ICC v4 display profile: the tags that all have, and `content`."""
 
     def text(words: str) -> bytes:
         return (
             b"mluc" + struct.pack(">IIIHHII", 0, 1, 12, 0x656E, 0x5553, 2 * len(words), 28) + words.encode("utf-16-be")
         )
 
-    if curve == "srgb":
-        tone = b"para\0\0\0\0\0\3\0\0" + fixed(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
-    elif curve == "bt709":
-        tone = b"para\0\0\0\0\0\3\0\0" + fixed(1 / 0.45, 1 / 1.099, 0.099 / 1.099, 1 / 4.5, 0.081)
-    else:
-        tone = b"para\0\0\0\0\0\0\0\0" + fixed(min(float(curve), 30.0))
-    content = {b"desc": text("RGB, as tagged in the picture"), b"cprt": text("No copyright, use freely")}
-    content[b"wtpt"] = b"XYZ \0\0\0\0" + fixed(*d50)
-    content[b"chad"] = b"sf32\0\0\0\0" + fixed(*adaptation.ravel())
-    for name, column in zip((b"r", b"g", b"b"), adapted.T):
-        content[name + b"XYZ"] = b"XYZ \0\0\0\0" + fixed(*column)
-        content[name + b"TRC"] = tone
+    content = {
+        b"desc": text(f"{'Gray' if space == b'GRAY' else 'RGB'}, as tagged in the picture"),
+        b"cprt": text("No copyright, use freely"),
+        b"wtpt": b"XYZ \0\0\0\0" + _fixed(*_D50),
+        **content,
+    }
     table, body = b"", b""
     start = 128 + 4 + 12 * len(content)
     for name, block in content.items():
         table += name + struct.pack(">II", start + len(body), len(block))
         body += block + bytes(-len(block) % 4)
-    head = struct.pack(">I4sI4s4s4s", start + len(body), bytes(4), 0x04300000, b"mntr", b"RGB ", b"XYZ ")
-    head += struct.pack(">6H", 2020, 1, 1, 0, 0, 0) + b"acsp" + bytes(24) + struct.pack(">I", 0) + fixed(*d50)
+    head = struct.pack(">I4sI4s4s4s", start + len(body), bytes(4), 0x04300000, b"mntr", space, b"XYZ ")
+    head += struct.pack(">6H", 2020, 1, 1, 0, 0, 0) + b"acsp" + bytes(24) + struct.pack(">I", 0) + _fixed(*_D50)
     return head.ljust(128, b"\0") + struct.pack(">I", len(content)) + table + body
 
 
@@ -141,7 +166,7 @@ def as_tagged_by_profile(picture: Picture) -> Picture:
         return picture
     if picture.icc and "cICP" not in picture.color_tags:
         return replace(picture, color_tags={})
-    return replace(picture, icc=profile_of(picture.color_tags), color_tags={})
+    return replace(picture, icc=profile_of(picture.color_tags, picture.gray), color_tags={})
 
 
 def as_srgb(picture: Picture) -> Picture:

@@ -11,6 +11,7 @@ from PIL import Image, ImageCms
 
 from engine.io.codecs import isobmff
 from engine.io.images import ImageError, Picture, read_image, write_image
+from engine.io.picture import to_8_bit
 from engine.io.profiles import matrix_profile, profile_of
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
@@ -74,6 +75,26 @@ def test_other_formats_show_the_colours_that_the_tags_meant(tmp_path, suffix):
     assert np.abs(shown(tmp_path / f"a.{suffix}") - 188).max() <= 2
     write_image(tmp_path / f"b.{suffix}", Picture(flat, color_tags=TAGS["srgb"]))
     assert np.abs(shown(tmp_path / f"b.{suffix}") - 128).max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("suffix", ["jpg", "tif", "webp", "avif"])
+def test_a_gray_picture_with_tags_gets_a_profile_for_gray_or_srgb(tmp_path, suffix, dtype):
+    """No program takes a profile of RGB for a picture of one channel; its primaries mean nothing."""
+    flat = np.full((16, 16, 3), 128 if dtype == np.uint8 else 128 * 257, dtype)
+    tags = TAGS["linear"] | {"cHRM": TAGS["p3 by primaries"]["cHRM"]}
+    write_image(tmp_path / f"a.{suffix}", Picture(flat, True, color_tags=tags))
+    back = read_image(tmp_path / f"a.{suffix}")
+    if suffix in ("webp", "avif"):
+        assert back.icc is None and np.abs(to_8_bit(back.pixels).astype(int) - 188).max() <= 1
+    else:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(back.icc))
+        seen = ImageCms.profileToProfile(Image.new("L", (1, 1), 128), profile, SRGB, outputMode="RGB")
+        assert back.gray and np.abs(np.array(seen.getpixel((0, 0))) - 188).max() <= 1
+    for meaning_srgb in ({"cICP": bytes([12, 13, 0, 1])}, TAGS["p3 by primaries"], {"cHRM": bytes(32)}):
+        write_image(tmp_path / f"b.{suffix}", Picture(flat, True, color_tags=meaning_srgb))
+        back = read_image(tmp_path / f"b.{suffix}")
+        assert back.icc is None and np.abs(to_8_bit(back.pixels).astype(int) - 128).max() <= 1
 
 
 @pytest.mark.parametrize("name", ["p3 by primaries", "p3 by name"])
