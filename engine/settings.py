@@ -15,7 +15,7 @@ from engine.io.images import MAX_PIXELS, Picture, Put, image_writer
 from engine.pictures import outcome, parse_background, upscale_picture, upscale_rows
 from engine.runtime import color
 from engine.runtime.restore import Progress
-from engine.runtime.upscaler import MAX_OUTPUT_PIXELS, Upscaler, output_size
+from engine.runtime.upscaler import MAX_OUTPUT_PIXELS, SCALES, Upscaler, output_size
 from engine.wrap import upscale_wrapped
 
 Keep = Callable[[tuple[int, int, int], np.dtype], np.ndarray]
@@ -48,10 +48,10 @@ class Settings:
             ValueError: an option that is not what it should be; the message names it.
         """
         settings = cls(**options, scale=4.0 if scale is None else scale)
-        sides = {name: side for name in ("width", "height", "longest") if (side := getattr(settings, name))}
+        sides = {name: side for name in ("width", "height", "longest") if (side := getattr(settings, name)) is not None}
         if scale is not None and sides:
             raise ValueError(f"scale and {', '.join(sides)} contradict each other; give one of them")
-        if settings.longest and len(sides) > 1:
+        if "longest" in sides and len(sides) > 1:
             raise ValueError("longest goes with neither width nor height")
         for name, side in sides.items():
             if side < 1:
@@ -70,10 +70,20 @@ class Settings:
         return settings
 
     def factor(self, height: int, width: int) -> float:
-        """The scale for a picture of this size: the largest that keeps the result within the sides asked for."""
+        """The scale for a picture of this size: the largest that keeps the result within the sides asked for.
+
+        Raises:
+            ValueError: the sides ask for a scale that is not done.
+        """
         sides = [(self.width, width), (self.height, height), (self.longest, max(height, width))]
         factors = [wanted / there for wanted, there in sides if wanted]
-        return min(factors) if factors else self.scale
+        if not factors:
+            return self.scale
+        if not SCALES[0] <= min(factors) <= SCALES[1]:
+            least, most = SCALES
+            made = f"{width}x{height} would be made {min(factors):.3g} times as large"
+            raise ValueError(f"{made}; {least} to {most} times is done")
+        return min(factors)
 
     @property
     def limit(self) -> int:
@@ -86,7 +96,7 @@ class Settings:
         kept = ("seed", "color", "background", "wrap", "quality", "lossless", "strip_metadata")
         tile = up.check_tiling(self.tile, self.batch)[0]
         return (
-            {"version": _version(), "model": model, "backend": up.backend, "precision": up.manifest.precision}
+            {"version": version(), "model": model, "backend": up.backend, "precision": up.manifest.precision}
             | {"tile": tile, **size}
             | {name: getattr(self, name) for name in kept}
         )
@@ -165,7 +175,8 @@ def lossless_of(target: Path) -> str:
     return row.lossless if row else "always"
 
 
-def _version() -> str:
+def version() -> str:
+    """Of this program."""
     from importlib import metadata
 
     try:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from engine.bulk.keys import check_key, output_key
 from engine.bulk.ledger import COLUMNS, Row, schema
+from engine.bulk.notes import Notes
 from engine.bulk.storage import Storage
 from engine.io.files import sha256
 from engine.io.images import MAX_BYTES, read_image
@@ -83,6 +84,7 @@ class Enlarger:
         self._work, self._board = work, board
         try:
             self._source, self._out = Storage(work.source), Storage(work.out)
+            self._notes = Notes(self._out)
             self._up = work.open()
         except Exception as error:
             self._stop(error)
@@ -121,41 +123,55 @@ class Enlarger:
             try:
                 check_key(key)
                 row["output"] = output_key(key, self._work.extension)
-                row["sha256"], row["size"] = self._through_files(key, Path(source), row["output"], Path(scratch))
-                row["status"] = "done"
+                return self._through_files(row, Path(source), Path(scratch), begin)
             except Stop:
                 raise
             except _OF_A_PICTURE as error:
                 names = (f"{source}: ", f"{self._source.url}/{key}: ")  # the row has it
                 reason = _reason(error)
                 row |= {"status": "failed", "error": reason.removeprefix(names[0]).removeprefix(names[1])}
-        row["seconds"] = round(time.perf_counter() - begin, 4)
-        return row
+                return row | _since(begin)
 
-    def _through_files(self, key: str, source: Path, output: str, scratch: Path) -> tuple[str, int]:
-        """SHA-256 and size of the result. Local files are read and written in place."""
+    def _through_files(self, row: Row, source: Path, scratch: Path, begin: float) -> Row:
+        """The row of a result that is stored. Local files are read and written in place."""
+        key, output = row["key"], row["output"]
         if not self._source.local:
             content = self._read(key)
             with self._storing():
                 source.write_bytes(content)
         elif not source.exists():
             self._read(key)  # says why
-        settings = self._work.settings
-        picture = read_image(source, max_pixels=settings.max_pixels)
+        digest = sha256(source)
         with self._storing():
-            there = self._out.exists(output)
-            in_place = self._out.local and not there
-            target = Path(self._out.path(output)) if in_place else scratch / f"out{Path(output).suffix}"
-            if in_place:
+            there = self._out.exists(output)  # by a run that was killed before its row was written, or by others
+            if there and self._out.local:
+                proven = self._notes.find(key, sha256(Path(self._out.path(output))), digest)
+                if proven is not None:
+                    return proven
+        picture = read_image(source, max_pixels=self._work.settings.max_pixels)
+
+        def finished(file: Path) -> Row:
+            return row | {"status": "done", "sha256": sha256(file), "size": file.stat().st_size} | _since(begin)
+
+        with self._storing():
+            if self._out.local and not there:
+                target = Path(self._out.path(output))
                 target.parent.mkdir(parents=True, exist_ok=True)
-            settings.make(self._up, picture, target)
-            if there:  # by a run that was killed before its row was written, or by somebody else
-                if self._out.read(output) != target.read_bytes():
-                    raise ValueError(f"{output} is there already with other content; move it away, or give another "
-                                     "output")  # fmt: skip
-            elif not in_place:
+                made: list[Row] = []
+
+                def note(staged: Path) -> None:
+                    made.append(finished(staged))
+                    self._notes.add(made[0], digest)
+
+                self._work.settings.make(self._up, picture, target, sealed=note)
+                return made[0]
+            target = scratch / f"out{Path(output).suffix}"
+            self._work.settings.make(self._up, picture, target)
+            if not there:
                 self._out.write(output, target.read_bytes())
-            return sha256(target), target.stat().st_size
+            elif self._out.read(output) != target.read_bytes():
+                raise ValueError(f"{output} is there already with other content; move it away, or give another output")
+            return finished(target)
 
     def _read(self, key: str) -> bytes:
         """An object's bytes, where the source is there and it is not too large."""
@@ -187,6 +203,10 @@ class Enlarger:
 
             ray.get(self._board.stop.remote(reason))
         raise Stop(reason) from None
+
+
+def _since(begin: float) -> Row:
+    return {"seconds": round(time.perf_counter() - begin, 4)}
 
 
 def _gave_up(key: str) -> Row:

@@ -20,8 +20,8 @@ import numpy as np
 from engine.bulk.storage import Storage
 
 STATE = ".gdpo-bulk"
-LEDGER, PARTS, RECIPE, CLAIM, SUMMARY = (
-    f"{STATE}/{name}" for name in ("ledger", "parts", "recipe.json", "claim.json", "summary.json")
+LEDGER, PARTS, NOTES, RECIPE, CLAIM, SUMMARY = (
+    f"{STATE}/{name}" for name in ("ledger", "parts", "notes", "recipe.json", "claim.json", "summary.json")
 )
 COLUMNS = ("key", "output", "status", "sha256", "size", "seconds", "error")
 _AT_ONCE = 32  # small files of a part that are read at a time

@@ -18,7 +18,7 @@ from engine.bulk.claim import claimed
 from engine.bulk.cluster import Machines, started
 from engine.bulk.enlarger import Enlarger, Work
 from engine.bulk.keys import Keys, batches, spool, spooled
-from engine.bulk.ledger import CLAIM, LEDGER, SUMMARY, Ledger
+from engine.bulk.ledger import CLAIM, LEDGER, NOTES, SUMMARY, Ledger
 from engine.bulk.storage import Storage
 from engine.io.cli import Failed
 from engine.io.files import remove_leftovers
@@ -84,6 +84,7 @@ def run(
                             ray, list(batches(iter(chunk), size)), enlarger, (work, board), machines, workers
                         )
                         _write(ray, pipeline, ledger, board, writers=1 + workers // 16)
+                        out.remove(NOTES)
                         ray.get(board.clear.remote())
                 for status, count in ray.get(board.counts.remote()).items():
                     summary[status] += count

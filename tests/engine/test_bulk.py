@@ -82,6 +82,27 @@ def test_a_result_has_the_bytes_of_the_command_line(tmp_path, work, wanted, sour
     assert "No such file" in absent["error"] and "must be a path below" in outside["error"]
 
 
+def test_a_result_whose_row_was_lost_is_taken_as_it_is_where_a_note_proves_it(tmp_path, work, monkeypatch):
+    source, target = tmp_path / "in" / "a.png", tmp_path / "out" / "a.png"
+    row = Enlarger(work(), None).make("a.png")
+    resumed, make, made = Enlarger(work(), None), Settings.make, []
+    monkeypatch.setattr(Settings, "make", lambda self, *a, **k: made.append(1) or make(self, *a, **k))
+    with open(next((tmp_path / "out" / ledgers.NOTES).iterdir()), "a") as notes:
+        notes.write('{"version": ')  # of a picture that a kill came into
+    assert resumed.make("a.png") == row and not made
+
+    monkeypatch.setattr("engine.bulk.notes.version", lambda: "another")  # of the program: it may make other bytes
+    assert resumed.make("a.png") | {"seconds": 0} == row | {"seconds": 0} and made.pop()
+    monkeypatch.undo()
+    monkeypatch.setattr(Settings, "make", lambda self, *a, **k: made.append(1) or make(self, *a, **k))
+    content = source.read_bytes()
+    Image.open(source).transpose(Image.Transpose.ROTATE_180).save(source)  # another picture
+    assert "is there already with other content" in resumed.make("a.png")["error"] and made.pop()
+    source.write_bytes(content)
+    target.write_bytes(b"somebody's")
+    assert "is there already with other content" in resumed.make("a.png")["error"] and made.pop()
+
+
 def test_a_file_that_is_not_ours_is_kept(tmp_path, work):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a.png").write_bytes(b"somebody's")

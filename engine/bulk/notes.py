@@ -1,0 +1,56 @@
+"""What each process has finished, noted before the result takes its name: proof that outlives the process.
+
+Rows reach the ledger some pictures at a time, so a killed run leaves results that have none. A note says which bytes
+were made of which, by which version of the program; the recipe of the output says how. A result that fits its note is
+not made again. Only where the output is a local folder: other storage cannot append to an object.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from pathlib import Path
+
+from engine.bulk.ledger import NOTES, Row
+from engine.bulk.storage import Storage
+from engine.settings import version
+
+
+class Notes:
+    """The notes of one output; each process writes a file of its own and reads all."""
+
+    def __init__(self, out: Storage):
+        self._folder = Path(out.path(NOTES)) if out.local else None
+        self._name = f"{secrets.token_hex(8)}.jsonl"
+
+    def add(self, row: Row, source: str) -> None:
+        """Note a result that is about to take its name.
+
+        Args:
+            row: of the ledger.
+            source: SHA-256 of the picture that it was made of.
+
+        Raises:
+            OSError: the note cannot be written.
+        """
+        if self._folder is None:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"version": version(), "source": source, "row": row})
+        with open(self._folder / self._name, "a", encoding="utf-8") as file:  # one write: a kill may tear its end off
+            file.write(f"{line}\n")
+
+    def find(self, key: str, sha256: str, source: str) -> Row | None:
+        """The row of a result with these bytes, made of a picture with those; None where nothing proves that."""
+        needle = json.dumps(key).encode()
+        for file in sorted(self._folder.glob("*.jsonl")) if self._folder else ():
+            for line in file.read_bytes().splitlines():
+                try:
+                    note = json.loads(line) if needle in line else {}
+                except ValueError:  # torn
+                    continue
+                row: Row = note.get("row", {})
+                proven = (note.get("version"), note.get("source")) == (version(), source)
+                if proven and (row["key"], row["sha256"]) == (key, sha256):
+                    return row
+        return None
