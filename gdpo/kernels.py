@@ -21,6 +21,8 @@ _HOME = {
     "group_scores": "reward",
     "gdpo_loss": "loss",
     "group_norm": "norm",
+    "geglu": "gate",
+    "residual_sum": "residual",
     "use_triton": "dispatch",
 }
 __all__ = [*_HOME]

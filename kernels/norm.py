@@ -1,7 +1,8 @@
-"""Group normalisation with SiLU behind it, forward only, for channels-last features: read twice, written once.
+"""Group normalisation with SiLU behind it, for channels-last features: read twice, written once; as much each way back.
 
 Paper: Wu and He, "Group Normalization" (arXiv 1803.08494), equations 1 to 3 and 7. Statistics are in fp32 and do not
-cancel: whatever the mean, they are sums about a point near it, merged pairwise (Chan et al. 1983).
+cancel: whatever the mean, they are sums about a point near it, merged pairwise (Chan et al. 1983). The gradient is that
+of the features: weight and bias are frozen.
 """
 
 from __future__ import annotations
@@ -15,6 +16,12 @@ from torch import Tensor
 from . import checks
 from .dispatch import jit, tl, use_triton
 from .launch import is_channels_last, options, power_of_two
+from .norm_backward import (
+    _before_silu,
+    _group_norm_apply_bwd_kernel,
+    _group_norm_partial_bwd_kernel,
+    _group_norm_reduce_bwd_kernel,
+)
 
 
 def group_norm_reference(
@@ -40,6 +47,7 @@ def _silu(y):
 
 @jit
 def _group_norm_small_kernel(
+    grad_ptr,
     x_ptr,
     weight_ptr,
     bias_ptr,
@@ -53,10 +61,12 @@ def _group_norm_small_kernel(
     COLUMNS: tl.constexpr,
     SILU: tl.constexpr,
     SHIFTED: tl.constexpr,
+    BACKWARD: tl.constexpr,
 ):
     """A group of a picture a program, all of it in registers: the variance is taken about the mean itself.
 
-    The model's sizes are constants, so that loads are as wide as the start of a group allows.
+    The model's sizes are constants, so that loads are as wide as the start of a group allows. BACKWARD: the gradient of
+    x, rstd * (g - mean(g) - xhat * mean(g * xhat)) with g = weight * the gradient ahead of the SiLU.
     """
     g, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     r, c = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
@@ -70,16 +80,38 @@ def _group_norm_small_kernel(
     size = 1.0 * length * PER_GROUP
     d = tl.where(inside, x - tl.div_rn(tl.sum(x), size), 0.0)
     d = tl.where(inside, d - tl.div_rn(tl.sum(d), size), 0.0)  # what rounding left of the mean
-    scale = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(d * d), size) + eps))
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(d * d), size) + eps))
     weight = tl.load(weight_ptr + g * PER_GROUP + c, mask=there, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + g * PER_GROUP + c, mask=there, other=0.0).to(tl.float32)
-    y = d * (scale * weight) + bias
-    tl.store(out_ptr + base + offset, (_silu(y) if SILU else y).to(out_ptr.dtype.element_ty), mask=inside)
+    y = d * (rstd * weight) + bias
+    if BACKWARD:
+        grad = tl.load(grad_ptr + base + offset, mask=inside, other=0.0).to(tl.float32)
+        grad = _before_silu(grad, y, SILU) * (rstd * weight)
+        slope = tl.div_rn(tl.sum(grad * d), size) * rstd * rstd
+        y = grad - tl.div_rn(tl.sum(grad), size) - d * slope
+    elif SILU:
+        y = _silu(y)
+    tl.store(out_ptr + base + offset, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _features(x_ptr, other_ptr, shift, out_ptr, offset, mask, SUM: tl.constexpr):
+    """x; or x + other + shift, stored, and then as those who read it see it."""
+    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    if SUM:
+        x += tl.load(other_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        x = tl.where(mask, x + shift, 0.0).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + offset, x, mask=mask)
+        x = x.to(tl.float32)
+    return x
 
 
 @jit
 def _group_norm_partial_kernel(
     x_ptr,
+    other_ptr,
+    shift_ptr,
+    out_ptr,
     partial_ptr,
     length,
     channels,
@@ -87,8 +119,10 @@ def _group_norm_partial_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEPS: tl.constexpr,
+    SUM: tl.constexpr,
+    SHIFTED: tl.constexpr,
 ):
-    """Mean and sum of squared deviations of each channel over a chunk of pixels: [N,2,C,chunks].
+    """Mean and sum of squared deviations of each channel over a chunk of pixels, [N,2,C,chunks]: of x, or of a sum.
 
     Sums are about the mean of the chunk's first tile, a STEPS-th of it, so at most log2(STEPS) bits cancel.
     """
@@ -97,14 +131,18 @@ def _group_norm_partial_kernel(
     there = c < channels
     first = chunk * ROWS * STEPS
     count = tl.minimum(length - first, ROWS * STEPS)
-    source = x_ptr + (n * length + first) * channels + r * channels + c[None, :]
-    x = tl.load(source, mask=(r < count) & there[None, :], other=0.0).to(tl.float32)
+    offset = (n * length + first) * channels + r * channels + c[None, :]
+    shift = tl.zeros((1, COLUMNS), tl.float32)
+    if SHIFTED:
+        shift += tl.load(shift_ptr + c, mask=there, other=0.0).to(tl.float32)[None, :]
+    x = _features(x_ptr, other_ptr, shift, out_ptr, offset, (r < count) & there[None, :], SUM)
     centre = tl.div_rn(tl.sum(x, 0), tl.minimum(count, ROWS).to(tl.float32))
     total = tl.where(r < count, x - centre[None, :], 0.0)
     squares = total * total
     for step in range(1, STEPS):
         inside = r + step * ROWS < count
-        x = tl.load(source + step * ROWS * channels, mask=inside & there[None, :], other=0.0).to(tl.float32)
+        here = offset + step * ROWS * channels
+        x = _features(x_ptr, other_ptr, shift, out_ptr, here, inside & there[None, :], SUM)
         d = tl.where(inside, x - centre[None, :], 0.0)
         total += d
         squares += d * d
@@ -132,7 +170,7 @@ def _group_norm_reduce_kernel(
     BLOCK: tl.constexpr,
     SHIFTED: tl.constexpr,
 ):
-    """Chunks and channels of a group, merged in a fixed order: the mean and rstd * weight of each channel, [N,2,C].
+    """Chunks and channels of a group, merged in a fixed order: mean, rstd * weight and rstd of each channel, [N,3,C].
 
     A shift moves the channels' means, and nothing else; of what is read again it is not a part yet.
     """
@@ -162,16 +200,17 @@ def _group_norm_reduce_kernel(
             d += tl.load(shifts + i // chunks, mask=i < entries, other=0.0).to(tl.float32)
         own = tl.load(deviations + i, mask=i < entries, other=0.0)
         total += tl.where(i < entries, own + count * d * d, 0.0)
-    scale = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(total, 0), size) + eps))
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(total, 0), size) + eps))
     c = tl.arange(0, COLUMNS)
     there = c < per_group
     weight = tl.load(weight_ptr + g * per_group + c, mask=there, other=0.0).to(tl.float32)
-    target = coefficient_ptr + 2 * n * channels + g * per_group + c
+    target = coefficient_ptr + 3 * n * channels + g * per_group + c
     mean = tl.zeros((COLUMNS,), tl.float32) + centre
     if SHIFTED:
         mean -= tl.load(shifts + c, mask=there, other=0.0).to(tl.float32)
     tl.store(target, mean, mask=there)
-    tl.store(target + channels, scale * weight, mask=there)
+    tl.store(target + channels, rstd * weight, mask=there)
+    tl.store(target + 2 * channels, tl.zeros((COLUMNS,), tl.float32) + rstd, mask=there)
 
 
 @jit
@@ -192,8 +231,8 @@ def _group_norm_apply_kernel(
     r, c = tl.arange(0, ROWS)[:, None], tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     there = c < channels
     first = tl.program_id(0) * ROWS * STEPS
-    mean = tl.load(coefficient_ptr + 2 * n * channels + c, mask=there, other=0.0)
-    scale = tl.load(coefficient_ptr + (2 * n + 1) * channels + c, mask=there, other=0.0)
+    mean = tl.load(coefficient_ptr + 3 * n * channels + c, mask=there, other=0.0)
+    scale = tl.load(coefficient_ptr + (3 * n + 1) * channels + c, mask=there, other=0.0)
     bias = tl.load(bias_ptr + c, mask=there, other=0.0).to(tl.float32)
     offset = (n * length + first) * channels + r * channels + c
     for step in tl.static_range(0, STEPS):
@@ -218,42 +257,95 @@ def _tiling(images: int, length: int, channels: int) -> tuple[int, int, int]:
     return rows, columns, steps
 
 
+def _statistics(x: Tensor, other: Tensor | None = None, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x [N,...,C], or x + other + shift, and what `_launch` begins with: mean and deviations, [N,2,C,chunks]."""
+    images, channels, length = len(x), x.shape[-1], math.prod(x.shape[1:-1])
+    rows, columns, steps = _tiling(images, length, channels)
+    chunks = -(-length // (rows * steps))
+    partial = x.new_empty(images, 2, channels, chunks, dtype=torch.float32)
+    out = x if other is None else torch.empty_like(x)
+    _group_norm_partial_kernel[(chunks, -(-channels // columns), images)](
+        x, x if other is None else other, x if shift is None else shift, out, partial, length, channels, chunks,
+        ROWS=rows, COLUMNS=columns, STEPS=steps, SUM=other is not None, SHIFTED=shift is not None, **options(8),
+    )  # fmt: skip
+    return out, partial
+
+
 def _launch(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, shift: Tensor | None = None
-) -> Tensor:
-    """x [N,C,...] -> the same shape, channels-last."""
-    rows_last = x.movedim(1, -1).contiguous()
-    images, channels = x.shape[:2]
-    length, per_group = math.prod(x.shape[2:]), channels // groups
-    out = torch.empty_like(rows_last)
-    weight, bias = weight.contiguous(), bias.contiguous()
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool,
+    shift: Tensor | None = None,
+    statistics: Tensor | None = None,
+    *,
+    grad: Tensor | None = None,
+    coefficient: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """x [N,C,...] -> the same shape, channels-last, and a plane's coefficients [N,3,C] where it is split over programs.
+
+    With grad, and those coefficients: the gradient of x instead.
+    """
+    x = x.movedim(1, -1).contiguous()
+    upstream = x if grad is None else grad.movedim(1, -1).contiguous()
+    out = torch.empty_like(x)
+    images, channels, length = len(x), x.shape[-1], math.prod(x.shape[1:-1])
+    per_group, weight, bias = channels // groups, weight.contiguous(), bias.contiguous()
     shifted, shift = shift is not None, bias if shift is None else shift.contiguous()
     height, width = power_of_two(length), power_of_two(per_group)
     with torch.cuda.device_of(x):
         if height * width <= SMALL:
-            warps = min(max(height * width // 1024, 1), 16)
+            warps = min(max(height * width // (1024 if grad is None else 512), 1), 16 if grad is None else 32)
             _group_norm_small_kernel[(groups, images)](
-                rows_last, weight, bias, shift, out, length, eps, CHANNELS=channels, PER_GROUP=per_group,
-                ROWS=height, COLUMNS=width, SILU=silu, SHIFTED=shifted, **options(warps, registers=128),
+                upstream, x, weight, bias, shift, out, length, eps, CHANNELS=channels, PER_GROUP=per_group,
+                ROWS=height, COLUMNS=width, SILU=silu, SHIFTED=shifted, BACKWARD=grad is not None,
+                **options(warps, registers=128 if warps < 32 else 64),
             )  # fmt: skip
-            return out.movedim(-1, 1)
+            return out.movedim(-1, 1), None
         rows, columns, steps = _tiling(images, length, channels)
         chunks = -(-length // (rows * steps))
-        partial = x.new_empty(images, 2, channels, chunks, dtype=torch.float32)
-        coefficient = x.new_empty(images, 2, channels, dtype=torch.float32)
-        grid = (chunks, -(-channels // columns), images)
-        _group_norm_partial_kernel[grid](
-            rows_last, partial, length, channels, chunks, ROWS=rows, COLUMNS=columns, STEPS=steps, **options(8)
-        )
-        _group_norm_reduce_kernel[(groups, images)](
-            partial, weight, shift, coefficient, length, channels, per_group, chunks, rows * steps, eps,
-            COLUMNS=width, BLOCK=1024, SHIFTED=shifted, **options(8),
-        )  # fmt: skip
-        _group_norm_apply_kernel[grid](
-            rows_last, coefficient, bias, out, length, channels,
-            ROWS=rows, COLUMNS=columns, STEPS=steps, SILU=silu, **options(8),
-        )  # fmt: skip
-    return out.movedim(-1, 1)
+        grid, each = (chunks, -(-channels // columns), images), {"ROWS": rows, "COLUMNS": columns, "STEPS": steps}
+        if grad is None:
+            partial = _statistics(x)[1] if statistics is None else statistics
+            coefficient = x.new_empty(images, 3, channels, dtype=torch.float32)
+            _group_norm_reduce_kernel[(groups, images)](
+                partial, weight, shift, coefficient, length, channels, per_group, chunks, rows * steps, eps,
+                COLUMNS=width, BLOCK=1024, SHIFTED=shifted, **options(8),
+            )  # fmt: skip
+            _group_norm_apply_kernel[grid](
+                x, coefficient, bias, out, length, channels, **each, SILU=silu, **options(8)
+            )  # fmt: skip
+        else:
+            partial = x.new_empty(images, 2, channels, chunks, dtype=torch.float32)
+            sums = x.new_empty(images, 2, channels, dtype=torch.float32)
+            _group_norm_partial_bwd_kernel[grid](
+                upstream, x, coefficient, bias, partial, length, channels, chunks, **each, SILU=silu, **options(8)
+            )
+            _group_norm_reduce_bwd_kernel[(groups, images)](
+                partial, coefficient, sums, length, channels, per_group, chunks, COLUMNS=width, BLOCK=1024, **options(8)
+            )
+            _group_norm_apply_bwd_kernel[grid](
+                upstream, x, coefficient, bias, sums, out, length, channels, **each, SILU=silu, **options(8)
+            )
+    return out.movedim(-1, 1), coefficient
+
+
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, groups, weight, bias, eps, silu, shift, statistics):
+        out, coefficient = _launch(x, groups, weight, bias, eps, silu, shift, statistics)
+        ctx.save_for_backward(x, weight, bias, shift, coefficient)
+        ctx.how = groups, eps, silu
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (x, weight, bias, shift, coefficient), (groups, eps, silu) = ctx.saved_tensors, ctx.how
+        how = groups, weight, bias, eps, silu, shift
+        return _launch(x, *how, grad=grad, coefficient=coefficient)[0], *(None,) * 7
 
 
 # An operator that torch.compile does not look into.
@@ -261,7 +353,7 @@ def _launch(
 def _group_norm_op(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, shift: Tensor | None = None
 ) -> Tensor:
-    return _launch(x, groups, weight, bias, eps, silu, shift)
+    return _launch(x, groups, weight, bias, eps, silu, shift)[0]
 
 
 @_group_norm_op.register_fake
@@ -278,6 +370,7 @@ def group_norm(
     *,
     silu: bool = False,
     shift: Tensor | None = None,
+    statistics: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """y = (x - mean) / sqrt(var + eps) * weight + bias over each group of channels, then y * sigmoid(y) if `silu`.
@@ -289,15 +382,17 @@ def group_norm(
         eps: > 0.
         silu: apply SiLU to the result, before it is rounded to the type of x.
         shift: [C], added to x first: the bias of the convolution before it, without a pass of its own.
-        backend: "auto" (Triton for channels-last features on a GPU that need no gradient), "torch" (the definition) or
-            "triton" (forward only; other layouts are copied first).
+        statistics: [N,2,C,chunks], of x, from `residual_sum`: one pass over x less.
+        backend: "auto" (Triton for channels-last features on a GPU, where it has every gradient that is needed),
+            "torch" (the definition) or "triton" (with a gradient of x alone, outside torch.compile; other layouts are
+            copied first).
 
     Returns:
         Like x; from Triton channels-last.
 
     Raises:
         TypeError, ValueError: a wrong type, rank, size or device, groups that do not divide C, a gradient
-            asked of backend="triton".
+            that backend="triton" does not have.
         RuntimeError: backend="triton" where it cannot run.
     """
     axes = "N,C,L" if isinstance(x, Tensor) and x.ndim == 3 else "N,C,H,W"
@@ -307,18 +402,25 @@ def group_norm(
     if shift is not None:
         checks.tensor("shift", shift, "C", {"C": sizes["C"]})
         checks.same_device(x=x, shift=shift)
+    if statistics is not None:
+        checks.tensor("statistics", statistics, "N,2,C,chunks", {key: sizes[key] for key in "NC"})
     if not (isinstance(groups, int) and groups > 0 and sizes["C"] % groups == 0):
         raise ValueError(f"groups must divide the {sizes['C']} channels of x; got {groups!r}")
     if not eps > 0:
         raise ValueError(f"eps must be a number > 0; got {eps!r}")
     checks.same_device(x=x, weight=weight, bias=bias)
     tensors = (x, weight, bias) if shift is None else (x, weight, bias, shift)
-    learning = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if learning and backend == "triton":
-        raise ValueError("backend='triton' has no backward pass: use torch.no_grad(), or pass backend='torch'")
-    if backend == "auto" and (learning or not is_channels_last(x, 1)):
+    compiling, learning = torch.compiler.is_compiling(), torch.is_grad_enabled()
+    missing = learning and (any(t.requires_grad for t in tensors[1:]) or (compiling and x.requires_grad))
+    if missing and backend == "triton":
+        raise ValueError(
+            "backend='triton' has a gradient of x alone, outside torch.compile: freeze the rest, or pass "
+            "backend='torch'"
+        )
+    if backend == "auto" and (missing or not is_channels_last(x, 1)):
         backend = "torch"
-    if use_triton(backend, *tensors):
-        run = _group_norm_op if torch.compiler.is_compiling() else _launch
-        return run(x, groups, weight, bias, float(eps), silu, shift)
-    return group_norm_reference(x, groups, weight, bias, eps, silu, shift)
+    if not use_triton(backend, *tensors):
+        return group_norm_reference(x, groups, weight, bias, eps, silu, shift)
+    if compiling:
+        return _group_norm_op(x, groups, weight, bias, float(eps), silu, shift)
+    return _GroupNorm.apply(x, groups, weight, bias, float(eps), silu, shift, statistics)

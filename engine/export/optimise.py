@@ -18,7 +18,9 @@ from gdpo.model.diffusers_patches import (
     FixedCrossAttention,
     fold_padding,
     fuse_attention,
+    fuse_gates,
     fuse_norms,
+    fuse_residuals,
     merge_biases,
     transformers_channels_last,
 )
@@ -37,7 +39,8 @@ class Steps:
             (engine.export.graphs), and so the encoder's padding.
         attention: queries, keys and values of self-attention from one product; heads too wide for a fused kernel as
             product, softmax, product.
-        norms: group normalisation and the SiLU behind it as one kernel (gdpo.kernels.group_norm).
+        norms: group normalisation and the SiLU behind it as one kernel, so a feed-forward block's gate, and a
+            residual block's last sum with its biases (gdpo.kernels.group_norm, geglu, residual_sum).
         graphs: a shape that comes again is recorded as a CUDA graph, with convolutions chosen by measurement.
         compiled: torch.compile, for each shape when it first comes: minutes for a large model.
     """
@@ -89,6 +92,8 @@ def prepare(generator: OneStepGenerator, steps: Steps) -> nn.Module:
             to_channels_last(part)
         if steps.norms:
             fuse_norms(part)
+            fuse_residuals(part)
+            fuse_gates(part)
     module = graphs.Whole(generator, steps.precision) if steps.folded else Plain(generator, steps.precision)
     if steps.compiled:
         module.compile(dynamic=False)

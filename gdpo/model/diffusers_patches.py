@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gdpo.kernels import group_norm
+from gdpo.kernels import geglu, group_norm, residual_sum
 from gdpo.model.layers import PaddedBehind, attention, subpixel, tokens
+from gdpo.model.lora_layers import Shifted, base_of
 
 # Patch -> (class of diffusers, what instances of it must have).
 REACHES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
@@ -30,6 +31,7 @@ REACHES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         ),
         ("diffusers.UNet2DConditionModel", ("conv_norm_out", "conv_act")),
     ],
+    "fuse_gates": [("diffusers.models.activations.GEGLU", ("proj", "gelu"))],
     "fold_constants": [
         ("diffusers.models.resnet.ResnetBlock2D", ("time_emb_proj", "time_embedding_norm", "conv1", "nonlinearity")),
         ("diffusers.UNet2DConditionModel", ("time_embedding", "get_time_embed")),
@@ -52,6 +54,7 @@ REACHES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
             + ("time_embedding_norm", "upsample", "downsample", "dropout", "output_scale_factor"),
         ),
     ],
+    "fuse_residuals": [("diffusers.models.resnet.ResnetBlock2D", ("conv2", "conv_shortcut"))],
     "merge_biases": [("diffusers.models.resnet.ResnetBlock2D", ("conv2", "conv_shortcut"))],
     "fold_upsampling": [
         ("diffusers.models.upsampling.Upsample2D", ("conv", "interpolate", "norm", "use_conv_transpose")),
@@ -112,24 +115,25 @@ def _upsampled(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
 class FusedGroupNorm(nn.Module):
     """nn.GroupNorm, with SiLU or without, on the fused kernel where it can run; `shift` [C] is added to x first."""
 
-    def __init__(self, norm: nn.GroupNorm, silu: bool = False, shift: nn.Parameter | None = None):
+    shift: torch.Tensor | None
+
+    def __init__(self, norm: nn.GroupNorm, silu: bool = False, shift: torch.Tensor | None = None):
         super().__init__()
         self.groups, self.eps, self.silu = norm.num_groups, norm.eps, silu
-        self.weight, self.bias, self.shift = norm.weight, norm.bias, shift
+        self.weight, self.bias = norm.weight, norm.bias
+        self.register_buffer("shift", shift, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return group_norm(x, self.groups, self.weight, self.bias, self.eps, silu=self.silu, shift=self.shift)
-
-
-class _BiasElsewhere(nn.Conv2d):
-    """A convolution whose bias what follows adds. It keeps it: a model in training is saved as it was read."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._conv_forward(x, self.weight, None)
+        known = None if torch.compiler.is_compiling() else getattr(x, "channel_statistics", None)
+        how = {"silu": self.silu, "shift": self.shift, "statistics": known}
+        return group_norm(x, self.groups, self.weight, self.bias, self.eps, **how)
 
 
 def fuse_norms(module: nn.Module) -> None:
-    """Replace every affine GroupNorm, with the SiLU behind it and the bias before it in diffusers' blocks."""
+    """Replace every affine GroupNorm, with the SiLU behind it and the bias before it in diffusers' blocks.
+
+    Every parameter keeps its name: a model in training is saved as it was read.
+    """
     from diffusers.models.resnet import ResnetBlock2D
 
     block: Any = ResnetBlock2D
@@ -138,13 +142,10 @@ def fuse_norms(module: nn.Module) -> None:
         if isinstance(part, block) and isinstance(part.nonlinearity, nn.SiLU):
             if part.time_embedding_norm == "scale_shift" or not all(map(_affine, (part.norm1, part.norm2))):
                 continue  # the SiLU follows something else
-            plain = type(part.conv1) is nn.Conv2d  # a GPU would add its bias in a pass of its own
-            shift = part.conv1.bias if plain else None
-            part.norm1, part.norm2 = FusedGroupNorm(part.norm1, True), FusedGroupNorm(part.norm2, True, shift)
-            if plain:
-                part.conv1.__class__ = _BiasElsewhere
+            part.norm1 = FusedGroupNorm(part.norm1, True)
+            part.norm2 = FusedGroupNorm(part.norm2, True, _taken_bias(part.conv1))
             if part.time_emb_proj is not None and not part.skip_time_act:
-                part.time_emb_proj = nn.Sequential(part.nonlinearity, part.time_emb_proj)
+                part.time_emb_proj.register_forward_pre_hook(_activated)
             part.nonlinearity = nn.Identity()
         elif _affine(getattr(part, "conv_norm_out", None)) and isinstance(getattr(part, "conv_act", None), nn.SiLU):
             part.conv_norm_out, part.conv_act = FusedGroupNorm(part.conv_norm_out, True), nn.Identity()
@@ -157,6 +158,33 @@ def fuse_norms(module: nn.Module) -> None:
 
 def _affine(norm: object) -> bool:
     return isinstance(norm, nn.GroupNorm) and norm.affine
+
+
+def _activated(module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    return (F.silu(inputs[0]),)
+
+
+def _taken_bias(conv: Any) -> torch.Tensor | None:
+    """What a convolution adds, which a GPU would do in a pass of its own; it adds it no more, where this can be."""
+    base = base_of(conv)
+    if base is None:
+        return None
+    added = base.shifted if type(base) is Shifted else base.bias
+    base.__class__ = Shifted
+    base.register_buffer("shifted", None, persistent=False)
+    return added
+
+
+def fuse_gates(module: nn.Module) -> None:
+    """The gate of a transformer's feed-forward block as one kernel, in place."""
+    parts: list[Any] = list(module.modules())
+    for part in parts:
+        if type(part).__name__ == "GEGLU":
+            part.forward = MethodType(_gated, part)
+
+
+def _gated(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return geglu(self.proj(x))
 
 
 # ---- constants
@@ -251,11 +279,38 @@ def skip_divisions(module: nn.Module) -> None:
 
 
 def _resnet_output(self: Any, x: torch.Tensor, temb: torch.Tensor | None, *args: Any, **kwargs: Any) -> torch.Tensor:
+    x, h = _resnet_branches(self, x, temb)
+    return x + h
+
+
+def _resnet_branches(self: Any, x: torch.Tensor, temb: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     h = self.conv1(self.nonlinearity(self.norm1(x)))
     if self.time_emb_proj is not None:
         h = h + self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
     h = self.conv2(self.nonlinearity(self.norm2(h)))
-    return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+    return x if self.conv_shortcut is None else self.conv_shortcut(x), h
+
+
+@torch.no_grad()
+def fuse_residuals(module: nn.Module) -> None:
+    """In blocks that `skip_divisions` found: the last sum, its convolutions' biases and its statistics in one pass.
+
+    In place, for parts that need no gradient; parameters stay.
+    """
+    parts: list[Any] = list(module.modules())
+    for part in parts:
+        if getattr(part.forward, "__func__", None) is _resnet_output:
+            taken = [_taken_bias(conv) for conv in (part.conv2, part.conv_shortcut) if conv is not None]
+            biases = [bias.float() for bias in taken if bias is not None]
+            part.register_buffer("added", torch.stack(biases).sum(0) if biases else None, persistent=False)
+            part.forward = MethodType(_resnet_sum, part)
+
+
+def _resnet_sum(self: Any, x: torch.Tensor, temb: torch.Tensor | None, *args: Any, **kwargs: Any) -> torch.Tensor:
+    out, statistics = residual_sum(*_resnet_branches(self, x, temb), self.added)
+    if statistics is not None:
+        out.channel_statistics = statistics  # type: ignore[attr-defined]  # for the FusedGroupNorm that reads it next
+    return out
 
 
 @torch.no_grad()
@@ -282,16 +337,16 @@ def fold_upsampling(module: nn.Module) -> None:
     parts: list[Any] = list(module.modules())
     for part in parts:
         if type(part).__name__ == "Upsample2D":
-            if part.interpolate and part.norm is None and _is_3x3(getattr(part, "conv", None), stride=1, padding=1):
+            if part.interpolate and part.norm is None and is_3x3(getattr(part, "conv", None), stride=1, padding=1):
                 part.conv, part.use_conv_transpose = subpixel(part.conv), True
         elif isinstance(part, nn.Sequential):  # AutoencoderTiny's
             for i, (up, conv) in enumerate(itertools.pairwise(part)):
                 nearest = isinstance(up, nn.Upsample) and (up.scale_factor, up.mode) == (2, "nearest")
-                if nearest and _is_3x3(conv, stride=1, padding=1):
+                if nearest and is_3x3(conv, stride=1, padding=1):
                     part[i], part[i + 1] = nn.Identity(), subpixel(conv)
 
 
-def _is_3x3(conv: Any, stride: int, padding: int) -> TypeGuard[nn.Conv2d]:
+def is_3x3(conv: Any, stride: int, padding: int) -> TypeGuard[nn.Conv2d]:
     """Whether it is a plain convolution, without a LoRA around it."""
     if type(conv) is not nn.Conv2d or conv.groups != 1 or conv.padding_mode != "zeros":
         return False
@@ -308,7 +363,7 @@ def fold_padding(module: nn.Module) -> None:
     parts: list[Any] = list(module.modules())
     for part in parts:
         pads = type(part).__name__ == "Downsample2D" and part.use_conv and part.padding == 0
-        if pads and _is_3x3(part.conv, stride=2, padding=0):
+        if pads and is_3x3(part.conv, stride=2, padding=0):
             part.conv.__class__, part.padding = PaddedBehind, 1  # 1: it pads no more
 
 

@@ -113,12 +113,20 @@ def _halves(items: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
 
 
 class Shifted(nn.Conv2d):
-    """A convolution that adds `shifted`, its bias plus what else is constant, in place of its bias, which is kept."""
+    """A convolution that adds `shifted` in place of its bias, which is kept: with what else is constant, or nothing."""
 
-    shifted: Tensor
+    shifted: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.weight, self.shifted)
+
+
+def base_of(conv: Any) -> Any | None:
+    """A convolution, or the one under its LoRA; None where something looks at its bias (DoRA takes it off again)."""
+    if getattr(conv, "lora_variant", None):
+        return None
+    base = conv.get_base_layer() if hasattr(conv, "get_base_layer") else conv
+    return base if type(base) in (nn.Conv2d, Shifted) else None
 
 
 class _Plain(NamedTuple):

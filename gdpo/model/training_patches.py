@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gdpo.model.layers import tokens
-from gdpo.model.lora_layers import Shifted
+from gdpo.model.diffusers_patches import is_3x3
+from gdpo.model.layers import subpixel, tokens
+from gdpo.model.lora_layers import Shifted, base_of
 
 REACHES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
     "undivided_attention": [
@@ -23,6 +24,7 @@ REACHES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
             + ("add_k_proj", "residual_connection", "rescale_output_factor", "processor", "set_processor"),
         ),
     ],
+    "keep_and_fold_upsampling": [("diffusers.models.upsampling.Upsample2D", ("conv", "interpolate", "norm"))],
     "constant_time": [
         (
             "diffusers.models.resnet.ResnetBlock2D",
@@ -78,12 +80,10 @@ def constant_time(unet: Any, timestep: int) -> None:
     linear = [unet.time_embedding.linear_1, unet.time_embedding.linear_2, *(part.time_emb_proj for part in blocks)]
     if any(unet.config.get(k) for k in odd) or any(type(part) is not nn.Linear for part in linear):
         return
-    convolutions = [
-        part.conv1.get_base_layer() if hasattr(part.conv1, "get_base_layer") else part.conv1 for part in blocks
-    ]
+    convolutions = [base_of(part.conv1) for part in blocks]
     if unet.time_embed_act is not None or not all(map(_is_plain, blocks)):
         return
-    if any(type(conv) is not nn.Conv2d or conv.bias is None for conv in convolutions):
+    if any(type(conv) is not nn.Conv2d or conv.bias is None for conv in convolutions):  # DoRA's are None
         return
     parameter = next(unet.parameters())
     sample = torch.zeros(1, dtype=parameter.dtype, device=parameter.device)
@@ -105,3 +105,24 @@ def _without_time(self: Any, x: torch.Tensor, temb: None, *args: Any, **kwargs: 
     h = self.conv1(self.nonlinearity(self.norm1(x)))
     h = self.conv2(self.nonlinearity(self.norm2(h)))
     return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+
+
+class _Upsampling(nn.Conv2d):
+    """What nearest x2 and this 3x3 convolution behind it make, by `folded` (gdpo.model.layers.subpixel)."""
+
+    folded: torch.Tensor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv_transpose2d(x, self.folded, self.bias, stride=2, padding=1)
+
+
+def keep_and_fold_upsampling(module: nn.Module) -> None:
+    """diffusers_patches.fold_upsampling of frozen parts, in place, with the weights that are saved kept beside.
+
+    Fold what is still as precise as its files: sums of weights are rounded once then, as the weights themselves are.
+    """
+    parts: list[Any] = [part for part in module.modules() if type(part).__name__ == "Upsample2D"]
+    for part in parts:
+        if part.interpolate and part.norm is None and is_3x3(getattr(part, "conv", None), stride=1, padding=1):
+            part.conv.register_buffer("folded", subpixel(part.conv).weight, persistent=False)
+            part.conv.__class__, part.interpolate = _Upsampling, False

@@ -217,7 +217,7 @@ def count(folder: str, procedure: str, variant: str, crop: str, group: str, arch
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
     from benchmarks import gdpo_step, released_procedure  # noqa: F401
-    from gdpo.kernels import complexity, loss, norm, reward, statistics
+    from gdpo.kernels import complexity, gate, loss, norm, reward, statistics
     from gdpo.model import codecs, folders, prompts, random_folder
     from gdpo.photos.dataset import Batch
     from gdpo.train.methods import gdpo as method  # noqa: F401
@@ -242,7 +242,7 @@ def count(folder: str, procedure: str, variant: str, crop: str, group: str, arch
         module.load_pretrained = build if architecture else load  # type: ignore[attr-defined]
     for kind in (UNet2DConditionModel, AutoencoderKL, CLIPTextModel):
         kind.from_pretrained = classmethod(build if architecture else load)  # type: ignore[method-assign, assignment]
-    for module in (complexity, loss, norm, reward, statistics):
+    for module in (complexity, gate, loss, norm, reward, statistics):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:  # launched on any grid, to no effect
             setattr(module, name, _Launched(name, watch))
     make = gdpo_step._released if procedure == "released" else gdpo_step._ours

@@ -56,7 +56,7 @@ def count(side: int = 512, batch: int = 1, architecture: str = "sd21") -> dict[s
 
     from engine.export.torch_backend import from_generator
     from gdpo.generator import OneStepGenerator
-    from gdpo.kernels import norm
+    from gdpo.kernels import gate, norm
     from gdpo.model import random_folder
     from gdpo.model.codecs import KLCodec
 
@@ -64,8 +64,9 @@ def count(side: int = 512, batch: int = 1, architecture: str = "sd21") -> dict[s
     pretend(watch)
     own = nn.functional.scaled_dot_product_attention
     nn.functional.scaled_dot_product_attention = functools.partial(attention, own)  # type: ignore[assignment]
-    for name in [name for name in vars(norm) if name.endswith("_kernel")]:
-        setattr(norm, name, _Launched(name, watch))
+    for module in (gate, norm):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            setattr(module, name, _Launched(name, watch))
     nn.functional.interpolate = functools.partial(_nearest, watch)  # type: ignore[assignment]
     shape = random_folder.architecture(architecture)
     watch.fake = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)

@@ -73,6 +73,10 @@ def test_each_patch_changes_roundings_alone(mini_sd):
     for part in (patched.unet, patched.codec):
         patches.fuse_norms(part)
     check(modules(patches.FusedGroupNorm), "fuse_norms")
+    patches.fuse_gates(patched.unet)
+    check(sum(type(m).__name__ == "GEGLU" and "forward" in vars(m) for m in patched.unet.modules()), "fuse_gates")
+    training_patches.keep_and_fold_upsampling(patched.codec)
+    check(modules(training_patches._Upsampling), "keep_and_fold_upsampling")
 
 
 def test_lora_layers_have_what_is_switched(mini_sd):

@@ -21,10 +21,15 @@ REGISTERS = {
     "_complexity_fwd_kernel": 128,
     "_ratios_fwd_kernel": 64,
     "_attribute_reward_fwd_kernel": 64,
+    "_geglu_fwd_kernel": 64,
+    "_geglu_bwd_kernel": 96,
     "_group_norm_small_kernel": 128,
     "_group_norm_partial_kernel": 96,
     "_group_norm_reduce_kernel": 64,
     "_group_norm_apply_kernel": 80,
+    "_group_norm_partial_bwd_kernel": 128,
+    "_group_norm_reduce_bwd_kernel": 64,
+    "_group_norm_apply_bwd_kernel": 128,
 }
 STREAMING = {"_gdpo_loss_fwd_kernel", "_gdpo_loss_bwd_kernel", "_attribute_statistics_fwd_kernel"}
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gdpo.kernels import group_norm, norm
+from gdpo.kernels import group_norm, norm, norm_backward
 from tests.support.fused import DEVICE, HALVES, assert_as_good, channels_last, mutant, poisoned, relative_error, strided
 
 
@@ -139,12 +139,56 @@ def test_pictures_are_apart_and_runs_are_equal(way, request):
     assert torch.equal(first[[0, 2]], second[[0, 2]])
 
 
-def test_auto_takes_torch_where_a_gradient_is_needed():
+def gradient(args, grad, backend, silu=True, shift=None, function=group_norm):
+    x, *rest = args
+    x = x.detach().requires_grad_()
+    function(x, *rest, silu=silu, shift=shift, backend=backend).backward(grad)
+    return x.grad
+
+
+def check_gradient(args, silu=True, shift=None, function=group_norm):
+    """Upstream gradients with a mean and a slope along x: both sums over a group matter."""
+    x = args[0]
+    grad = (torch.randn_like(x) + 0.5 * x + 1).contiguous()  # in the other order: it is turned
+    wide = None if shift is None else shift.double()
+    exact = gradient(double(args), grad.double(), "torch", silu, wide)
+    plain = gradient(args, grad, "torch", silu, shift)
+    with poisoned():
+        fused = gradient(args, grad, "triton", silu, shift, function)
+    assert fused.dtype == x.dtype and fused.movedim(1, -1).is_contiguous()
+    assert_as_good(fused, plain, exact)
+    return fused
+
+
+@pytest.mark.parametrize("way", ["small", "split"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[4] < 48])
+def test_the_gradient_of_the_features(way, shape, dtype, request):
+    if way == "split":
+        request.getfixturevalue("split")
+    check_gradient(problem(*shape, dtype))
+    check_gradient(problem(*shape, dtype), silu=False)
+    check_gradient(problem(*shape, dtype), shift=torch.linspace(-2, 2, shape[1], device=DEVICE).to(dtype))
+
+
+@pytest.mark.parametrize("way", ["small", "split"])
+def test_the_gradient_is_the_same_at_each_run_and_finite_where_silu_is_flat(way, request):
+    if way == "split":
+        request.getfixturevalue("split")
+    args = problem(2, 24, 9, 7, 4)
+    args[3] = torch.linspace(-75, 75, 24, device=DEVICE)
+    assert check_gradient(args).isfinite().all()
+    grad = torch.randn_like(args[0])
+    assert torch.equal(*(gradient(args, grad, "triton") for _ in range(2)))
+
+
+def test_weight_and_bias_have_a_gradient_in_torch_alone():
     x, groups, weight, bias = problem(1, 8, 4, 4, 2)
-    x.requires_grad_()
+    for learned in (x, weight, bias):  # without x's, torch 2.13 crashes on a CPU for channels-last features
+        learned.requires_grad_()
     group_norm(x, groups, weight, bias).sum().backward()
-    assert x.grad.isfinite().all()
-    with pytest.raises(ValueError, match="no backward pass"):
+    assert weight.grad.isfinite().all() and bias.grad.isfinite().all()
+    with pytest.raises(ValueError, match="a gradient of x alone"):
         group_norm(x, groups, weight, bias, backend="triton")
     with torch.no_grad():
         group_norm(x, groups, weight, bias, backend="triton")
@@ -258,3 +302,43 @@ def test_a_planted_fault_is_seen(old, new, tmp_path):
 def test_a_planted_fault_in_the_small_kernel_is_seen(old, new, tmp_path):
     with pytest.raises(AssertionError):
         check(problem(2, 40, 7, 9, 4), function=_fault(old, new, tmp_path, small=True))
+
+
+def test_without_a_fault_the_copy_has_the_gradient(tmp_path):
+    for small in (True, False):
+        function = _fault("TILE = 4096", "TILE = 4096", tmp_path, small=small)
+        check_gradient(problem(2, 40, 7, 9, 4), function=function)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("SILU) * (rstd * weight)", "SILU) * rstd"),
+        ("tl.sum(grad * d), size) * rstd * rstd", "tl.sum(grad * d), size) * rstd"),
+        ("y = grad - tl.div_rn(tl.sum(grad), size) - d * slope", "y = grad - d * slope"),
+    ],
+)
+def test_a_fault_in_the_gradient_of_the_small_kernel_is_seen(old, new, tmp_path):
+    with pytest.raises(AssertionError):
+        check_gradient(problem(2, 40, 7, 9, 4), function=_fault(old, new, tmp_path, small=True))
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("share * (1.0 + y * (1.0 - share))", "share * (1.0 + y)"),
+        ("products += grad * d", "products += grad"),
+        ("for step in range(0, STEPS):", "for step in range(0, 1):"),
+        ("((2 * n + 1) * channels + c) * chunks + chunk", "(2 * n * channels + c) * chunks + chunk"),
+        ("sums += scale * tl.load", "sums += tl.load"),
+        ("tl.sum(products, 0), size) * rstd * rstd", "tl.sum(products, 0), size) * rstd"),
+        ("* scale - level - d * slope", "* scale - d * slope"),
+        ("for step in tl.static_range(0, STEPS):", "for step in tl.static_range(0, 1):"),
+    ],
+)
+def test_a_fault_in_the_gradient_of_a_split_plane_is_seen(old, new, tmp_path, split, monkeypatch):
+    copy = mutant(norm_backward, old, new, tmp_path)
+    for name in ("_group_norm_partial_bwd_kernel", "_group_norm_reduce_bwd_kernel", "_group_norm_apply_bwd_kernel"):
+        monkeypatch.setattr(norm, name, getattr(copy, name))
+    with pytest.raises(AssertionError):
+        check_gradient(problem(2, 40, 7, 9, 4))

@@ -28,7 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gdpo.kernels import complexity, loss, norm, reward, statistics
+from gdpo.kernels import complexity, gate, loss, norm, reward, statistics
 
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32",
@@ -54,7 +54,9 @@ class Recorder:
         return launch
 
 
-def record(call: Callable[[], object], modules=(complexity, loss, norm, reward, statistics)) -> list[dict[str, Any]]:
+def record(
+    call: Callable[[], object], modules=(complexity, gate, loss, norm, reward, statistics)
+) -> list[dict[str, Any]]:
     """What `call` launches, without launching it."""
     launches: list[dict[str, Any]] = []
     kernels = [(m, n, k) for m in modules for n, k in vars(m).items() if n.endswith("_kernel")]
@@ -156,11 +158,30 @@ def _statistics(b: int, g: int, side: int, dtype: torch.dtype) -> None:
 
 
 def _norm(
-    n: int, channels: int, side: int, dtype: torch.dtype, silu: bool, groups: int = 32, shifted: bool = False
+    n: int,
+    channels: int,
+    side: int,
+    dtype: torch.dtype,
+    silu: bool,
+    groups: int = 32,
+    shifted: bool = False,
+    backward: bool = False,
+    part_of_a_sum: bool = False,
 ) -> None:
     x = torch.empty(n, side, side, channels, dtype=dtype, device="meta").movedim(-1, 1)
     weight, bias, shift = (_new(channels, dtype=dtype) for _ in range(3))
-    norm._launch(x, groups, weight, bias, 1e-5, silu, shift if shifted else None)
+    how = groups, weight, bias, 1e-5, silu, shift if shifted else None
+    out, coefficient = norm._launch(x, *how)
+    if backward:
+        norm._launch(x, *how, grad=out, coefficient=coefficient)
+    elif part_of_a_sum:
+        norm._statistics(*(t.movedim(1, -1) for t in (x, out)), _new(channels))
+
+
+def _geglu(n: int, channels: int, tokens: int, dtype: torch.dtype) -> None:
+    x = _new(n, tokens, 2 * channels, dtype=dtype)
+    gate._launch(x)
+    gate._launch(x, _new(n, tokens, channels, dtype=dtype))
 
 
 # (channels, side, SiLU behind it) of every GroupNorm of Stable Diffusion 2.1-base at 512 pixels, 32 groups each; the
@@ -233,13 +254,27 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"training {name}", lambda dtype=dtype: _statistics(1, 6, 512, dtype)
         yield f"large {name}", lambda dtype=dtype: _statistics(16, 16, 1024, dtype)
         yield f"vae {name}", lambda dtype=dtype: _norm(8, 128, 512, dtype, True)
-        yield f"unet {name}", lambda dtype=dtype: _norm(1, 320, 64, dtype, True)
+        yield f"unet {name}", lambda dtype=dtype: _norm(1, 320, 64, dtype, True, backward=True)
+        yield f"large {name}", lambda dtype=dtype: _geglu(6, 1280, 4096, dtype)
+    for n, channels, tokens in itertools.product((1, 6), (1280, 2560, 5120), (64, 4096)):
+        yield "real geglu", functools.partial(_geglu, n, channels, tokens, torch.bfloat16)
     yield "unet large", lambda: _norm(1, 2560, 16, torch.bfloat16, True)
     yield "unet small", lambda: _norm(1, 1280, 8, torch.bfloat16, False)
     for part, norms in NORMS.items():
         for images, shifted in ((1, False), (1, True), (6, False)):  # inference; a group in training
             for channels, side, silu in norms:
-                call = functools.partial(_norm, images, channels, side, torch.bfloat16, silu, shifted=shifted)
+                learning = images == 6 and part == "unet"
+                call = functools.partial(
+                    _norm,
+                    images,
+                    channels,
+                    side,
+                    torch.bfloat16,
+                    silu,
+                    shifted=shifted,
+                    backward=learning,
+                    part_of_a_sum=True,
+                )
                 if silu or not shifted:  # the bias of a convolution goes into the normalisation behind it
                     yield f"real {part} {images}x{channels}x{side}", call
     yield "weighted float32", lambda: _loss(16, 16, 128, torch.float32, True)
@@ -248,9 +283,10 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for weighted in (False, True):  # a 1 is no number to Triton but a constant, which has no .to()
         yield "one element", lambda weighted=weighted: _loss(1, 2, 1, torch.float32, weighted, channels=1)
     yield "one element", lambda: _statistics(1, 1, 1, torch.float32)
-    yield "one element", lambda: _norm(1, 1, 1, torch.float32, True, groups=1)
-    yield "one channel", lambda: _norm(1, 1, 512, torch.float32, True, groups=1)
-    yield "one channel", lambda: _norm(2, 48, 200, torch.float32, True, groups=48)
+    yield "one element", lambda: _norm(1, 1, 1, torch.float32, True, groups=1, backward=True)
+    yield "one element", lambda: _geglu(1, 1, 1, torch.float32)
+    yield "one channel", lambda: _norm(1, 1, 512, torch.float32, True, groups=1, backward=True)
+    yield "one channel", lambda: _norm(2, 48, 200, torch.float32, True, groups=48, backward=True)
     for patch in (10, 64):
         yield f"patch {patch}", lambda patch=patch: complexity._launch(_new(1, 512, 512), patch, 50.0)
     yield "map", lambda: complexity._launch(_new(1, 512, 512), 10, None)

@@ -18,7 +18,13 @@ from tqdm import tqdm
 from gdpo.generator import NO_NOISE
 from gdpo.kernels import gdpo_loss, use_triton
 from gdpo.model import lora
-from gdpo.model.diffusers_patches import fold_padding, fuse_gates, fuse_norms, transformers_channels_last
+from gdpo.model.diffusers_patches import (
+    fold_padding,
+    fuse_gates,
+    fuse_norms,
+    fuse_residuals,
+    transformers_channels_last,
+)
 from gdpo.model.training_patches import constant_time
 from gdpo.photos.dataset import Batch
 from gdpo.randomness import moved
@@ -60,10 +66,12 @@ class GDPO(Method):
         if self.generator.uses_text:  # a UNet of diffusers'
             constant_time(unet, self.generator.t_diffusion)
         if self._kernels_are_fused():
-            for part in (self.generator.codec, unet):
-                fuse_norms(part)
-            fuse_gates(unet)
-            transformers_channels_last(unet)
+            fuse_norms(self.generator.codec)
+            fuse_residuals(self.generator.codec)
+            if self.generator.uses_text:
+                fuse_norms(unet)
+                fuse_gates(unet)
+                transformers_channels_last(unet)
         if accelerator.mixed_precision != "no":
             lora.leave_casts_to_autocast(unet)
         self.trained = lora.parameters(unet)
