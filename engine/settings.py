@@ -96,7 +96,7 @@ class Settings:
         kept = ("seed", "color", "background", "wrap", "quality", "lossless", "strip_metadata")
         tile = up.check_tiling(self.tile, self.batch)[0]
         return (
-            {"version": version(), "model": model, "backend": up.backend, "precision": up.manifest.precision}
+            {"version": _version(), "model": model, "backend": up.backend, "precision": up.manifest.precision}
             | {"tile": tile, **size}
             | {name: getattr(self, name) for name in kept}
         )
@@ -175,8 +175,7 @@ def lossless_of(target: Path) -> str:
     return row.lossless if row else "always"
 
 
-def version() -> str:
-    """Of this program."""
+def _version() -> str:
     from importlib import metadata
 
     try:

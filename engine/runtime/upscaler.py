@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Sink = Callable[[int, np.ndarray], object]
 SHIPPED = Path(__file__).parents[1] / "data" / "tiny"
+SCALES = (0.05, 64)  # least and largest
 MAX_OUTPUT_PIXELS = 1_000_000_000
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
@@ -297,8 +298,8 @@ def output_size(height: int, width: int, scale: float, max_pixels: int = MAX_OUT
     Raises:
         ValueError: a scale that is no positive number, or a result or an x4 of more than `max_pixels`.
     """
-    if not 0.05 <= scale <= 64:
-        raise ValueError(f"scale must be between 0.05 and 64; got {scale}")
+    if not SCALES[0] <= scale <= SCALES[1]:
+        raise ValueError(f"scale must be between {SCALES[0]} and {SCALES[1]}; got {scale}")
     size = max(round(height * scale), 1), max(round(width * scale), 1)
     largest = max(size[0] * size[1], 16 * height * width)
     if largest > max_pixels:

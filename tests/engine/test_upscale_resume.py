@@ -113,6 +113,7 @@ def test_sizes_that_people_ask_for(run, photo, tmp_path):
     [
         (["--scale", "2", "--width", "10"], "scale and width contradict each other"),
         (["--longest", "2", "--width", "10"], "longest goes with neither width nor height"),
+        (["--longest", "0"], "longest must be at least 1 pixel; got 0"),
         (["--width", "-1"], "width must be at least 1 pixel; got -1"),
         (["--background", "bluish"], "background must be a colour such as white"),
     ],
@@ -121,6 +122,12 @@ def test_sizes_and_colours_that_cannot_be(run, photo, tmp_path, options, message
     source = save(tmp_path / "in.png", photo[:8, :8])
     code, _, err = run(source, tmp_path / "o.png", *options)
     assert code == 2 and err.count("\n") == 1 and message in err
+
+
+def test_sides_that_ask_for_too_much_are_named(run, photo, tmp_path):
+    source = save(tmp_path / "in.png", photo[:8, :10])
+    code, _, err = run(source, tmp_path / "o.png", "--width", "100000")
+    assert code == 1 and "10x8 would be made 1e+04 times as large; 0.05 to 64 times is done" in err
 
 
 def test_a_side_is_met_exactly_whatever_the_input(tiny_engine):
