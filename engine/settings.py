@@ -96,7 +96,7 @@ class Settings:
         kept = ("seed", "color", "background", "wrap", "quality", "lossless", "strip_metadata")
         tile = up.check_tiling(self.tile, self.batch)[0]
         return (
-            {"version": _version(), "model": model, "backend": up.backend, "precision": up.manifest.precision}
+            {"version": version(), "model": model, "backend": up.backend, "precision": up.manifest.precision}
             | {"tile": tile, **size}
             | {name: getattr(self, name) for name in kept}
         )
@@ -175,7 +175,8 @@ def lossless_of(target: Path) -> str:
     return row.lossless if row else "always"
 
 
-def _version() -> str:
+def version() -> str:
+    """Of this program."""
     from importlib import metadata
 
     try:
