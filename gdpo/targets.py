@@ -23,7 +23,6 @@ def main() -> None:
     from gdpo.train.__main__ import ConfigFile
     from gdpo.train.config import NAOSDConfig
     from gdpo.train.options import several
-    from gdpo.train.teacher import SELF
 
     parser = Parser(prog="python -m gdpo.targets", description="Make the targets of NAOSD's teacher beforehand.")
     parser.add_argument("--config", action=ConfigFile, help="YAML file of `gdpo.train naosd`")
@@ -35,10 +34,8 @@ def main() -> None:
     config.validate()
     if not config.teacher.name:
         raise ValueError("teacher.name is empty: this config has no teacher, and needs no targets")
-    if config.teacher.name == SELF:
-        raise ValueError(
-            "teacher.name is self: the model's own pictures are made while it trains, there are none to make"
-        )
+    if config.teacher.is_generator:
+        raise ValueError(f"teacher.name is {config.teacher.name}, a generator: it draws while the other trains")
 
     import torch
     from tqdm import tqdm

@@ -8,9 +8,9 @@ A large teacher is slow, so `count` targets are made once and kept: each a funct
 seed, number), in a folder named by a hash of all of these. A step takes random windows of them. Missing ones are made
 when they are needed, or before: `python -m gdpo.targets --config F.yaml`.
 
-The model itself, as it was before training, may be the teacher (`name: self`): what it does with one kind of input is
-kept while it learns another (learning without forgetting; Li and Hoiem 2016, arXiv 1606.09282). It sees the generator's
-own input and noise, so nothing is stored.
+A generator may be the teacher, also the model itself as it was before training (`name: self`): what it does with one
+kind of input is kept while another is learned (learning without forgetting; Li and Hoiem 2016, arXiv 1606.09282). It
+sees the input and the noise of the one that is trained, so nothing is stored.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ class TeacherConfig:
     Args:
         name: real-esrgan-x4plus, real-esrgan-animevideov3 or realsr-df2k (python -m gdpo.assets real-esrgan realsr), a
             path: STEM of an ncnn network (STEM.param, STEM.bin), or a .pth or .safetensors file of an
-            architecture that the package spandrel knows. "self": the model before training, on every sample that `on`
-            names; share, noise, count, crop_size and cache have no effect then. Empty: no teacher.
+            architecture that the package spandrel knows. A model folder, or "self" for the model before training: the
+            teacher of every sample that `on` names; share, noise, count, crop_size and cache have no effect then.
+            Empty: no teacher.
         share: of the samples, that are taken from the targets; the others have the HR alone.
         weight: of the teacher's picture in the losses of such a sample, from 0 to 1; the HR has the rest.
         on: which presets of degradation.mix the targets are of: "degraded" (all but bicubic), "clean" (bicubic), "all".
@@ -68,13 +69,18 @@ class TeacherConfig:
     crop_size: int = 256
     cache: str = "data/targets"
 
+    @property
+    def is_generator(self) -> bool:
+        """Whether the teacher is one of this project's generators and not a network."""
+        return self.name == SELF or (Path(self.name) / "generator.json").is_file()
+
     def validate(self, crop_size: int) -> None:
         """Raise ValueError naming the option, what it must be, and what it is."""
         for name in ("share", "weight"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"teacher.{name} must be from 0 to 1; got {value}")
-        if self.name == SELF:
+        if self.is_generator:
             return
         if not 0 <= self.noise <= 0.2:
             raise ValueError(f"teacher.noise must be from 0 to 0.2 (of a picture in [0,1]); got {self.noise}")

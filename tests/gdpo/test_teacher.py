@@ -16,7 +16,9 @@ from accelerate import Accelerator
 
 from engine.io.images import Picture, write_image
 from gdpo.degradation import Degradation, DegradationConfig
+from gdpo.generator import OneStepGenerator
 from gdpo.model.ncnn import load_ncnn, network
+from gdpo.model.tiny import TinyUNetConfig
 from gdpo.photos.dataset import CropDataset, loader
 from gdpo.train.config import NAOSDConfig
 from gdpo.train.methods.naosd import NAOSD
@@ -205,6 +207,21 @@ def test_a_model_that_is_its_own_teacher_keeps_what_it_drew(world, on):
     shown[kept] = before[kept]
     assert torch.allclose(metrics["loss"], (now - shown).abs().mean(), atol=1e-5)
     assert 0 < len(kept) < 8 or on == "all"
+
+
+def test_the_generator_of_a_folder_may_teach(world, tmp_path):
+    shape = TinyUNetConfig(block_out_channels=(8, 16), layers_per_block=1)
+    other = OneStepGenerator.tiny(shape, seed=0)
+    torch.nn.init.constant_(other.unet.head.out.bias, 0.1)
+    other.save_pretrained(tmp_path / "other")
+    config = config_of(world, teacher=TeacherConfig(name=str(tmp_path / "other"), weight=1.0, on="all"))
+    config.validate()
+    method = NAOSD(config, Accelerator(cpu=True))
+    batch = next(iter(loader(CropDataset(config.data.folder, "train", 64), [[0, 1, 2, 3]], seed=0)))
+    assert float(method.step(batch, 0, lambda loss: None)["taught"]) == pytest.approx(0.1, abs=5e-3)  # decode clamps
+    OneStepGenerator.tiny(shape, t_noise=100).save_pretrained(tmp_path / "foreign")
+    with pytest.raises(ValueError, match=r"teacher\.name: .*foreign must have the parametrisation, t_noise"):
+        NAOSD(config_of(world, teacher=TeacherConfig(name=str(tmp_path / "foreign"))), Accelerator(cpu=True))
 
 
 def test_the_perceptual_distance_looks_at_a_share_of_the_degraded_samples(world):

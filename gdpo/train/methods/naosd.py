@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
+from gdpo.generator import OneStepGenerator
 from gdpo.model import lora
 from gdpo.photos.dataset import Batch
 from gdpo.randomness import moved, uniform
@@ -54,9 +55,9 @@ class NAOSD(Method):
             blocks = config.perceptual_blocks
             score = EnergyScore(blocks) if config.diversity else load_perceptual(config.perceptual, blocks)
             self.perceptual = score.to(accelerator.device)
-        self.targets = self.start = None
-        if config.teacher.name == SELF:
-            self.start = copy.deepcopy(self.generator).requires_grad_(False)
+        self.targets = self.own_teacher = None
+        if config.teacher.is_generator:
+            self.own_teacher = self._own_teacher()
         elif config.teacher.name:
             self.targets = Targets(
                 config.teacher, several(config.data.folder)[0], self.degrade, config.seed, accelerator.device
@@ -111,8 +112,8 @@ class NAOSD(Method):
             if taught is not None and grain is not None and config.teacher.noise:
                 noise[taught.rows] = with_grain(noise[taught.rows], grain.to(noise))
             many_text = None if text is None else text.repeat_interleave(config.num_noises, dim=0)
-            if self.start is not None:
-                taught = self._start_drew(batch, latents, noise, many_text)
+            if self.own_teacher is not None:
+                taught = self._own_teacher_drew(batch, latents, noise, many_text)
             x0 = generator.predict(latents, noise, many_text).x0
             restored = generator.decode(x0)
             loss, metrics = self._losses(restored.float(), hr, batch, taught, image.float())
@@ -129,12 +130,26 @@ class NAOSD(Method):
             metrics["vsd_fake"] = fake
         return {"loss": loss.detach(), **{k: v.detach() for k, v in metrics.items()}}
 
+    def _own_teacher(self) -> OneStepGenerator:
+        """A generator as the teacher, frozen: the model before training, or that of a folder."""
+        name, ours = self.config.teacher.name, self.generator
+        if name == SELF:
+            return copy.deepcopy(ours).requires_grad_(False)
+        teacher = OneStepGenerator.from_pretrained(name).merge_lora().requires_grad_(False)
+        kinds = [(g.parametrization, g.t_noise, g.codec.factor, g.codec.channels) for g in (teacher, ours)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"teacher.name: {name} must have the parametrisation, t_noise, factor and channels of the model that "
+                f"is trained, {', '.join(map(str, kinds[1]))}; got {', '.join(map(str, kinds[0]))}"
+            )
+        return teacher.to(self.accelerator.device).eval()
+
     @torch.no_grad()
-    def _start_drew(
+    def _own_teacher_drew(
         self, batch: Batch, latents: torch.Tensor, noise: torch.Tensor, text: torch.Tensor | None
     ) -> Taught | None:
-        """What the model made of the same input and noise before training, of the samples that teacher.on names."""
-        assert self.start is not None
+        """What a generator as teacher makes of the same input and noise, of the samples that teacher.on names."""
+        assert self.own_teacher is not None
         on, seed = self.config.teacher.on, self.config.seed
         clean = [
             i not in batch.real and self.degrade.preset_of(seed, s) == "bicubic" for i, s in enumerate(batch.samples)
@@ -142,8 +157,8 @@ class NAOSD(Method):
         rows = [i for i, c in enumerate(clean) if on == "all" or c == (on == "clean")]
         if not rows:
             return None
-        x0 = self.start.predict(latents[rows], noise[rows], None if text is None else text[rows]).x0
-        return Taught(rows, self.start.decode(x0).float())
+        x0 = self.own_teacher.predict(latents[rows], noise[rows], None if text is None else text[rows]).x0
+        return Taught(rows, self.own_teacher.decode(x0).float())
 
     def _losses(
         self,
