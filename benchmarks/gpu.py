@@ -149,7 +149,8 @@ def _own(name: str) -> Callable[[Run], list[str]]:
 
 
 TESTED = {"test-loss": "gdpo_loss", "test-statistics": "attribute_statistics", "test-complexity": "attribute_ratios",
-          "test-reward": "attribute_reward", "test-norm": "group_norm"}  # fmt: skip
+          "test-reward": "attribute_reward", "test-norm": "group_norm", "test-gate": "geglu",
+          "test-residual": "residual_sum"}  # fmt: skip
 FIRST = ("environment",)  # refuses a torch without CUDA
 MODEL = (*FIRST, "model")
 STEP_TESTED = tuple(TESTED)

@@ -29,15 +29,27 @@ from torch import Tensor
 
 from engine.io import cli
 from engine.io.rows import ROOT, append_row, require_clean
-from gdpo.kernels import attribute_ratios, attribute_reward, attribute_statistics, complexity, gdpo_loss, group_norm
+from gdpo.kernels import (
+    attribute_ratios,
+    attribute_reward,
+    attribute_statistics,
+    complexity,
+    gdpo_loss,
+    geglu,
+    group_norm,
+    residual_sum,
+)
 
-# [B,G,C,H,W] of latents; [B,G,side] and [B,side] of pictures; [B,G,F,P] of scores; [B,C,side] of features
+# [B,G,C,H,W] of latents; [B,G,side] and [B,side] of pictures; [B,G,F,P] of scores; [B,C,side] of features; [B,L,C] of
+# tokens
 FULL: dict[str, list[tuple[int, ...]]] = {
     "gdpo_loss": [(1, 6, 4, 64, 64), (4, 6, 4, 64, 64), (16, 16, 4, 128, 128)],
     "attribute_statistics": [(1, 6, 512), (4, 6, 512), (16, 16, 1024)],
     "attribute_ratios": [(1, 512), (16, 512), (1, 1024), (16, 1024)],
     "attribute_reward": [(1, 6, 1, 2), (16, 16, 1, 2)],
     "group_norm": [(1, 320, 64), (1, 128, 512), (8, 128, 512)],  # of the UNet, of the decoder
+    "geglu": [(1, 4096, 1280), (6, 4096, 1280)],
+    "residual_sum": [(1, 128, 512), (8, 128, 512)],
 }
 MINIATURE: dict[str, list[tuple[int, ...]]] = {
     "gdpo_loss": [(1, 2, 4, 8, 8)],
@@ -45,9 +57,11 @@ MINIATURE: dict[str, list[tuple[int, ...]]] = {
     "attribute_ratios": [(1, 24)],
     "attribute_reward": [(2, 3, 1, 2)],
     "group_norm": [(1, 32, 8)],
+    "geglu": [(1, 4, 8)],
+    "residual_sum": [(1, 32, 8)],
 }
 TESTS = {"gdpo_loss": "loss", "attribute_statistics": "statistics", "attribute_ratios": "complexity",
-         "attribute_reward": "reward", "group_norm": "norm"}  # fmt: skip
+         "attribute_reward": "reward", "group_norm": "norm", "geglu": "gate", "residual_sum": "residual"}  # fmt: skip
 
 
 @dataclass
@@ -147,12 +161,42 @@ def norm_case(size: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
     return Case("group_norm", size, dtype, call, {"forward": 3 * nbytes(x)})
 
 
+def geglu_case(size: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
+    b, length, c = size
+    x = torch.randn(b, length, 2 * c, device=device).to(dtype).requires_grad_()
+
+    def call(backend: str) -> tuple[Tensor]:
+        if backend == "torch":  # as diffusers does it
+            hidden, gates = x.chunk(2, -1)
+            return (hidden * F.gelu(gates),)
+        return (geglu(x, backend=backend),)
+
+    half = nbytes(x) // 2
+    return Case("geglu", size, dtype, call, {"forward": 3 * half, "backward": 5 * half, "both": 8 * half}, x)
+
+
+def residual_case(size: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
+    b, c, side = size
+    features = (torch.randn(b, c, side, side, device=device) for _ in range(2))
+    x, h = (t.to(dtype, memory_format=torch.channels_last) for t in features)
+    bias = torch.randn(c, device=device)
+
+    def call(backend: str) -> Tensor:
+        if backend == "torch":
+            return x + (h + bias.to(dtype)[:, None, None])
+        return residual_sum(x, h, bias, backend=backend)[0]
+
+    return Case("residual_sum", size, dtype, call, {"forward": 3 * nbytes(x)})
+
+
 CASES: dict[str, Callable[..., Case]] = {
     "gdpo_loss": loss_case,
     "attribute_statistics": statistics_case,
     "attribute_ratios": ratios_case,
     "attribute_reward": reward_case,
     "group_norm": norm_case,
+    "geglu": geglu_case,
+    "residual_sum": residual_case,
 }
 
 
@@ -276,8 +320,8 @@ def modes(case: Case, call: Callable[[], Any]) -> Iterator[tuple[str, Callable[[
     yield "forward", call
     if (pred := case.pred) is not None:
         value = call()[0]
-        yield "backward", lambda: torch.autograd.grad(value, pred, retain_graph=True)
-        yield "both", lambda: torch.autograd.grad(call()[0], pred)
+        yield "backward", lambda: torch.autograd.grad(value, pred, torch.ones_like(value), retain_graph=True)
+        yield "both", lambda: torch.autograd.grad(call()[0], pred, torch.ones_like(value))
 
 
 @torch.no_grad()

@@ -244,7 +244,7 @@ def _group_norm_apply_kernel(
 
 
 TILE = 4096  # elements a tile, with 8 warps
-SMALL = 16384  # elements of a group, rounded up, that one program keeps in registers
+SMALL = 16384  # elements of a group, rounded up, that one program keeps in registers; half with a gradient beside
 BUSY = 1024  # programs that keep a GPU busy
 
 
@@ -286,7 +286,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor | None]:
     """x [N,C,...] -> the same shape, channels-last, and a plane's coefficients [N,3,C] where it is split over programs.
 
-    With grad, and those coefficients: the gradient of x instead.
+    With grad, and those coefficients if there were any: the gradient of x instead.
     """
     x = x.movedim(1, -1).contiguous()
     upstream = x if grad is None else grad.movedim(1, -1).contiguous()
@@ -296,24 +296,25 @@ def _launch(
     shifted, shift = shift is not None, bias if shift is None else shift.contiguous()
     height, width = power_of_two(length), power_of_two(per_group)
     with torch.cuda.device_of(x):
-        if height * width <= SMALL:
-            warps = min(max(height * width // (1024 if grad is None else 512), 1), 16 if grad is None else 32)
+        if height * width <= (SMALL if grad is None else SMALL // 2):
+            warps = min(max(height * width // (1024 if grad is None else 512), 1), 16)
             _group_norm_small_kernel[(groups, images)](
                 upstream, x, weight, bias, shift, out, length, eps, CHANNELS=channels, PER_GROUP=per_group,
                 ROWS=height, COLUMNS=width, SILU=silu, SHIFTED=shifted, BACKWARD=grad is not None,
-                **options(warps, registers=128 if warps < 32 else 64),
+                **options(warps, registers=128),
             )  # fmt: skip
             return out.movedim(-1, 1), None
         rows, columns, steps = _tiling(images, length, channels)
         chunks = -(-length // (rows * steps))
         grid, each = (chunks, -(-channels // columns), images), {"ROWS": rows, "COLUMNS": columns, "STEPS": steps}
-        if grad is None:
+        if coefficient is None:
             partial = _statistics(x)[1] if statistics is None else statistics
             coefficient = x.new_empty(images, 3, channels, dtype=torch.float32)
             _group_norm_reduce_kernel[(groups, images)](
                 partial, weight, shift, coefficient, length, channels, per_group, chunks, rows * steps, eps,
                 COLUMNS=width, BLOCK=1024, SHIFTED=shifted, **options(8),
             )  # fmt: skip
+        if grad is None:
             _group_norm_apply_kernel[grid](
                 x, coefficient, bias, out, length, channels, **each, SILU=silu, **options(8)
             )  # fmt: skip

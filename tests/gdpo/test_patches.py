@@ -61,6 +61,8 @@ def test_each_patch_changes_roundings_alone(mini_sd):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4, msg=f"diffusers_patches.{patch}")
 
     modules = lambda kind: sum(isinstance(m, kind) for p in (patched.unet, patched.codec) for m in p.modules())  # noqa: E731
+    training_patches.keep_and_fold_upsampling(patched.codec)
+    check(modules(training_patches._Upsampling), "keep_and_fold_upsampling")
     for part in (patched.unet, patched.codec):
         patches.norms_in_own_precision(part)
     check(modules(patches._GroupNorm), "norms_in_own_precision")
@@ -73,10 +75,29 @@ def test_each_patch_changes_roundings_alone(mini_sd):
     for part in (patched.unet, patched.codec):
         patches.fuse_norms(part)
     check(modules(patches.FusedGroupNorm), "fuse_norms")
+    for part in (patched.unet, patched.codec):
+        patches.skip_divisions(part)
+        patches.fuse_residuals(part)
+    own = [m for p in (patched.unet, patched.codec) for m in p.modules() if hasattr(m, "added")]
+    check(len(own), "fuse_residuals")
+    assert all(m.added.any() for m in own) and all(m.conv2.bias is not None for m in own)  # and they are saved
     patches.fuse_gates(patched.unet)
     check(sum(type(m).__name__ == "GEGLU" and "forward" in vars(m) for m in patched.unet.modules()), "fuse_gates")
-    training_patches.keep_and_fold_upsampling(patched.codec)
-    check(modules(training_patches._Upsampling), "keep_and_fold_upsampling")
+
+
+@torch.no_grad()
+def test_a_constant_time_is_not_scaled_by_doras_magnitudes(mini_sd):
+    """DoRA takes a layer's own bias off again, and would keep what is added with it."""
+    generator = OneStepGenerator.from_pretrained(mini_sd)
+    lora.add(generator.unet, 2, ["conv1"], dora=True)
+    for name, p in lora.parameters(generator.unet).items():
+        if "magnitude" in name:
+            p.mul_(1.5)
+    latents, noise = (torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    expected = generator.predict(latents, noise).x0
+    training_patches.constant_time(generator.unet, generator.t_diffusion)
+    patches.fuse_norms(generator.unet)
+    torch.testing.assert_close(generator.predict(latents, noise).x0, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_lora_layers_have_what_is_switched(mini_sd):

@@ -171,6 +171,12 @@ def test_the_gradient_of_the_features(way, shape, dtype, request):
     check_gradient(problem(*shape, dtype), shift=torch.linspace(-2, 2, shape[1], device=DEVICE).to(dtype))
 
 
+def test_a_group_too_large_for_registers_with_its_gradient_beside(monkeypatch):
+    monkeypatch.setattr(norm, "SMALL", 64 * 16)  # exactly the group of this problem
+    monkeypatch.setattr(norm, "_tiling", lambda *_: (16, 32, 2))
+    check_gradient(problem(2, 40, 7, 9, 4), shift=torch.linspace(-2, 2, 40, device=DEVICE))
+
+
 @pytest.mark.parametrize("way", ["small", "split"])
 def test_the_gradient_is_the_same_at_each_run_and_finite_where_silu_is_flat(way, request):
     if way == "split":

@@ -51,6 +51,11 @@ def test_any_order_in_memory():
     assert torch.equal(check(a.contiguous(), strided(b), shift), check(a, b, shift))
 
 
+def test_runs_are_equal():
+    args = problem((2, 40, 7, 10))
+    assert all(map(torch.equal, *(residual_sum(*args, backend="triton") for _ in range(2))))
+
+
 def test_a_small_plane_takes_its_own_statistics(monkeypatch):
     a, b, shift = problem((2, 12, 6, 5))
     fused, statistics = residual_sum(a, b, shift, backend="triton")
