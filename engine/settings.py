@@ -56,6 +56,8 @@ class Settings:
         for name, side in sides.items():
             if side < 1:
                 raise ValueError(f"{name} must be at least 1 pixel; got {side}")
+            if side > MAX_OUTPUT_PIXELS:
+                raise ValueError(f"{name} must be at most {MAX_OUTPUT_PIXELS} pixels")
         if not 1 <= settings.quality <= 100:
             raise ValueError(f"quality must be 1 to 100; got {settings.quality}")
         if not 0 <= settings.seed < 1 << 64:

@@ -69,6 +69,7 @@ def main() -> int:
     from engine.serve.app import create_app
     from engine.serve.batches import SharedUpscaler
     from engine.serve.metrics import Metrics
+    from engine.serve.protocol import protocol
     from engine.serve.work import Limits
 
     listener = listen(options.host, options.port)
@@ -112,8 +113,8 @@ def main() -> int:
             return await super().on_tick(counter)
 
     config = uvicorn.Config(
-        app, http="h11", ws="none", log_level="error", access_log=False, server_header=False, timeout_keep_alive=30,
-        timeout_graceful_shutdown=5, limit_concurrency=1024,
+        app, http=protocol(limits.body_seconds), ws="none", log_level="error", access_log=False, server_header=False,
+        timeout_keep_alive=30, timeout_graceful_shutdown=5, limit_concurrency=1024,
     )  # fmt: skip
     host, port = listener.getsockname()[:2]
     say(f"{ups[0].backend}: listening on http://{f'[{host}]' if ':' in host else host}:{port} (documentation: /docs)")

@@ -83,8 +83,9 @@ class Guard:
     def _admit(self, headers: Headers) -> None:
         """Judge a request by its headers."""
         if self.token is not None:
-            given = headers.get("authorization", "").encode()
-            if not hmac.compare_digest(given, f"Bearer {self.token}".encode()):
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            same = hmac.compare_digest(given.strip().encode("latin-1"), self.token.encode())  # bytes as they came
+            if scheme.lower() != "bearer" or not same:
                 raise Refused(401, "send the service's token: Authorization: Bearer TOKEN")
         if self.state.stopping:
             raise Refused(503, "the service is stopping; send it again", 5)

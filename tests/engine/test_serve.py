@@ -167,7 +167,7 @@ def bad_requests(service) -> list:
     sent = [(what, right, lambda c=c: service.post(c).status_code) for what, right, c in cases]
     fields = [{"seed": -1}, {"seed": "x"}, {"scale": 1000}, {"scale": "nan"}, {"scale": 2, "width": 9}, {"tile": 7},
               {"tile": 99_999}, {"color": "sepia"}, {"format": "exe"}, {"quality": 0}, {"background": "no"},
-              {"sede": 3}, {"longest": -4}, {"wrap": "up"}]  # fmt: skip
+              {"sede": 3}, {"longest": -4}, {"wrap": "up"}, {"width": "9" * 400}]  # fmt: skip
     sent += [(str(f), {422}, lambda f=f: service.post(good, **f).status_code) for f in fields]
     sent += [
         ("result too large", {413}, lambda: service.post(black, scale=64).status_code),
@@ -186,6 +186,9 @@ def bad_requests(service) -> list:
          chunk(part) + 40 * chunk(bytes(65536)))),
         *[(f"slow body {i}", {408}, lambda: raw(service, f"{slow}\n", part, 0.3)) for i in (1, 2)],
         ("body never comes", {408}, lambda: raw(service, f"{slow}\n", part)),
+        ("headers never end", {408}, lambda: raw(service, post)),
+        ("slow headers", {408, 0}, lambda: raw(service, post, 30 * b"X: a\r\n", 0.3)),
+        ("nothing comes", {408}, lambda: raw(service, "")),
     ]  # fmt: skip
     return sent
 
@@ -237,9 +240,17 @@ def test_a_token_is_asked_for_pictures_alone(folders):
         content = encoded(cropped(1))
         url, files = f"{running.url}/v1/upscale", {"image": ("a.png", content)}
         assert running.post(content).status_code == 401
-        for token, code in (("wrong", 401), ("sécret".encode().decode("latin-1"), 401), ("secret", 200)):
-            headers = {"Authorization": f"Bearer {token}"}
-            assert requests.post(url, files=files, headers=headers, timeout=30).status_code == code
+        sent = (
+            "Bearer wrong",
+            "Bearer sécret".encode(),
+            "Bearer",
+            "secret",
+            "Basic secret",
+            "Bearer secret",
+            "bearer secret",
+        )
+        given = [requests.post(url, files=files, headers={"Authorization": s}, timeout=30).status_code for s in sent]
+        assert given == [401] * 5 + [200] * 2
         assert requests.get(f"{running.url}/metrics", timeout=30).status_code == 200
 
 
