@@ -42,6 +42,7 @@ DEFAULT_SCHEDULE = {
 }
 # (t_noise, t_diffusion): the paper's for Stable Diffusion; the tiny preset sees a clean copy beside and needs less.
 TIMESTEPS = {"epsilon": (250, 100), "residual": (60, 50)}
+NO_NOISE = -1  # as t_noise: none is added; the cumulative product before the first step is 1
 
 
 class Prediction(NamedTuple):
@@ -107,11 +108,12 @@ class OneStepGenerator(nn.Module):
         self.t_noise = default_noise if t_noise is None else int(t_noise)
         self.t_diffusion = default_diffusion if t_diffusion is None else int(t_diffusion)
         cumprod = alphas_cumprod(self.schedule)
-        for name, t in (("t_noise", self.t_noise), ("t_diffusion", self.t_diffusion)):
-            if not 0 <= t < len(cumprod):
-                raise ValueError(f"{name} must be in [0, {len(cumprod) - 1}]; got {t}")
+        for name, t, least in (("t_noise", self.t_noise, NO_NOISE), ("t_diffusion", self.t_diffusion, 0)):
+            if not least <= t < len(cumprod):
+                raise ValueError(f"{name} must be in [{least}, {len(cumprod) - 1}]; got {t}")
         self.alphas_cumprod = cumprod
-        self.a_n, self.a_d = float(cumprod[self.t_noise]), float(cumprod[self.t_diffusion])
+        self.a_n = 1.0 if self.t_noise == NO_NOISE else float(cumprod[self.t_noise])
+        self.a_d = float(cumprod[self.t_diffusion])
         self.b_n, self.b_d = 1 - self.a_n, 1 - self.a_d
         self.prompt, self.prompt_encoder = prompt, prompt_encoder
         self.prompt_embeds: torch.Tensor | None
