@@ -87,6 +87,9 @@ def main() -> int:
     manifests.load(folder)
     source, keys = source_of(_absolute(options.input), options.root and _absolute(options.root))
     out = Storage(_absolute(options.output))
+    for storage in (source, out):
+        if not storage.shared:
+            raise ValueError(f"{storage.url}: is in the memory of one process alone; others would not see it")
     if out.holds(source.root, source):
         raise ValueError(f"{options.output}: the pictures are in it; give another output")
     work = Work(

@@ -17,6 +17,7 @@ from engine.bulk.notes import Notes
 from engine.bulk.storage import Storage
 from engine.io.files import sha256
 from engine.io.images import MAX_BYTES, read_image
+from engine.io.journal import FileState
 from engine.runtime.upscaler import Upscaler, default_model
 from engine.settings import Settings
 from engine.worker import model_identity
@@ -141,7 +142,7 @@ class Enlarger:
                 source.write_bytes(content)
         elif not source.exists():
             self._read(key)  # says why
-        digest = sha256(source)
+        digest = FileState.of(source).sha256
         with self._storing():
             there = self._out.exists(output)  # by a run that was killed before its row was written, or by others
             if there and self._out.local:

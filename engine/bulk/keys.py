@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import posixpath
@@ -61,11 +62,10 @@ def source_of(text: str, root: str | None = None) -> tuple[Storage, Keys]:
         return place, lambda out: _listed(text, place)
     if root is not None:
         raise ValueError(f"--root goes with a .parquet or .csv file of keys; got {text}")
-    wild = [text.index(c) for c in "*?[" if c in text]
-    if wild:
+    place, wild = Storage(text), [text.index(c) for c in "*?[" if c in text]
+    if wild and not (place.local and place.fs.isdir(place.root)):  # a folder may be called "photos [2024]"
         place = Storage(posixpath.dirname(text[: min(wild)]) or ".")
         return place, lambda out: _matching(text, place, out)
-    place = Storage(text)
     return place, lambda out: _below(place, out)
 
 
@@ -73,7 +73,11 @@ def _below(place: Storage, out: Storage) -> Iterator[str]:
     """Keys of the pictures in a folder and its sub-folders, one sub-folder after the other."""
     with named(place.url):
         if place.local and not place.fs.isdir(place.root):
-            raise FileNotFoundError(2, "no such folder")
+            if place.fs.exists(place.root):
+                raise NotADirectoryError(
+                    errno.ENOTDIR, "is a file; give a folder, a pattern, or a list of keys (.csv, .parquet)"
+                )
+            raise FileNotFoundError(errno.ENOENT, "no such folder")
         for folder, folders, files in place.fs.walk(place.root, on_error="raise"):
             if out.holds(folder, place):
                 folders.clear()  # of a list or a dict: what is taken out is not entered
@@ -93,7 +97,8 @@ def _listed(file: str, place: Storage) -> Iterator[str]:
     """Keys of a column, a part of the file at a time. A key may be written as a whole URL or path."""
     import fsspec
 
-    prefixes = (f"{place.url.rstrip('/')}/", f"{place.root.rstrip('/')}/")
+    names = (place.url, place.root, place.fs.unstrip_protocol(place.root))
+    prefixes = [f"{name.rstrip('/')}/" for name in names]
     with named(file):
         opened = fsspec.open(file, "rb").open()
     with opened:
@@ -109,6 +114,8 @@ def _csv(file: str, opened: Any) -> Iterator[str]:
             yield from (row["key"] or "" for row in rows)
         except UnicodeDecodeError:
             raise ValueError(f"{file}: not a text file in UTF-8") from None
+        except csv.Error as error:
+            raise ValueError(f"{file}: not a CSV file ({error})") from None
 
 
 def _parquet(file: str, opened: Any) -> Iterator[str]:

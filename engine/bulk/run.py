@@ -79,6 +79,8 @@ def run(
                 with _progress(ray, board, total, quiet):
                     for chunk in batches(spooled(wanted), max(part, PART_OF_A_WORKER * workers)):
                         claim.check()
+                        listed, chunk = len(chunk), list(dict.fromkeys(chunk))
+                        summary["skipped"] += listed - len(chunk)  # a list may name a picture twice
                         size = max(1, min(BLOCK, len(chunk) // (_SHARES * workers)))
                         pipeline = _pipeline(
                             ray, list(batches(iter(chunk), size)), enlarger, (work, board), machines, workers

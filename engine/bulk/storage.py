@@ -49,6 +49,13 @@ class Storage:
         protocol = self.fs.protocol
         self._protocols = {protocol} if isinstance(protocol, str) else set(protocol)
         self.local = "file" in self._protocols
+        if self.local:
+            self.url = self.root  # one place, one name: /a, /a/ and file:///a
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes see it."""
+        return "memory" not in self._protocols
 
     def path(self, key: str) -> str:
         """Where a key is, as its file system writes it."""

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import time
 
 import numpy as np
@@ -80,6 +81,9 @@ def test_a_result_has_the_bytes_of_the_command_line(tmp_path, work, wanted, sour
     assert {row["status"] for row in (bad, absent, outside)} == {"failed"}
     assert bad["error"].startswith("not a picture of a kind that is read") and "\n" not in bad["error"]
     assert "No such file" in absent["error"] and "must be a path below" in outside["error"]
+    if source == "local":
+        os.mkfifo(tmp_path / "in" / "pipe.png")  # which would never end
+        assert "not a regular file" in enlarger.make("pipe.png")["error"]
 
 
 def test_a_result_whose_row_was_lost_is_taken_as_it_is_where_a_note_proves_it(tmp_path, work, monkeypatch):
@@ -207,11 +211,13 @@ def test_keys_of_folders_and_files(tmp_path):
 
     assert keys(root) == ["a.jpg", "b/c.png"]
     assert keys(root / "*.jpg") == ["a.jpg"] and keys(root / "**" / "*.png") == ["b/c.png"]
-    (root / "keys.csv").write_text(f"key\na.jpg\n{root}/b/c.png\n")
+    (root / "keys.csv").write_text(f"key\nfile://{root}/a.jpg\n{root}/b/c.png\n")
     pq.write_table(pa.table({"key": ["a.jpg", "b/c.png"]}), root / "keys.parquet")
     pq.write_table(pa.table({"key": ["c.png"]}), tmp_path / "keys.parquet")
     assert keys(root / "keys.csv") == keys(root / "keys.parquet") == ["a.jpg", "b/c.png"]
     assert keys(tmp_path / "keys.parquet", str(root / "b")) == ["c.png"]
+    root.rename(tmp_path / "in [1]")  # a folder rather than a pattern
+    assert keys(tmp_path / "in [1]") == ["a.jpg", "b/c.png", "out/a.jpg"]
     spool(iter(["a", "ü\n"]), tmp_path / "spooled")
     assert list(spooled(tmp_path / "spooled")) == ["a", "ü\n"]
 
@@ -222,6 +228,7 @@ def test_keys_of_folders_and_files(tmp_path):
         ("none.csv", b"name\na.jpg\n", "no column key; its columns: name"),
         ("empty.csv", b"", "no column key"),
         ("binary.csv", b"key\n\xff\xfe\n", "not a text file in UTF-8"),
+        ("long.csv", b'key\n"' + bytes(200_000), "not a CSV file"),
         ("none.parquet", b"PAR1 no", "not a parquet file"),
     ],
 )
@@ -236,6 +243,9 @@ def test_places_that_cannot_be_reached(tmp_path):
         source_of("nowhere://x")
     with pytest.raises(FileNotFoundError, match=r"no such folder.*absent"):
         list(source_of(str(tmp_path / "absent"))[1](Storage(str(tmp_path))))
+    (tmp_path / "a.png").touch()
+    with pytest.raises(NotADirectoryError, match="is a file; give a folder"):
+        list(source_of(str(tmp_path / "a.png"))[1](Storage(str(tmp_path / "out"))))
     with pytest.raises(ValueError, match="--root goes with"):
         source_of(str(tmp_path), str(tmp_path))
 

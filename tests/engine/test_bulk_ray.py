@@ -83,6 +83,7 @@ def test_a_folder_on_this_machine(tmp_path):
         ("absent", "out", [], 2, "absent: no such folder"),
         ("empty", "out", [], 2, "empty: no pictures there"),
         ("in", "/proc/out", [], 2, "/proc/out/.gdpo-bulk/claim.json: "),
+        ("memory://x", "out", [], 2, "memory://x: is in the memory of one process alone"),
         ("s3://bucket/x" if not find_spec("s3fs") else "nowhere://x", "out", [], 2, "://"),
         ("webhdfs://127.0.0.1:1/x", "out", [], 1, "webhdfs://127.0.0.1:1/x: "),  # nobody is there
         ("in", "in", [], 2, "the pictures are in it; give another output"),
@@ -95,6 +96,14 @@ def test_what_cannot_be_begun_is_one_line(tmp_path, source, out, options, code, 
     places = [text if "://" in text else tmp_path / text for text in (source, out)]
     found, _, err = run(*places, *options)
     assert (found, err.count("\n"), err[:7]) == (code, 1, "error: ") and message in err, err
+
+
+def test_a_list_that_names_a_picture_twice(tmp_path):
+    crops(tmp_path / "in", 2, 0)
+    (tmp_path / "keys.csv").write_text("key\nd0/0000.png\nd1/0001.png\nd0/0000.png\n")
+    code, summary, err = run(tmp_path / "keys.csv", tmp_path / "out", "--root", f"file://{tmp_path / 'in'}")
+    assert (code, summary["keys"], summary["skipped"], summary["done"], summary["failed"]) == (0, 3, 1, 2, 0), err
+    assert hashes(tmp_path / "out").keys() == {"d0/0000.png", "d1/0001.png"}
 
 
 def test_two_runs_into_one_output(tmp_path):
