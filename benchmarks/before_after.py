@@ -21,7 +21,7 @@ from typing import IO, Literal
 from jsonargparse.typing import PositiveInt
 
 from engine.io import cli
-from engine.io.rows import ROOT, append_row, require_clean
+from engine.io.rows import ROOT, append_row, commit, require_clean
 from gdpo.model.random_folder import build_folder
 
 BACKENDS = ("torch", "torch-bf16", "onnxruntime")
@@ -90,7 +90,7 @@ def main() -> int:
     args = parser.parse_args()
     if not args.dry:
         require_clean()
-    before = subprocess.run(["git", "rev-parse", "HEAD"], cwd=args.tree, capture_output=True, text=True).stdout.strip()
+    before, _ = commit(args.tree)
     with tempfile.TemporaryDirectory() as temporary:
         folder = build_folder(Path(temporary) / args.size, args.size)
         for backend in args.backends:

@@ -20,7 +20,7 @@ import torch
 from jsonargparse.typing import PositiveInt
 
 from engine.io import cli
-from engine.io.rows import ROOT, append_row, require_clean
+from engine.io.rows import ROOT, append_row, commit, require_clean
 from gdpo.model.random_folder import build_folder
 
 CASES = ("picture", "step")
@@ -57,7 +57,7 @@ def main() -> int:
     args = parser.parse_args()
     if not args.dry:
         require_clean()
-    code = subprocess.run(["git", "rev-parse", "HEAD"], cwd=args.tree, capture_output=True, text=True).stdout.strip()
+    code, _ = commit(args.tree)
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         build_library(work)
