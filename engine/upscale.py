@@ -1,4 +1,7 @@
-"""Upscale pictures: `python -m engine.upscale IN... OUT`."""
+"""Upscale pictures: `python -m engine.upscale IN... OUT`.
+
+Options that decide how a picture is made are fields of `engine.settings.Settings` as well.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""EXIF in a TIFF, whose own directories hold what other formats keep in a block."""
+"""EXIF in a TIFF, whose own directories hold what other formats keep in a block. Pixels: `codecs/tiff.py`."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Every score by its name: what it measures, which way is better, how it is computed. Rewards and columns are of these.
+"""Every score by its name: what it measures, which way is better, how it is computed. Training takes rewards from here, evaluation columns.
 
 A score is "fidelity" when it compares with the HR picture and "perceptual" when it does not (region_detail, which
 compares the amount of detail, counts as perceptual). The kind decides the weight in the attribute-aware reward:
 fidelity counts by the smooth share of the picture, perceptual by the textured share (paper, section 3.3).
 
-To add a score, add an entry to SCORES.
+To add a score, add a row to SCORES; the functions themselves are in gdpo.scores.metrics.
 """
 
 from __future__ import annotations

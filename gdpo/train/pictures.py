@@ -1,4 +1,4 @@
-"""Before/after sheets and training curves, as PNG."""
+"""Before/after sheets and training curves, as PNG; `gdpo.evaluate` draws its own in gdpo.evaluation.report."""
 
 from __future__ import annotations
 
