@@ -1,4 +1,6 @@
-"""Every score by its name: what it measures, which way is better, how it is computed. Training takes rewards from here, evaluation columns.
+"""Every score by its name: what it measures, which way is better, how it is computed.
+
+The rewards of training and the columns of an evaluation are chosen from these.
 
 A score is "fidelity" when it compares with the HR picture and "perceptual" when it does not (region_detail, which
 compares the amount of detail, counts as perceptual). The kind decides the weight in the attribute-aware reward:
