@@ -27,23 +27,23 @@ RESULTS = Path(os.environ.get("GDPO_RESULTS") or ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "triton", "numpy", "diffusers", "onnxruntime", "openvino", "opencv-python-headless")
 
 
-def _output(*command: str, folder: Path = ROOT) -> str | None:
+def _output(*command: str, folder: Path | None = None) -> str | None:
     """What a command prints, or None where it cannot run."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=30, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder or ROOT, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
 
 
-def commit(tree: Path = ROOT) -> tuple[str, bool | None]:
-    """(commit, dirty): the commit of a checkout, and whether files beside the results differ from it.
+def commit(tree: Path | None = None) -> tuple[str, bool | None]:
+    """(commit, dirty): the commit of a checkout (None: of this tree), and whether files beside the results differ from it.
 
     dirty is None where no git checkout can tell (GDPO_COMMIT for this tree, or "unknown").
     """
     head = _output("git", "rev-parse", "HEAD", folder=tree)
     if head is None:
-        return os.environ.get("GDPO_COMMIT", "unknown") if tree == ROOT else "unknown", None
+        return os.environ.get("GDPO_COMMIT", "unknown") if tree in (None, ROOT) else "unknown", None
     changed = _output("git", "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results", folder=tree)
     return head, changed is None or changed != ""
 
