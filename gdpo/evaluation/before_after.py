@@ -5,7 +5,7 @@
 Both are the same folder: "before" is the model with its LoRA off. For every crop, N noises are drawn once and given to
 both; the 2N samples form one group, scored as in training (min-max inside the group, weighted by the smooth and the
 textured share). Reported: the mean difference of that reward with its standard error and its 95% bootstrap interval
-over crops, the raw scores, the two artefact figures (lower is better), and a sheet.
+over crops, the raw scores, scores that training did not optimise (`metrics`), and a sheet.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from gdpo.generator import OneStepGenerator
 from gdpo.photos.dataset import CropDataset, loader
 from gdpo.photos.folder import read_jsonl
 from gdpo.scores.group import GroupReward, Normalization
-from gdpo.scores.metrics import grid_artefact, lattice_artefact, oversharpening
+from gdpo.scores.registry import SCORES, PerPicture, Unavailable
 from gdpo.scores.rewards import build_rewards
 from gdpo.train.gain import compare
 from gdpo.train.pictures import sheet
+
+_TELLTALE = ("grid_artefact", "lattice_artefact", "oversharpening", "brisque")
 
 
 @dataclass
@@ -48,6 +50,7 @@ class Options:
         rho: "auto", or the share by which fidelity counts.
         texture_threshold: complexity above which a patch counts as texture.
         preset: of the degradation.
+        metrics: further scores, by name; "auto" is the artefact figures, and BRISQUE where its package is installed.
         seed: of degradation and noise; not a training seed.
         write_rows: append the result to benchmarks/results/gdpo_gain.jsonl.
     """
@@ -64,6 +67,7 @@ class Options:
     rho: float | Literal["auto"] = "auto"
     texture_threshold: float = 50.0
     preset: str = "realesrgan"
+    metrics: tuple[str, ...] = ("auto",)
     seed: int = 20_000
     write_rows: bool = False
 
@@ -83,6 +87,7 @@ def measure(generator: OneStepGenerator, o: Options) -> dict[str, float]:
     degrade = Degradation(DegradationConfig(preset=o.preset))  # type: ignore[arg-type]
     rewards = build_rewards(list(o.reward_funcs))
     reward = GroupReward(rewards, o.reward_weights, o.reward_normalization, o.rho, o.texture_threshold)
+    metrics = {name: score for name, score in load_metrics(o.metrics).items() if name not in o.reward_funcs}
     dataset = CropDataset(o.data, "val", o.crop_size)
     if o.crops > len(dataset):
         raise ValueError(f"crops must be at most {len(dataset)}, the held-out crops of {o.data}; got {o.crops}")
@@ -99,9 +104,9 @@ def measure(generator: OneStepGenerator, o: Options) -> dict[str, float]:
             generator, bicubic, hr, reward, samples=batch.samples, seed=o.seed, noises=o.noises
         )  # fmt: skip
         scores = {name: values[0] for name, values in compared.scores.items()}
-        for artefact in (grid_artefact, lattice_artefact, oversharpening):
-            pair = torch.cat([compared.before, compared.after]).clamp(-1, 1) / 2 + 0.5
-            scores[artefact.__name__] = artefact(pair.float(), batch.hr.expand_as(pair))
+        pair = torch.cat([compared.before, compared.after]).float().clamp(-1, 1) / 2 + 0.5
+        for name, metric in metrics.items():
+            scores[name] = metric(pair, batch.hr.expand_as(pair))
         for name, values in scores.items():
             found.setdefault(name, []).append(values)
         if i in shown:
@@ -121,6 +126,26 @@ def measure(generator: OneStepGenerator, o: Options) -> dict[str, float]:
     titles = ("bicubic", "before", "after GDPO", "HR")
     sheet([(t, torch.cat([p[i] for p in pictures])) for i, t in enumerate(titles)], Path(o.out) / "sheet.png")
     return result
+
+
+def load_metrics(names: tuple[str, ...]) -> dict[str, PerPicture]:
+    """The scores of these names; "auto" stands for those that tell what rewards do not.
+
+    Raises:
+        ValueError: an unknown name.
+        Unavailable: a score whose package or weights are missing, unless "auto" chose it.
+    """
+    found: dict[str, PerPicture] = {}
+    for name in _TELLTALE if names == ("auto",) else names:
+        score = SCORES.get(name)
+        if score is None or score.build is None:
+            raise ValueError(f"metrics: {name!r} is not a score of single pictures; known: {', '.join(SCORES)}")
+        try:
+            found[name] = score.build(torch.device("cpu"))
+        except Unavailable:
+            if names != ("auto",):
+                raise
+    return found
 
 
 def photos_of(dataset: CropDataset, samples: list[int]) -> int | None:
