@@ -37,7 +37,7 @@ def _output(*command: str, folder: Path | None = None) -> str | None:
 
 
 def commit(tree: Path | None = None) -> tuple[str, bool | None]:
-    """(commit, dirty): the commit of a checkout (None: of this tree), and whether files beside the results differ from it.
+    """(commit, dirty): the commit of a checkout, by default this one, and whether files beside the results differ.
 
     dirty is None where no git checkout can tell (GDPO_COMMIT for this tree, or "unknown").
     """
