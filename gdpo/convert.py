@@ -3,7 +3,8 @@
 RELEASED is either of the authors' two released forms, or this project's:
 - the LoRA file (a torch.save of a dict): the folder is --base with the LoRA live in unet_lora/ and vae_lora/, so that
   `gdpo.merge --strength` can choose how much of it. A stage-one (NAOSD) file belongs on Stable Diffusion 2.1-base, a
-  stage-two (GDPO) file on the NAOSD model that it was trained from;
+  stage-two (GDPO) file on the NAOSD model that it was trained from; OSEDiff's file, on Stable Diffusion 2.1-base,
+  remembers that no noise is added (t_noise -1) and that the UNet is called at timestep 999;
 - the merged folder (unet/, vae/): the folder is these two with schedule and text encoder of --base;
 - an exported tiny model, such as the bundled one (engine/data/tiny): no --base.
 
@@ -25,7 +26,7 @@ from jsonargparse.typing import PositiveInt
 
 from engine.io.cli import Parser, run
 from engine.io.folders import check_target
-from gdpo.generator import OneStepGenerator
+from gdpo.generator import NO_NOISE, OneStepGenerator
 from gdpo.model import lora
 from gdpo.model.codecs import load_codec
 from gdpo.model.exported import from_export
@@ -36,6 +37,7 @@ from gdpo.model.released import ReleasedLora, read_released
 from gdpo.model.single_file import save_single_file
 
 RELEASED_ALPHA = 8  # peft's default, which the authors' code left: the scale is 8 / rank
+OSEDIFF_TIMESTEPS = (NO_NOISE, 999)  # (t_noise, t_diffusion) of its released code
 
 
 def convert(
@@ -56,7 +58,7 @@ def convert(
         out: the folder to make.
         base: the diffusers folder to complete them from; a released folder that is complete needs none.
         lora_alpha: the LoRA's scale is lora_alpha / rank.
-        t_noise, t_diffusion: timesteps to remember; None means the paper's 250 and 100.
+        t_noise, t_diffusion: timesteps to remember; None means the paper's 250 and 100, or OSEDiff's for its file.
         overwrite: replace an `out` that holds a model.
 
     Raises:
@@ -73,9 +75,12 @@ def convert(
     elif base is None and is_network(str(released)):
         generator = OneStepGenerator.of_network(str(released), t_noise=t_noise, t_diffusion=t_diffusion)
     else:
-        unet, vae = read_released(released)
+        unet, vae, osediff = read_released(released)
         if base is None:
             raise ValueError(f"{released} is a LoRA file: --base must name the model folder that it belongs on")
+        if osediff:
+            t_noise = OSEDIFF_TIMESTEPS[0] if t_noise is None else t_noise
+            t_diffusion = OSEDIFF_TIMESTEPS[1] if t_diffusion is None else t_diffusion
         generator = OneStepGenerator.from_pretrained(base, t_noise, t_diffusion).merge_lora()
         _note_another_base(released, generator.unet, unet, stage_two=vae is None)
         _attach(released, generator.unet, unet, lora_alpha)
@@ -223,8 +228,12 @@ def main() -> None:
     parser.add_argument(
         "--lora-alpha", type=PositiveInt, default=RELEASED_ALPHA, help="alpha of the LoRA: its scale is alpha / rank"
     )
-    parser.add_argument("--t-noise", type=int | None, help="timestep of the added noise (default: 250)")
-    parser.add_argument("--t-diffusion", type=int | None, help="timestep given to the UNet (default: 100)")
+    parser.add_argument(
+        "--t-noise", type=int | None, help="timestep of the added noise, -1: none (default: 250; OSEDiff: -1)"
+    )
+    parser.add_argument(
+        "--t-diffusion", type=int | None, help="timestep given to the UNet (default: 100; OSEDiff: 999)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an --out that holds a model")
     args = parser.parse_args()
     if Path(args.out).suffix == ".safetensors":

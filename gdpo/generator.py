@@ -218,9 +218,9 @@ class OneStepGenerator(nn.Module):
         with disk_errors(Path(folder)), staged_folder(Path(folder)) as root:
             folders.save_unet(self.unet, root / "unet")
             save_codec(folders.without_lora(self.codec), root / "vae")
-            for module, name in ((self.unet, "unet_lora"), (self.vae, "vae_lora")):
+            for module, part in ((self.unet, "unet"), (self.vae, "vae")):
                 if module is not None and lora.adapters(module):
-                    lora.save(module, root / name, pipeline=self.uses_text and module is self.unet)
+                    lora.save(module, root / f"{part}_lora", part=part if self.uses_text else None)
             (root / "scheduler").mkdir()
             folders.write_json(root / "scheduler" / "scheduler_config.json", self.schedule)
             remembered = {

@@ -14,7 +14,7 @@ import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -46,8 +46,16 @@ class ReleasedLora:
     conv_in: dict[str, torch.Tensor]
 
 
-def read_released(path: str | os.PathLike[str]) -> tuple[ReleasedLora, ReleasedLora | None]:
-    """(UNet, VAE or None) of a released LoRA file. Nothing in the file is executed.
+class Released(NamedTuple):
+    """A released file: `vae` None where it adapts the UNet alone; `osediff`: it is OSEDiff's, which adds no noise."""
+
+    unet: ReleasedLora
+    vae: ReleasedLora | None
+    osediff: bool
+
+
+def read_released(path: str | os.PathLike[str]) -> Released:
+    """The LoRAs of a released file. Nothing in it is executed.
 
     Raises:
         FileNotFoundError: no such file.
@@ -59,11 +67,16 @@ def read_released(path: str | os.PathLike[str]) -> tuple[ReleasedLora, ReleasedL
     content = _load(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}; a released LoRA file holds a dict")
+    if "unet_lora_encoder_modules_pix" in content:
+        raise ValueError(
+            f"{path} is PiSA-SR's: its UNet predicts what is to be subtracted from the latent, not noise, so no model "
+            "folder can hold it; OSEDiff's, NAOSD's and GDPO-SR's files can be converted"
+        )
     unet = _part(path, content, "unet", ("encoder", "decoder", "others"))
     # OSEDiff's file, the first of the family, adapts the VAE's encoder alone and lists nothing else of it.
     groups = tuple(g for g in ("encoder", "decoder", "others") if g == "encoder" or f"vae_lora_{g}_modules" in content)
     vae = _part(path, content, "vae", groups) if "state_dict_vae" in content else None
-    return unet, vae
+    return Released(unet, vae, osediff=vae is not None and groups == ("encoder",))
 
 
 def _load(path: Path) -> Any:

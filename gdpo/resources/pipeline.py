@@ -74,7 +74,7 @@ class OneStepUpscalePipeline(StableDiffusionPipeline):
             prompt_embeds, _ = self.encode_prompt(prompt, device, 1, False)
         text = prompt_embeds.to(device, dtype).expand(len(latents), -1, -1)
         a = self.scheduler.alphas_cumprod.double()
-        a_n, a_d = float(a[T_NOISE]), float(a[T_DIFFUSION])
+        a_n, a_d = 1.0 if T_NOISE < 0 else float(a[T_NOISE]), float(a[T_DIFFUSION])
         noisy = a_n**0.5 * latents + (1 - a_n) ** 0.5 * noise.to(device, dtype)
         predicted = self.unet(noisy, torch.tensor([T_DIFFUSION], device=device), encoder_hidden_states=text).sample
         x0 = (noisy - (1 - a_d) ** 0.5 * predicted) / a_d**0.5

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
@@ -265,7 +265,8 @@ def test_a_damaged_lora_file_is_named_and_leaves_nothing(damage, stage_one, mini
 
 
 def test_an_intact_file_passes_the_reader(stage_one):
-    unet, vae = read_released(stage_one[0])
+    unet, vae, osediff = read_released(stage_one[0])
+    assert not osediff
     assert unet.rank == 4 and vae is not None and vae.rank == 2 and set(unet.conv_in) == {"weight", "bias"}
 
 
@@ -407,3 +408,23 @@ def test_osediffs_file_adapts_the_vaes_encoder_alone_and_lists_no_more_of_it(sta
     vae = load_file(tmp_path / "out" / "vae_lora" / "adapter_model.safetensors")
     modules = {k.removeprefix("base_model.model.").split(".lora_")[0] for k in vae}
     assert modules == listed
+    generator = OneStepGenerator.from_pretrained(tmp_path / "out")
+    assert (generator.t_noise, generator.t_diffusion) == (-1, 999)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    x0 = generator.predict(latents, noise).x0
+    # OSEDiff's code: no noise, one step of a one-step schedule at 999.
+    schedule = DDPMScheduler.from_pretrained(mini_sd / "scheduler")
+    schedule.set_timesteps(1)
+    predicted = generator.unet(latents, torch.tensor([999]), encoder_hidden_states=generator.text_embeds(1)).sample
+    expected = schedule.step(predicted, 999, latents).prev_sample
+    assert float((x0 - expected).norm() / expected.norm()) < 1e-5
+    convert(tmp_path / "osediff.pkl", tmp_path / "asked", mini_sd, t_noise=250, t_diffusion=100)
+    asked = OneStepGenerator.from_pretrained(tmp_path / "asked")
+    assert (asked.t_noise, asked.t_diffusion) == (250, 100)
+
+
+def test_pisasrs_file_is_named(tmp_path):
+    torch.save({"unet_lora_encoder_modules_pix": [], "state_dict_unet": {}}, tmp_path / "pisa.pkl")
+    with pytest.raises(ValueError, match="is PiSA-SR's"):
+        read_released(tmp_path / "pisa.pkl")
