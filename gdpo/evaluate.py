@@ -192,8 +192,10 @@ def _means(rows: list[str], kept: Rows, columns: list[Metric], rounds: int, seed
         for metric in columns:
             if name == "hr" and metric.reference:
                 continue
-            mean, low, high = bootstrap(kept.column(name, metric.name), rounds, seed)
-            out[name][metric.name] = {"mean": mean, "low": low, "high": high}
+            values = kept.column(name, metric.name)
+            mean, low, high = bootstrap(values, rounds, seed)
+            pictures = int(np.isfinite(values).sum())
+            out[name][metric.name] = {"mean": mean, "low": low, "high": high, "pictures": pictures}
     return out
 
 

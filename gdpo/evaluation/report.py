@@ -34,21 +34,31 @@ def figure(name: str, value: float | None, finer: int = 0) -> str:
     return "" if value is None or math.isnan(value) else f"{value:.{_DIGITS.get(name, 2) + finer}f}"
 
 
+def _cell(name: str, value: dict | float | None, pictures: int) -> str:
+    """A mean, with the number of its pictures where these are not all."""
+    if not isinstance(value, dict):
+        return figure(name, value)
+    some = value.get("pictures", 0)
+    return figure(name, value["mean"]) + (f" ({some})" if 0 < some < pictures else "")
+
+
 def markdown(result: dict, columns: list[Metric]) -> str:
     """The table (means over pictures; arrows point to better), what is missing, diversity and comparison."""
     extra = [n for n in ("fid", "seconds") if any(n in row for row in result["models"].values())]
     arrow = {1: "↑", -1: "↓"}
     titles = [f"{m.name} {arrow[m.better]}" for m in columns] + [f"{n} ↓" for n in extra]
     names = [m.name for m in columns] + extra
+    fewer = any(0 < cell.get("pictures", 0) < result["images"] for row in result["models"].values()
+                for cell in row.values() if isinstance(cell, dict))  # fmt: skip
+    told = "; where only some have a value, their number in brackets" if fewer else ""
     lines = [
-        f"Means over {result['images']} pictures. NIQE: model {result['niqe_model']}. Seed {result['seed']}.",
+        f"Means over {result['images']} pictures{told}. NIQE: model {result['niqe_model']}. Seed {result['seed']}.",
         "",
         "| model | " + " | ".join(titles) + " |",
         "|---|" + "---|" * len(titles),
     ]
     for model, row in result["models"].items():
-        cells = [row[n]["mean"] if isinstance(row.get(n), dict) else row.get(n) for n in names]
-        lines.append(f"| {model} | " + " | ".join(figure(n, v) for n, v in zip(names, cells)) + " |")
+        lines.append(f"| {model} | " + " | ".join(_cell(n, row.get(n), result["images"]) for n in names) + " |")
     split = {name: reason.partition(PLACE) for name, reason in result["missing"].items()}
     for reason in dict.fromkeys(reason for reason, _, _ in split.values()):
         names = [name for name, parts in split.items() if parts[0] == reason]

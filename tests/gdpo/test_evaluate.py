@@ -288,6 +288,9 @@ def test_what_fails_is_an_empty_cell_and_a_line(monkeypatch, spoilt, tmp_path, c
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     expected = np.mean([float(row["psnr_y"]) for (_, m), row in table.items() if m == "sr" and row["psnr_y"]])
     assert result["models"]["sr"]["psnr_y"]["mean"] == pytest.approx(expected)
+    assert result["models"]["sr"]["psnr_y"]["pictures"] == 3
+    (line,) = (x for x in (tmp_path / "out" / "table.md").read_text().splitlines() if x.startswith("| sr |"))
+    assert line.split("|")[2].endswith(" (3) "), "a mean over fewer pictures than beside it says so"
     errors = capsys.readouterr().err
     for line in ("lr/scene0.png", "sr/scene1.png must be 128x128 as its HR; got 64x64", "ssim_y of sr of tiny"):
         assert sum(line in shown for shown in errors.splitlines()) == 1, errors
