@@ -28,7 +28,7 @@ OTHER_SUFFIXES = frozenset({".gif", ".heic", ".heif", ".avif", ".jp2", ".j2k", "
                             ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"}) - READABLE  # fmt: skip
 _PICTURES = READABLE | OTHER_SUFFIXES
 _SIDES = {side: re.compile(rf"(?i)(?P<before>(?:^|.*[-_. ]))(?:{words})(?P<after>(?:[-_. ].*)?)$")
-          for side, words in (("HR", "hr|gt|hq"), ("LR", r"(?:lr|lq)(?:_?x?\d+)?"))}  # fmt: skip
+          for side, words in (("HR", r"(?:hr|gt|hq)(mod\d+)?"), ("LR", r"(?:lr|lq)(bic)?(?:_?x?\d+)?"))}  # fmt: skip
 
 
 @dataclass

@@ -68,7 +68,7 @@ def open_store(where: str | Path, *, pairs: bool = False, skip_broken: bool = Fa
 
     Args:
         pairs: HR and LR pictures may lie side by side.
-        skip_broken: take what is whole of a broken shard.
+        skip_broken: take what is whole of a broken shard, and leave out links to nothing.
         progress: show a bar while many headers are read.
 
     Raises:
@@ -88,9 +88,10 @@ def open_store(where: str | Path, *, pairs: bool = False, skip_broken: bool = Fa
             )
         return _listed(path, progress)
     if not path.is_dir():
-        raise ValueError(f"{where} is not a folder; make one of crops with: python -m gdpo.prepare")
+        remedy = "" if pairs else "; make one of crops with: python -m gdpo.prepare"
+        raise ValueError(f"{where} is not a folder{remedy}")
     notes: list[str] = []
-    return Store(path, _prepared(path) or _plain(path, notes, pairs, progress), notes)
+    return Store(path, _prepared(path) or _plain(path, notes, pairs, skip_broken, progress), notes)
 
 
 def _shards(where: str) -> list[Path]:
@@ -142,13 +143,16 @@ def _prepared(folder: Path) -> list[Found]:
     return found
 
 
-def _plain(folder: Path, notes: list[str], pairs: bool, progress: bool) -> list[Found]:
+def _plain(folder: Path, notes: list[str], pairs: bool, skip_broken: bool, progress: bool) -> list[Found]:
     """The pictures of any folder. What is left out is added to the notes."""
     found = listing(folder)
     if found.dangling:
         name, target = next(iter(found.dangling.items()))
         more = f", and {len(found.dangling) - 1} more such link(s)" if len(found.dangling) > 1 else ""
-        raise ValueError(f"{folder / name} is a link to {target}, which is not there{more}; mend or remove it")
+        line = f"{folder / name} is a link to {target}, which is not there{more}"
+        if not skip_broken:
+            raise ValueError(f"{line}; mend or remove it, or --data.on_error skip")
+        notes.append(f"left out: {line}")
     if found.others:
         suffixes = " ".join(sorted({Path(name).suffix.lower() for name in found.others}))
         notes.append(f"left out: {len(found.others)} file(s) of formats that are not read ({suffixes}), such as "

@@ -209,6 +209,8 @@ def test_a_dangling_link_is_named_with_where_it_leads(name, store):
     (store / "links" / name).symlink_to("/nowhere/x")
     with pytest.raises(ValueError, match=rf"{name} is a link to /nowhere/x, which is not there; mend or remove it"):
         CropDataset(store / "links", "train", 32)
+    data = CropDataset(store / "links", "train", 32, skip_broken=True)
+    assert "own.png" in data.names and any(f"left out: {store}/links/{name}" in note for note in data.notes)
 
 
 def test_small_pictures_are_counted_at_once_and_left_out_when_asked(tmp_path):
@@ -230,6 +232,7 @@ PAIRS = {
     "folders": ["HR/1.png", "LR/1.png"],
     "folders below": ["Canon/Test/hr/1.png", "Canon/Test/lr_x4/1.png"],
     "DIV2K": ["DIV2K_train_HR/0001.png", "DIV2K_train_LR_bicubic/X4/0001x4.png"],
+    "BasicSR's test sets": ["Set5/GTmod12/baby.png", "Set5/LRbicx4/baby.png"],
     "names": ["Canon_001_HR.png", "Canon_001_LR4.png"],
     "GT": ["GT/1.png", "LQ/1.png"],
 }
