@@ -150,6 +150,16 @@ def test_a_jpeg_whose_last_rows_are_missing_is_refused(tmp_path, sampling, heigh
             read_image(path)
 
 
+def test_a_jpeg_of_12_bit_is_refused_by_name(tmp_path):
+    data = bytearray(jpeg_of_grain(8, 8, "4:4:4"))
+    data[data.index(b"\xff\xc0") + 1] = 0xC1  # extended sequential
+    data[data.index(b"\xff\xc1") + 4] = 12
+    (tmp_path / "a.jpg").write_bytes(data)
+    with pytest.raises(ImageError, match="a JPEG of 12 bit a sample; those of 8 bit are read"):
+        read_image(tmp_path / "a.jpg")
+    assert picture_size(tmp_path / "a.jpg") is None
+
+
 @pytest.mark.parametrize("row", WRITABLE, ids=lambda row: row.name)
 @pytest.mark.parametrize("size", [(1, 1), (1, 70), (70, 1)])
 def test_pictures_of_one_pixel_one_row_one_column(tmp_path, row, size):

@@ -26,10 +26,18 @@ _HEADER = re.compile(rb"[^\xff]*\xff+[^\xff]", re.S)  # up to the kind of the ne
 _MOST_SEGMENTS = 100_000
 _SCAN, _BASELINE = 0xDA, (0xC0, 0xC1)
 _SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1, 0xC3, 0xC9, 0xCB), (0xC2, 0xCA)  # frames: Huffman and arithmetic
+_FRAMES = _SEQUENTIAL + _PROGRESSIVE
 
 
 def header(file: BinaryIO) -> Header:
-    image = open_pillow(JpegImagePlugin.JpegImageFile, file)
+    try:
+        image = open_pillow(JpegImagePlugin.JpegImageFile, file)
+    except ImageError:
+        file.seek(0)
+        for kind, _, content in _segments(file.read(1 << 20)):
+            if kind in _FRAMES and content[:1] not in (b"", b"\x08"):
+                raise ImageError(f"a JPEG of {content[0]} bit a sample; those of 8 bit are read") from None
+        raise
     return Header(image.width, image.height, metadata.orientation_of(common_metadata(image.info)["exif"]))
 
 
