@@ -191,7 +191,10 @@ def folding(generator: Path, scratch: Path, threads: int, rounds: int, side: int
 
 
 def main() -> int:
-    parser = cli.Parser(prog="python -m engine.bench", description="Latency, throughput and memory, peers included.")
+    parser = cli.Parser(
+        prog="python -m engine.bench",
+        description="Measure latency, throughput and memory of the engine and of the same generator in torch.",
+    )
     parser.add_argument("generator", help="a generator's folder (for the torch peers)")
     parser.add_argument("--engine", help="an engine folder of the same generator (default: exported now)")
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS[:-1]), choices=CONTENDERS,

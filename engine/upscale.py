@@ -33,16 +33,20 @@ STREAM = "-"  # as input: standard input; as output: standard output
 def parser() -> cli.Parser:
     p = cli.Parser(
         prog="python -m engine.upscale",
-        description="Upscale pictures x4. An output that was made from this input with these options is finished and "
-        "is skipped; one that was made otherwise is made again.",
+        description="Upscale pictures x4. An output already made from the same input with the same options is skipped; "
+        "one made from another input or with other options is made again.",
         epilog="Exit codes: 0 done, 1 some pictures failed, 2 bad usage, 130 interrupted, 143 terminated.",
     )
     p.add_argument(
-        "paths", nargs="*", metavar="IN... OUT", help="files, globs, folders or -, then a file, a folder or -"
+        "paths",
+        nargs="*",
+        metavar="IN... OUT",
+        help="inputs (files, globs, folders or -), then the output (a file, a folder or -)",
     )
     p.add_argument("-i", "--input", nargs="+", default=[], help="inputs, instead of positional arguments; -: stdin")
     p.add_argument("-o", "--output", help="output, instead of the last positional argument; -: stdout")
-    p.add_argument("-n", "--model", help="an engine folder (default: the bundled model)")
+    p.add_argument("-n", "--model", help="engine folder; backend torch: a generator's folder "
+                   "(default: the bundled model)")  # fmt: skip
     p.add_argument("--seed", type=int, default=0, help="random seed of the noise; the same seed gives the same picture")
     size = p.add_argument_group("size of the result (the aspect ratio is always kept)")
     size.add_argument("-s", "--scale", type=float, help="factor (default: 4); any other factor resizes the x4 result")
@@ -58,20 +62,22 @@ def parser() -> cli.Parser:
     work.add_argument(
         "--color", default=color.DEFAULT, choices=color.METHODS, help="method that matches the colours to the input's"
     )
-    work.add_argument("--background", metavar="COLOUR", help="colour under transparent pixels (white, #ff8800): "
-                      "the result is opaque")  # fmt: skip
-    work.add_argument("--wrap", action="store_true", help="opposite edges join on both axes: for tileable textures")
-    work.add_argument("--wrap-x", action="store_true", help="left and right edges join: for 360-degree panoramas")
+    work.add_argument("--background", metavar="COLOUR", help="colour to put under transparent pixels, such as "
+                      "white or #ff8800; the result is opaque")  # fmt: skip
+    work.add_argument("--wrap", action="store_true", help="join opposite edges on both axes (tileable textures)")
+    work.add_argument("--wrap-x", action="store_true", help="join the left and right edges (360-degree panoramas)")
     files = p.add_argument_group("files")
     files.add_argument("-f", "--format", type=kind_of, choices=KINDS, help="format of outputs (default: the input's)")
     files.add_argument("--suffix", default="", help="text appended to output names, such as _x4")
     files.add_argument(
         "--quality", type=int, default=95, help="quality of lossy formats, 1 to 100 (default: %(default)s)"
     )
-    files.add_argument("--lossless", action="store_true", help="lossless WebP and JPEG XL (PNG and TIFF always are)")
+    files.add_argument(
+        "--lossless", action="store_true", help="write lossless WebP and JPEG XL (PNG and TIFF always are)"
+    )
     files.add_argument("--recursive", action="store_true", help="include sub-folders; the output mirrors their tree")
     files.add_argument("--overwrite", action="store_true", help="redo finished outputs, and replace unknown files")
-    files.add_argument("--on-clash", choices=("error", "rename"), default="error", help="when an output would "
+    files.add_argument("--on-clash", choices=("error", "rename"), default="error", help="if an output would "
                        "replace an input, another output or an unknown file: fail, or number its name")  # fmt: skip
     files.add_argument(
         "--strip-metadata", action="store_true", help="leave out EXIF, XMP and text; keep the colour profile"
@@ -94,13 +100,17 @@ def parser() -> cli.Parser:
     machine.add_argument("--url", metavar="HOST:PORT", help="gRPC port of a Triton Inference Server (backend triton "
                          "only); --model is the model's name there")  # fmt: skip
     machine.add_argument(
-        "--timeout", type=float, default=60, help="seconds that the server may take for a batch of tiles"
+        "--timeout", type=float, default=60, help="seconds to wait for the server's answer to a batch of tiles"
     )
-    machine.add_argument("--trust-plan", action="store_true", help="permission to load a TensorRT plan built elsewhere "
+    machine.add_argument("--trust-plan", action="store_true", help="load a TensorRT plan that was built elsewhere "
                          "(it is executable code)")  # fmt: skip
     report = p.add_argument_group("reports")
-    report.add_argument("--no-progress", action="store_true", help="no progress bar, lines or events")
-    report.add_argument("--json", action="store_true", help="progress and results on stdout, one JSON object per line")
+    report.add_argument(
+        "--no-progress", action="store_true", help="show no progress bar or lines; with --json, no progress events"
+    )
+    report.add_argument(
+        "--json", action="store_true", help="print progress and results on stdout, one JSON object per line"
+    )
     return p
 
 

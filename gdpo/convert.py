@@ -213,7 +213,7 @@ def _from_folder(released: Path, base: Path | None, t_noise: int | None, t_diffu
 
 
 def main() -> None:
-    parser = Parser(prog="python -m gdpo.convert", description="Released weights as a model folder.")
+    parser = Parser(prog="python -m gdpo.convert", description="Convert released weights to a model folder.")
     parser.add_argument(
         "released",
         type=str,
@@ -229,7 +229,7 @@ def main() -> None:
         "--lora-alpha", type=PositiveInt, default=RELEASED_ALPHA, help="alpha of the LoRA: its scale is alpha / rank"
     )
     parser.add_argument(
-        "--t-noise", type=int | None, help="timestep of the added noise, -1: none (default: 250; OSEDiff: -1)"
+        "--t-noise", type=int | None, help="timestep of the added noise; -1: none (default: 250; OSEDiff: -1)"
     )
     parser.add_argument(
         "--t-diffusion", type=int | None, help="timestep given to the UNet (default: 100; OSEDiff: 999)"

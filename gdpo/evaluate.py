@@ -1,10 +1,10 @@
-"""`python -m gdpo.evaluate --lr DIR --hr DIR [--sr DIR | --model FOLDER]... --out DIR`: is it any good?
+"""`python -m gdpo.evaluate --lr DIR --hr DIR [--sr DIR | --model FOLDER]... --out DIR`: scores models and pictures.
 
-Runs the models, scores every picture against its HR, and writes per_image.csv, results.json, table.md, sheet.png and
-(for two models) compare.png to the output folder, with the pictures that the models made.
+Runs the models, scores every picture against its HR, and writes per_image.csv, results.json, table.md, sheet.png, for
+two models compare.png, and the models' pictures to the output folder.
 
-`python -m gdpo.evaluate --before-after MODEL` shows what GDPO changed in a model, on held-out crops; it has
-options of its own (add --help).
+`python -m gdpo.evaluate --before-after MODEL` shows what GDPO changed in a model, on held-out crops; it has its
+own options (add --help).
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _SEED_METRICS = ("psnr_y", "ssim_y", "naturalness")  # cheap enough for many noi
 
 def parser() -> Parser:
     p = Parser(prog="python -m gdpo.evaluate", description=__doc__)
-    p.add_argument("--before-after", metavar="MODEL", help=f"{before_after.HELP}; has options of its own")
+    p.add_argument("--before-after", metavar="MODEL", help=f"{before_after.HELP}; it has its own options")
     p.add_argument("--lr", required=True, metavar="DIR", help="low-resolution pictures")
-    p.add_argument("--hr", required=True, metavar="DIR", help="their originals, under the same names")
+    p.add_argument("--hr", required=True, metavar="DIR", help="the originals, under the same names")
     for side in ("lr", "hr", "sr"):
         p.add_argument(
             f"--{side}-name", default="{name}", metavar="TEMPLATE",
-            help=f"how --{side} names its pictures, without suffix, such as {{name}}_{side.upper()}",
+            help=f"pattern of the file names in --{side}, without suffix, such as {{name}}_{side.upper()}",
         )  # fmt: skip
     p.add_argument("--crop-border", type=int, default=0, help="pixels at each side that full-reference metrics ignore")
     p.add_argument("--sr", action="append", default=[], metavar="[NAME=]DIR", help="finished pictures; repeatable")
@@ -46,7 +46,7 @@ def parser() -> Parser:
         "--model", action="append", default=[], metavar="[NAME=]DIR", help="an engine or generator folder; repeatable"
     )
     p.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
-    p.add_argument("--metrics", nargs="+", default=list(NAMES), help=f"columns (default: {' '.join(NAMES)})")
+    p.add_argument("--metrics", nargs="+", default=list(NAMES), help="columns of the report")
     p.add_argument("--niqe", default="photos", help="NIQE's model: photos, photos-32, or a .mat/.npz file")
     p.add_argument(
         "--compare",
@@ -55,16 +55,18 @@ def parser() -> Parser:
         help="rows to compare, A minus B (default: the last two rows, the last one as A)",
     )
     p.add_argument("--seed", type=int, default=0, help="random seed of the models' noise and of the bootstrap")
-    p.add_argument("--seeds", type=int, default=1, help="noise draws per picture, to measure the models' diversity")
+    p.add_argument("--seeds", type=int, default=1, help="noises per picture, to measure the models' diversity")
     p.add_argument("--seed-images", type=int, default=10, help="number of pictures to measure diversity on")
     p.add_argument("--every", type=int, default=1, help="use only every N-th picture")
-    p.add_argument("--color", default="adain", choices=("adain", "wavelet", "none"), help="colour alignment of models")
+    p.add_argument(
+        "--color", default="adain", choices=("adain", "wavelet", "none"), help="colour alignment of the models"
+    )
     p.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda if available)")
     p.add_argument("--bootstrap", type=int, default=10000, help="number of bootstrap resamples")
     p.add_argument("--sheet-images", type=int, default=10, help="number of pictures on the sheet")
     p.add_argument("--sheet-crop", type=int, default=128, help="side of the crops on the sheet, in HR pixels")
     p.add_argument("--sheet-zoom", type=int, default=2, help="magnification of the crops on the sheet")
-    p.add_argument("--no-progress", action="store_true", help="no progress bar")
+    p.add_argument("--no-progress", action="store_true", help="show no progress bar")
     return p
 
 

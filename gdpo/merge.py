@@ -96,12 +96,12 @@ def generator_of(checkpoint: Path) -> OneStepGenerator:
 
 
 def main() -> None:
-    description = "Fold a LoRA into the weights of its model, or make a model of a checkpoint."
+    description = "Merge a LoRA into the weights of its model, or make a model from a checkpoint."
     parser = Parser(prog="python -m gdpo.merge", description=description)
     parser.add_argument("folder", type=str, help="a model folder with unet_lora/ or vae_lora/, or RUN/checkpoint-N")
     parser.add_argument("--out", type=str, required=True, help="the model folder to make")
     parser.add_argument("--strength", type=ClosedUnitInterval, default=1.0, help="0: the base, 1: the trained model")
-    parser.add_argument("--base", type=str, help="the model at strength 0, where every weight was trained")
+    parser.add_argument("--base", type=str, help="the model at strength 0, if every weight was trained (no LoRA)")
     parser.add_argument("--overwrite", action="store_true", help="replace an --out that holds a model")
     args = parser.parse_args()
     merge(args.folder, args.out, args.strength, base=args.base, overwrite=args.overwrite)

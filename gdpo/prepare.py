@@ -49,19 +49,19 @@ class Settings:
     """What determines the crops. A folder made with some settings is not continued with others."""
 
     size: int = _option(256, "side of the square crops")
-    stride: int = _option(128, "at most this many pixels from one crop to the next")
+    stride: int = _option(128, "largest distance from one crop to the next, in pixels")
     halve: bool | int = _option(
         True,
-        "halve photos by area averaging before cutting: true (once), false, or how many times (0 to 4); it removes "
-        "what JPEG and the camera's sensor left",
+        "halve photos by area averaging before cutting, which removes traces of JPEG and the sensor: true (once), "
+        "false, or how many times (0 to 4)",
     )
-    min_texture: float = _option(0.3, "least share of textured area in a crop (the paper's complexity map)")
+    min_texture: float = _option(0.3, "smallest share of textured area in a crop (by the paper's complexity map)")
     dedupe: int = _option(
         3,
-        "crops and photos whose 64-bit dHashes differ in at most so many bits are near-duplicates, of which the first "
-        "is kept; -1 keeps all",
+        "most bits in which the 64-bit dHashes of near-duplicates differ; of near-duplicate crops or photos only the "
+        "first is kept (-1: keep all)",
     )
-    val_fraction: float = _option(0.1, "share of the photos that is held out; at least one photo if it is not 0")
+    val_fraction: float = _option(0.1, "share of the photos to hold out; at least one photo unless it is 0")
 
     def validate(self) -> None:
         checks = [
@@ -368,9 +368,9 @@ def prepare(photos: list[Path], out: Path, settings: Settings, workers: int = 1,
 def main() -> int:
     parser = Parser(prog="python -m gdpo.prepare", description="Cut folders of photos into HR crops for training.")
     parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTOS", help="folders of photos, or single photos")
-    parser.add_argument("--out", type=Path, required=True, help="output folder; an unfinished one is continued")
+    parser.add_argument("--out", type=Path, required=True, help="output folder; an unfinished run is continued")
     parser.add_argument("--workers", type=int, default=1, help="number of processes")
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
     types = get_type_hints(Settings)
     for option in fields(Settings):
         names = sorted({f"--{option.name.replace('_', '-')}", f"--{option.name}"})  # the dash first

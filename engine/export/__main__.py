@@ -14,17 +14,21 @@ from gdpo.model.parts import refuse_checkpoint
 
 def main() -> int:
     parser = cli.Parser(prog="python -m engine.export", description="Export a generator's folder to ONNX.")
-    parser.add_argument("model", help="a diffusers folder, or hub:ORG/NAME")
+    parser.add_argument("model", help="a generator's folder, or hub:ORG/NAME")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="number format of the graphs")
     parser.add_argument("--opset", type=int, default=23, help="ONNX opset version")
-    parser.add_argument("--split", action="store_true", help="three graphs (encoder, unet, decoder) instead of one")
-    parser.add_argument("--static", action="store_true", help="fix the batch and tile size: a faster plan")
+    parser.add_argument(
+        "--split", action="store_true", help="write three graphs (encoder, unet, decoder) instead of one"
+    )
+    parser.add_argument("--static", action="store_true", help="fix the batch and tile size, for a faster plan")
     parser.add_argument("--batch", type=int, default=1, help="typical batch size")
     parser.add_argument("--max-batch", type=int, default=8, help="largest batch size")
     parser.add_argument("--tile", type=int, default=512, help="typical tile side, in output pixels")
     parser.add_argument("--max-tile", type=int, default=1024, help="largest tile side, in output pixels")
-    parser.add_argument("--image-to-image", action="store_true", help="also write one graph from picture to picture")
+    parser.add_argument(
+        "--image-to-image", action="store_true", help="also write one graph from picture to picture, for other programs"
+    )
     parser.add_argument("--seed", type=int, default=0, help="random seed of the noise in the --image-to-image graph")
     parser.add_argument("--no-check", action="store_true", help="skip the comparison with torch")
     parser.add_argument("--t-noise", type=int, help="override the folder's noise timestep")
