@@ -24,7 +24,7 @@ REGISTERS = {
     "_geglu_fwd_kernel": 64,
     "_geglu_bwd_kernel": 96,
     "_group_norm_small_kernel": 128,
-    "_group_norm_partial_kernel": 96,
+    "_group_norm_partial_kernel": 112,
     "_group_norm_reduce_kernel": 64,
     "_group_norm_apply_kernel": 80,
     "_group_norm_partial_bwd_kernel": 128,
