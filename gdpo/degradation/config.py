@@ -118,12 +118,12 @@ class DegradationConfig:
 
     Attributes:
         preset: "realesrgan" (the paper), "light" (one mild pass) or "bicubic".
-        mix: shares of further presets, such as {"light": 1, "bicubic": 2}: each sample draws one of them, or the preset
-            above, whose share is 1. The values below change that one; the others are as they are.
+        mix: further presets with their shares, such as {"light": 1, "bicubic": 2}: each sample draws one of them, or
+            `preset`, whose share is 1. The other options change `preset` only.
         scale: how many times smaller the output is; the input's sides must be multiples of it.
-        first: values of the first of two passes that replace the preset's, by the names of `Pass`, such as
-            {"jpeg_quality": [40, 95]}. Only "realesrgan" has a first pass.
-        second: the same for the last pass ("realesrgan" and "light").
+        first: changes to the first of two passes, by the names of `Pass`, such as {"jpeg_quality": [40, 95]}. Only
+            "realesrgan" has a first pass.
+        second: changes to the last pass ("realesrgan" and "light").
         final_sinc_probability: share of samples with a last sinc filter, before or after the last JPEG.
         upsample_modes: equally likely filters that bring the LR image back to the HR size.
         jpeg: "pillow" (libjpeg, on the CPU), "torch" (on the images' device), or "auto": pillow for images on the CPU.

@@ -41,17 +41,17 @@ class Options:
         model: a folder that gdpo.train gdpo made (base and LoRA apart).
         data: a folder made by gdpo.prepare; its val split is used.
         out: folder for the sheet.
-        crops: how many held-out crops, at most as many as there are.
+        crops: number of held-out crops, at most all of them.
         crop_size: side of the crops.
         noises: samples of each model per crop.
-        reward_funcs: as in training; so are the next four.
+        reward_funcs: rewards, as in training; so are the next four.
         reward_weights: a number for each of reward_funcs.
-        reward_normalization: what the weights mean.
+        reward_normalization: how rewards are combined.
         rho: "auto", or the share by which fidelity counts.
         texture_threshold: complexity above which a patch counts as texture.
-        preset: of the degradation.
+        preset: preset of the degradation.
         metrics: further scores, by name; "auto" is the artefact figures, and BRISQUE where its package is installed.
-        seed: of degradation and noise; not a training seed.
+        seed: random seed of degradation and noise; not that of a training.
         write_rows: append the result to benchmarks/results/gdpo_gain.jsonl.
     """
 

@@ -20,34 +20,38 @@ class TrainConfig:
 
     Args:
         output_dir: the run's folder: config, metrics.jsonl, checkpoints, pictures, and the trained model at the end.
-        seed: of everything random.
+        seed: random seed of the whole run.
         train_batch_size: images per process and micro-batch.
         gradient_accumulation_steps: micro-batches per optimiser step.
-        global_batch_size: images per optimiser step in all: gradient_accumulation_steps follows from it and from the
-            number of processes, which may change from one start to the next. 0: it does not.
+        global_batch_size: images per optimiser step over all processes; sets gradient_accumulation_steps, so that the
+            number of processes may change between starts. 0: gradient_accumulation_steps is used as given.
         max_train_steps: optimiser steps of the whole run.
         learning_rate: peak learning rate of AdamW.
-        lr_scheduler: after the warm-up.
-        lr_warmup_steps: linear warm-up.
-        adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon: AdamW.
+        lr_scheduler: learning rate schedule after the warm-up.
+        lr_warmup_steps: steps of linear warm-up.
+        adam_beta1: beta1 of AdamW.
+        adam_beta2: beta2 of AdamW.
+        adam_weight_decay: weight decay of AdamW.
+        adam_epsilon: epsilon of AdamW.
         max_grad_norm: gradients are clipped to this norm; 0 switches clipping off.
-        ema_decay: exponential moving average of the trained weights; 0 is off. The model saved is then the average.
+        ema_decay: decay of a moving average of the trained weights, which is then the model saved; 0 is off.
         mixed_precision: autocast precision of the forward passes; "auto" is bf16 on GPUs and x86 CPUs with it, else no.
         checkpointing_steps: steps between checkpoints.
-        checkpoints_total_limit: how many are kept (at least 2).
+        checkpoints_total_limit: number of checkpoints to keep (at least 2).
         resume_from_checkpoint: "latest", "auto" (latest if there is one), or a checkpoint folder.
-        allow_data_change: resume although the pictures of data.folder have changed; sample numbers go on as they were.
-        validation_steps: steps between before/after sheets; 0 draws one at the end only.
+        allow_data_change: resume although the pictures of data.folder have changed; sample numbers continue.
+        validation_steps: steps between before/after sheets; 0: only one, at the end.
         validation_images: pictures on a sheet.
         logging_steps: steps between rows of metrics.
-        guard: scores of held-out pictures, each with how much worse it may become: {psnr_y: -0.3, brisque: +10%}, or
-            "log". From the start in gdpo, from the best value so far in naosd. The best checkpoint is kept in best/.
+        guard: scores of held-out pictures to watch, each with the largest change for the worse, or "log":
+            {psnr_y: -0.3, brisque: +10%}. It counts from the start in gdpo, from the best value so far in naosd. The
+            best checkpoint is kept in best/.
         guard_steps: steps between these evaluations; 0: validation_steps.
-        guard_images: held-out pictures that are evaluated.
-        guard_action: beyond a limit, end the run, or go on; either way the model is made of the best checkpoint.
-        guard_best: which checkpoint within all limits is the best: the "last", or that with the best value of a score.
-        report_to: tracker beside metrics.jsonl.
-        backend: of gdpo.kernels.
+        guard_images: number of held-out pictures to evaluate.
+        guard_action: beyond a limit, "stop" the run or go on ("keep_best"); both save the best checkpoint's model.
+        guard_best: best checkpoint within all limits: the "last", or the one with the best value of a named score.
+        report_to: tracker in addition to metrics.jsonl.
+        backend: implementation of gdpo.kernels.
     """
 
     output_dir: str = resumable("runs/train")
@@ -147,30 +151,32 @@ class NAOSDConfig(TrainConfig):
     """Noise-aware one-step diffusion: supervised training of the generator (paper: L2 + 2 LPIPS + VSD).
 
     Args:
-        pixel: the pixel loss (the released code uses l2, the paper says l1).
-        pixel_weight, perceptual_weight, vsd_weight: weights of the three losses; 0 switches one off.
+        pixel: pixel loss (the released code uses l2, the paper says l1).
+        pixel_weight: weight of the pixel loss; 0 is off.
+        perceptual_weight: weight of the perceptual loss; 0 is off.
+        vsd_weight: weight of variational score distillation; 0 is off.
         pixel_relative: above 0, the pixel loss of a sample without a teacher is divided by its input's own error and
-            multiplied by this, a usual error: clean, easy pictures count as much as hard ones (not in the paper).
+            multiplied by this typical error, so that clean pictures count as much as hard ones (not in the paper).
         perceptual: "lpips" (package lpips), "vgg" (see python -m gdpo.assets vgg16) or "auto": LPIPS when installed.
-        perceptual_size: side of a random crop on which the perceptual distance is computed; 0 is the whole picture.
-        perceptual_share: of the samples, on which the perceptual distance is computed (it costs more than a small
-            generator's step).
-        perceptual_on: "degraded" leaves out samples of the preset bicubic: what they have lost is little, and the
-            pixel loss brings it back.
-        perceptual_blocks: VGG blocks that are compared, 1 to 5; fewer are cheaper.
-        num_noises: noises drawn per picture in a step.
-        diversity: above 0 the perceptual distance is the energy score on VGG features (gdpo.train.losses.energy), with
-            this weight of its spread term; needs num_noises of 2 or more. 1 is the proper score, 0 the plain distance.
-        grid_weight: above 0, a penalty on errors that repeat every 8 pixels (gdpo.train.losses.grid; not in the paper).
-        lattice_weight: above 0, a penalty on peaks of the spectrum at periods of 2 and 4 pixels (the same file).
-        spectrum_weight: above 0, a penalty on a mean spectrum that is not the target's (the same file); of the samples
-            that a teacher drew, where there are any.
-        chroma_weight: above 0, a penalty on colours that differ (gdpo.train.losses.chroma; not in the paper).
-        teacher: a published network whose pictures are targets beside the HR (gdpo.train.teacher; not in the paper).
+        perceptual_size: side of the random crop for the perceptual distance; 0 is the whole picture.
+        perceptual_share: share of the samples with a perceptual distance (it costs more than a small generator's step).
+        perceptual_on: "degraded" leaves out samples of the preset bicubic, which lost so little that the pixel loss
+            suffices.
+        perceptual_blocks: number of VGG blocks to compare, 1 to 5; fewer are cheaper.
+        num_noises: number of noises per picture in a step.
+        diversity: above 0, the perceptual distance is the energy score on VGG features (gdpo.train.losses.energy), and
+            this is the weight of its spread term; needs num_noises of 2 or more. 1 is the proper score, 0 is off.
+        grid_weight: weight of a penalty on errors with a period of 8 pixels (gdpo.train.losses.grid; not in the paper).
+        lattice_weight: weight of a penalty on spectral peaks at periods of 2 and 4 pixels (the same file).
+        spectrum_weight: weight of a penalty on a mean spectrum unlike the target's (the same file); if there is a
+            teacher, of its samples.
+        chroma_weight: weight of a penalty on colour errors (gdpo.train.losses.chroma; not in the paper).
+        teacher: network whose pictures are targets beside the HR (gdpo.train.teacher; not in the paper).
         vsd_cfg: guidance scale of the VSD teacher.
         vsd_t: range of VSD timesteps as fractions of T.
-        vsd_lora_rank, vsd_learning_rate: of the LoRA "fake" model that is trained beside.
-        negative_prompt: of the teacher's guidance; None is the paper's.
+        vsd_lora_rank: rank of the LoRA of VSD's "fake" model.
+        vsd_learning_rate: learning rate of that LoRA.
+        negative_prompt: negative prompt of the VSD teacher's guidance; None is the paper's.
     """
 
     pixel: Literal["l2", "l1"] = "l2"
@@ -228,36 +234,36 @@ class GDPOConfig(TrainConfig):
     """Group direct preference optimisation of a trained generator.
 
     Args:
-        algorithm: "gdpo" (the whole group, weighted by advantage), or for comparison, on the same groups: "grpo" (on
-            the one-step likelihood), "nft" (DiffusionNFT), "diffusion_dpo" (best against worst), "dp2o" (the best
-            against the worst in pairs, DP2O-SR); formulas in gdpo.train.losses.preference.
-        num_generations: G, samples per picture.
-        beta: of the loss: a picture's log-likelihood is -beta/2 times its mean squared error of prediction.
-        epsilon: grpo: likelihood ratios count within 1 - epsilon and 1 + epsilon.
+        algorithm: "gdpo" (the whole group, weighted by advantage), or on the same groups, for comparison: "grpo" (with
+            the one-step likelihood), "nft" (DiffusionNFT), "diffusion_dpo" (best against worst), "dp2o" (DP2O-SR: pairs
+            of best and worst); formulas in gdpo.train.losses.preference.
+        num_generations: number of samples per picture (G).
+        beta: scale of the log-likelihood, which is -beta/2 times the mean squared error of the prediction.
+        epsilon: grpo: likelihood ratios are clipped to 1 - epsilon and 1 + epsilon.
         kl: grpo: weight of the divergence from the reference.
-        nft_strength: nft: how far the positive and the negative policy lie from the reference (the paper's beta).
-        num_pairs: dp2o: how many of the best meet as many of the worst.
-        mean_reward_std: dp2o: the usual `reward_std`; groups with more spread count for more.
-        reward_funcs: names of the registry, module:function of your own, or http://HOST:PORT/score/NAME of
-            `python -m gdpo.rewards serve NAME`; see gdpo.scores.registry. "region_fidelity"
-            and "region_detail" measure fidelity where the picture is smooth and detail where it is textured.
-        reward_weights: one number per reward function, relative to each other; None weighs alike.
-        reward_timeout: of a reward over HTTP, seconds for one answer.
-        reward_patience: of a reward over HTTP, seconds until a server that is gone is given up and the run saved.
-        reward_normalization: what the weights mean. "group" (the paper): every reward is stretched to [0,1] inside its
-            group, and the weights count among the rewards of one kind, fidelity or perceptual. "weighted": the same,
-            and they also count between the two kinds. "none": the raw scores are weighed and added, so a reward with
-            large differences counts for more.
+        nft_strength: nft: distance of the positive and the negative policy from the reference (the paper's beta).
+        num_pairs: dp2o: number of best samples, each compared with as many of the worst.
+        mean_reward_std: dp2o: usual `reward_std`; groups with more spread count for more.
+        reward_funcs: names from gdpo.scores.registry, your own module:function, or http://HOST:PORT/score/NAME of
+            `python -m gdpo.rewards serve NAME`. "region_fidelity" measures fidelity where the picture is smooth,
+            "region_detail" detail where it is textured.
+        reward_weights: one number per reward function, relative to each other; None: all alike.
+        reward_timeout: seconds to wait for one answer of a reward over HTTP.
+        reward_patience: seconds to wait for a reward server that is gone before the run is saved and ends.
+        reward_normalization: how rewards are combined. "group" (the paper): each reward is stretched to [0,1] in its
+            group, and the weights apply among rewards of the same kind, fidelity or perceptual. "weighted": they also
+            apply between the two kinds. "none": raw scores are weighted and added, so a reward with large differences
+            counts for more.
         rho: "auto" weighs fidelity by the smooth and perception by the textured share of the picture (the paper);
             a number in [0,1] fixes the smooth share.
         texture_threshold: complexity above which a patch counts as texture.
-        texture_weighted_loss: weight the log-ratio per latent pixel by the texture mask (not in the paper).
-        shared_noise: one fresh noise for the whole group in the loss instead of one each (not in the paper): what
-            depends on the noise alone then cancels between samples, because advantages sum to zero.
-        reuse_latents: take the sampled latents as they are instead of decoding and encoding them (not in the paper).
-        sample_batch_size: pictures generated or encoded at once; 0 is all B*G, halved (and said) where they do not fit
+        texture_weighted_loss: weight the log-ratio of each latent pixel by the texture mask (not in the paper).
+        shared_noise: use one fresh noise for the whole group in the loss, not one per sample (not in the paper): terms
+            that depend on the noise alone then cancel, because advantages sum to zero.
+        reuse_latents: use the sampled latents as they are instead of decoding and encoding them (not in the paper).
+        sample_batch_size: pictures to generate or encode at once; 0 is all B*G, halved with a notice if they do not fit
             the GPU's memory.
-        compile_frozen: torch.compile of what is frozen and compared with nothing: the sampler and the autoencoder.
+        compile_frozen: compile the sampler and the autoencoder with torch.compile.
     """
 
     algorithm: Literal["gdpo", "grpo", "nft", "diffusion_dpo", "dp2o"] = "gdpo"

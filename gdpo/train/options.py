@@ -46,20 +46,20 @@ class ModelConfig:
     """Where the generator comes from and what of it is trained.
 
     Args:
-        pretrained: a model folder (diffusers layout), "tiny": a fresh generator of the tiny preset, or "compact": the
+        pretrained: a model folder (diffusers layout); "tiny", a fresh generator of the tiny preset; or "compact", the
             compact network with the weights of Real-ESRGAN animevideov3 (python -m gdpo.assets real-esrgan).
-        t_noise: timestep of the noise added to the latent; None takes what the folder remembers; -1 adds none.
-        t_diffusion: timestep at which the UNet is called; None takes what the folder remembers.
-        full: train every weight of the UNet instead of a LoRA (naosd only; the tiny preset's way).
+        t_noise: timestep of the noise added to the latent; None: as the model folder says; -1: no noise.
+        t_diffusion: timestep at which the UNet is called; None: as the model folder says.
+        full: train every weight of the UNet instead of a LoRA (naosd only; for the tiny preset).
         lora_rank: rank of the UNet's LoRA (and of the VAE encoder's in naosd).
         lora_alpha: the LoRA scale is lora_alpha/lora_rank; None means equal to the rank.
-        lora_target_modules: last parts of the names of the UNet's modules that get a LoRA, such as to_q or
-            attn1.to_out.0 (peft's target_modules); None: those of the paper.
-        use_rslora: the scale is lora_alpha/sqrt(lora_rank) (arXiv 2312.03732).
+        lora_target_modules: modules of the UNet that get a LoRA, by the last parts of their names, such as to_q or
+            attn1.to_out.0 (peft's target_modules); None: as in the paper.
+        use_rslora: use lora_alpha/sqrt(lora_rank) as the scale (arXiv 2312.03732).
         use_dora: train the magnitude of each output channel apart from its direction (arXiv 2402.09353).
-        prompt: the fixed prompt of models with cross-attention; None takes what the folder remembers.
+        prompt: fixed prompt of models with cross-attention; None: as the model folder says.
         gradient_checkpointing: recompute activations in the backward pass.
-        channels_last: memory format of convolution weights and activations.
+        channels_last: keep convolution weights and activations in channels-last memory format.
         block_out_channels: widths of a fresh tiny UNet.
         layers_per_block: residual blocks per width of a fresh tiny UNet.
     """
@@ -85,11 +85,11 @@ class PairsConfig:
     """Real pairs: LR pictures as cameras and networks made them, and the HR of the same scenes.
 
     Args:
-        lr: folder, list file, shards or dataset on disk, as data.folder; or several. Of the HR's size or 2 to 8 times
-            smaller; matched by name. May be the same as hr where the names tell LR from HR.
-        hr: the same of the HR pictures.
-        ratio: share of the samples that are real pairs; the others are degraded from data.folder. 1: pairs alone.
-        weights: with several, how often each is drawn, relative to the others; None: as often as it has pictures.
+        lr: LR pictures: folder, list file, shards or dataset on disk, as data.folder; or several. Of the HR's size or 2
+            to 8 times smaller; matched by name. May be the same as hr if the names tell LR from HR.
+        hr: HR pictures, in the same forms.
+        ratio: share of the samples that are real pairs; the others are degraded from data.folder. 1: pairs only.
+        weights: with several, how often each is drawn relative to the others; None: in proportion to its pictures.
     """
 
     lr: list[str] | str | None = resumable(None)  # noqa: RUF009
@@ -100,10 +100,11 @@ class PairsConfig:
 
 @dataclass
 class ValidationConfig:
-    """Real pairs of which the sheets and the figures of held-out pictures are; None: those of the training data.
+    """Real pairs for the sheets and the scores of held-out pictures; None: held-out pictures of the training data.
 
     Args:
-        lr, hr: as data.pairs.
+        lr: LR pictures, as in data.pairs.
+        hr: HR pictures, as in data.pairs.
     """
 
     lr: str | None = resumable(None)
@@ -115,16 +116,16 @@ class DataConfig:
     """The photos.
 
     Args:
-        folder: a folder made by `python -m gdpo.prepare`, or any folder of pictures; a list file (LIST.txt, a path a
-            line), shards (F-{000..012}.tar, F-*.tar), or a dataset that save_to_disk wrote; or several.
-        weights: with several, how often each is drawn, relative to the others; None: as often as it has pictures.
-        pairs: real pairs of LR and HR, mixed with what is degraded from the folder.
+        folder: a folder made by `python -m gdpo.prepare`, or any folder of pictures; a list file (LIST.txt, one path
+            per line), shards (F-{000..012}.tar, F-*.tar), or a dataset that save_to_disk wrote; or several of these.
+        weights: with several, how often each is drawn relative to the others; None: in proportion to its pictures.
+        pairs: real pairs of LR and HR, mixed with degraded pictures of the folder.
         validation: real pairs for the sheets.
         crop_size: side of the square HR crops.
         skip_small: leave out pictures smaller than a crop, instead of refusing the folder.
-        num_workers: data loader processes (0: in this process).
-        on_error: a picture that cannot be read ends the run after saving the steps before it ("stop"), or is named and
-            counted (`skipped` in metrics.jsonl), and another takes its place ("skip").
+        num_workers: number of data loader processes; 0: load in this process.
+        on_error: when a picture cannot be read: "stop" saves the steps before it and ends the run; "skip" names it,
+            counts it (`skipped` in metrics.jsonl) and takes another.
         captions: use the captions.jsonl of the folder as prompts instead of the fixed prompt.
     """
 

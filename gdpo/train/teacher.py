@@ -51,13 +51,13 @@ class TeacherConfig:
             architecture that the package spandrel knows. A model folder, or "self" for the model before training: the
             teacher of every sample that `on` names; share, noise, count, crop_size and cache have no effect then.
             Empty: no teacher.
-        share: of the samples, that are taken from the targets; the others have the HR alone.
-        weight: of the teacher's picture in the losses of such a sample, from 0 to 1; the HR has the rest.
-        on: which presets of degradation.mix the targets are of: "degraded" (all but bicubic), "clean" (bicubic), "all".
-        noise: standard deviation of the noise that the teacher sees on the LR, of a picture in [0,1]; 0 is none.
-        count: how many targets there are.
+        share: share of the samples that are taken from the targets; the others have only the HR.
+        weight: weight of the teacher's picture in the losses of such a sample, 0 to 1; the HR has the rest.
+        on: presets of degradation.mix to make targets of: "degraded" (all but bicubic), "clean" (bicubic) or "all".
+        noise: standard deviation of the noise on the teacher's LR, for pictures in [0,1]; 0 is none.
+        count: number of targets.
         crop_size: side of a target's HR.
-        cache: the folder that holds them.
+        cache: folder of the targets.
     """
 
     name: str = ""
