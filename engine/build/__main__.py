@@ -72,19 +72,19 @@ def main() -> int:
     parser = cli.Parser(prog="python -m engine.build", description="Build an exported folder for a backend.")
     parser.add_argument("folder", help="a folder that engine.export wrote")
     parser.add_argument("--out", help="folder to write")
-    parser.add_argument("--triton-repository", metavar="DIR", help="write models for Triton Inference Server there, "
-                        "instead of --out: ONNX (backend onnxruntime) or plans (tensorrt), of one tile")  # fmt: skip
-    parser.add_argument("--triton-name", default=NAME, help="the model's name on that server (default: %(default)s)")
+    parser.add_argument("--triton-repository", metavar="DIR", help="write models for Triton Inference Server to DIR, "
+                        "not --out: ONNX (backend onnxruntime) or plans (tensorrt), for one tile size")  # fmt: skip
+    parser.add_argument("--triton-name", default=NAME, help="the model's name on the server (default: %(default)s)")
     parser.add_argument(
         "--backend", choices=TARGETS, help="default: tensorrt if it and an NVIDIA GPU are available, else onnxruntime"
     )
     words = {"min": "smallest", "opt": "usual", "max": "largest"}
     for which in words:
         parser.add_argument(f"--{which}-shapes", metavar="image:BxCxHxW",
-                            help=f"{words[which]} input shape (default: as exported; a plan: the usual)")  # fmt: skip
+                            help=f"{words[which]} input shape (default: the folder's; plans: its usual)")  # fmt: skip
     parser.add_argument("--precision", choices=("int8",),
-                        help="int8: quantized, for CPUs with VNNI, if pictures stay the same")  # fmt: skip
-    parser.add_argument("--calibration", metavar="DIR", help="pictures that int8 is calibrated on and checked with")
+                        help="quantize to INT8 for CPUs with VNNI, if the pictures hardly change")  # fmt: skip
+    parser.add_argument("--calibration", metavar="DIR", help="pictures to calibrate and check int8 with")
     parser.add_argument("--timing-cache", help="file that keeps timing measurements between builds")
     parser.add_argument("--builder-optimization-level", type=int, default=3, choices=range(6), metavar="0..5",
                         help="effort of TensorRT's search for fast kernels")  # fmt: skip
@@ -95,8 +95,8 @@ def main() -> int:
     parser.add_argument(
         "--architecture", nargs="+", default=[], help="GPUs to compile for ahead of time, such as sm_89 (tensorrt-rtx)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="build even when up to date")
-    parser.add_argument("--quiet", action="store_true", help="do not show the backend's messages")
+    parser.add_argument("--overwrite", action="store_true", help="build even if the output is up to date")
+    parser.add_argument("--quiet", action="store_true", help="hide the backend's messages")
     options = parser.parse_args()
     source = Path(options.folder)
     if (options.out is None) == (options.triton_repository is None):
