@@ -1,4 +1,4 @@
-"""A page for the engine: `python -m engine.app` (Gradio)."""
+"""A page in the browser for `engine.upscale`: `python -m engine.app` (Gradio)."""
 
 from __future__ import annotations
 

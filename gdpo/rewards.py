@@ -1,7 +1,7 @@
 """Serve rewards to training runs: `python -m gdpo.rewards serve musiq maniqa`.
 
-In an environment of their own, rewards may need packages that training must not have (pyiqa's torchvision beside a CPU
-build of torch), and another device. A run names them as `http://HOST:PORT/score/musiq`.
+Served rewards have their own environment and device, so they may use packages that would break training (pyiqa's
+torchvision beside a CPU build of torch). A run names them as `http://HOST:PORT/score/musiq`.
 """
 
 from __future__ import annotations

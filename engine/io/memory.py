@@ -1,4 +1,4 @@
-"""Memory that nobody uses, and that the C library keeps."""
+"""Returns memory to the system that the C library keeps after it was freed."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a picture is worth: rewards of training and metrics of evaluation."""
+"""Scores of pictures: rewards of training and metrics of evaluation. `registry` lists them."""

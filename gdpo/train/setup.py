@@ -1,4 +1,4 @@
-"""What both methods need before their first step: the generator on its device, text, noise; what a run is made with."""
+"""What both methods need before their first step: the generator on its device, prompts, noise; machine and versions."""
 
 from __future__ import annotations
 
