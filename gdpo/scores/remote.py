@@ -16,7 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
-from http.client import HTTPException
+from http.client import HTTPException, InvalidURL
 from typing import Any, cast
 
 import torch
@@ -29,6 +29,7 @@ from gdpo.scores.registry import Kind
 
 _MOST = 16 << 20  # bytes of an answer
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds between tries
+STOPPING = threading.Event()  # set while the program is asked to end: nobody waits for a server that is away
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class RemoteReward:
         return values.float()
 
     def _asked(self, body: bytes | None) -> bytes:
-        """The answer to GET (None) or POST; a server that is away is asked again until the patience ends."""
+        """The answer to GET (None) or POST; a server that is away is asked again until the patience or the run ends."""
         end, pause, told = time.monotonic() + self.patience.wait, _FIRST_PAUSE, False
         while True:
             try:
@@ -106,14 +107,18 @@ class RemoteReward:
                 reason = _detail(error)
                 if error.code < 500:
                     raise ValueError(f"{self.url} refuses: {reason}") from None
+            except InvalidURL as error:
+                raise ValueError(f"{self.url} is no address of a reward ({error})") from None
             except (OSError, HTTPException) as error:  # URLError and timeouts are OSErrors
                 reason = str(getattr(error, "reason", error)) or type(error).__name__
+            if STOPPING.is_set():
+                raise ValueError(f"{self.url} did not answer before the run was to stop ({reason})") from None
             if time.monotonic() + pause > end:
                 raise ValueError(f"{self.url} did not answer for {self.patience.wait:g} s ({reason})") from None
             if not told:
                 told = True
                 tqdm.write(f"waiting for the reward at {self.url} ({reason})", file=sys.stderr)
-            time.sleep(pause)
+            STOPPING.wait(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _once(self, body: bytes | None) -> bytes:

@@ -19,6 +19,7 @@ from engine.io.cli import Failed, Terminated
 from engine.io.files import atomic_write
 from gdpo.photos.dataset import Batch, CropDataset, loader
 from gdpo.photos.mixture import Mixture
+from gdpo.scores.remote import STOPPING
 from gdpo.train import checkpoint as checkpoints
 from gdpo.train.checkpoint import Checkpoint
 from gdpo.train.config import TrainConfig
@@ -79,7 +80,11 @@ def train_loop(
             except NonFiniteLoss as error:
                 raise NonFiniteLoss(f"{error}. Nothing was updated or overwritten; {last_checkpoint(root)}") from error
             except StepFailed as error:
-                raise StepFailed(f"{error}. {save_before_failing(root, config, accelerator, state)}") from error
+                saved = save_before_failing(root, config, accelerator, state, error.remedy)
+                if stop.signal:  # it did not wait for what was away
+                    record.say(f"{error}. {saved}")
+                    stop.leave()
+                raise StepFailed(f"{error}. {saved}") from error
             record.log(state.step, figures | {"step_time": time.perf_counter() - started})
             stopping = stop.agreed(accelerator)
             done = state.step == config.max_train_steps
@@ -89,15 +94,17 @@ def train_loop(
                 accelerator.wait_for_everyone()
                 record.say(f"saved checkpoint-{state.step:07d}; continue with --resume_from_checkpoint latest")
                 stop.leave()
-            if record.sheet_is_due(state.step):
-                record.sheet(state, method)
-            ends = guard.look(state, method, record)
+            with look_failures(root, config, main, state):
+                if record.sheet_is_due(state.step):
+                    record.sheet(state, method)
+                ends = guard.look(state, method, record)
 
     # End.
     if main:
         with disk_failures(root, state):
             if not record.sheet_is_due(state.step):  # else it was drawn before the guard ended the run
-                record.sheet(state, method)
+                with look_failures(root, config, main, state):
+                    record.sheet(state, method)
             guard.finish(state, method, record)
             with state.averaged():
                 method.save(root / "model")
@@ -167,15 +174,40 @@ def resume(root: Path, config: TrainConfig, accelerator: Accelerator, state: Sta
                 record.say(f"set aside, as this run goes on from an earlier step: {folder}")
 
 
-def save_before_failing(root: Path, config: TrainConfig, accelerator: Accelerator, state: State) -> str:
-    """Save the steps that were done before one that failed, which has changed nothing. Returns what to do, in words."""
+def save_before_failing(root: Path, config: TrainConfig, accelerator: Accelerator, state: State, remedy: str) -> str:
+    """Save the steps that were done before one that failed, which has changed nothing. Returns what to do, in words.
+
+    Args:
+        remedy: of StepFailed.
+    """
     if not state.step:
         return "No step was done before it"
-    folder = root / f"checkpoint-{state.step:07d}"
-    if accelerator.is_main_process and not folder.exists():
-        state.save(root, config.checkpoints_total_limit)
+    folder = save_if_new(root, config, accelerator.is_main_process, state)
     accelerator.wait_for_everyone()  # a launcher ends the others when one has left
-    return f"The steps before it are saved ({folder}): continue with --resume_from_checkpoint latest when it is mended"
+    return f"The steps before it are saved ({folder}): continue with {remedy}"
+
+
+def save_if_new(root: Path, config: TrainConfig, main: bool, state: State) -> Path:
+    """Save the state where this step is not saved yet; returns its checkpoint."""
+    folder = root / f"checkpoint-{state.step:07d}"
+    if main and not folder.exists():
+        state.save(root, config.checkpoints_total_limit)
+    return folder
+
+
+@contextmanager
+def look_failures(root: Path, config: TrainConfig, main: bool, state: State) -> Iterator[None]:
+    """Inside, a score of held-out pictures that fails ends the run with its steps saved. The main process alone looks,
+    so it does not wait for the others.
+    """
+    try:
+        yield
+    except ValueError as error:
+        folder = save_if_new(root, config, main, state)
+        raise StepFailed(
+            f"after step {state.step}, on held-out pictures: {error}. All steps are saved ({folder}): continue with "
+            f"{StepFailed.remedy}"
+        ) from error
 
 
 @contextmanager
@@ -215,11 +247,13 @@ class Stop:
     def __exit__(self, *_: object) -> None:
         for s, handler in self._old.items():
             signal.signal(s, handler)
+        STOPPING.clear()
 
     def _note(self, number: int, frame: object) -> None:
         if self.signal:
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated
         self.signal = number
+        STOPPING.set()
         self.say("stopping after this step; a checkpoint will be saved (again to stop at once)")
 
     def agreed(self, accelerator: Accelerator) -> bool:

@@ -167,7 +167,8 @@ def check_same_run(folder: Path, saved: Facts, state: State, config: TrainConfig
             f"{folder} was made with {key}={old.get(key)!r}, now it is {new[key]!r}: a resumed run must keep it; "
             "start a new output_dir to change it"
         )
-    notes = [f"from step {saved.step + 1} on, {', '.join(changed.values())}"] if changed else []
+    told = [line for key, line in changed.items() if key in old]  # the end of a run counts with some schedules alone
+    notes = [f"from step {saved.step + 1} on, {', '.join(told)}"] if told else []
     now = state.identity["samples_per_step"]
     if saved.samples_per_step != now:
         raise ValueError(

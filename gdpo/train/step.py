@@ -28,7 +28,18 @@ class NonFiniteLoss(RuntimeError):
 
 
 class StepFailed(RuntimeError):
-    """A step could not be done, here or in another process; nothing was updated."""
+    """A step could not be done, here or in another process; nothing was updated. `remedy`: how to resume, in words."""
+
+    remedy = "--resume_from_checkpoint latest when it is mended"
+
+
+class PictureFailed(StepFailed):
+    """A picture could not be read."""
+
+    remedy = (
+        "--resume_from_checkpoint latest and --data.on_error skip, or mend the picture or take it away and add "
+        "--allow_data_change true"
+    )
 
 
 def optimizer_step(
@@ -95,7 +106,7 @@ def _micro_batches(
             raise StepFailed(f"at step {state.step + 1}, another process failed; its line says why")
     at = f"at step {state.step + 1}"
     if isinstance(failure, ImageError):
-        raise StepFailed(f"{at}: {failure}") from failure
+        raise PictureFailed(f"{at}: {failure}") from failure
     if isinstance(failure, torch.cuda.OutOfMemoryError):
         raise StepFailed(f"{at}, {_smaller(config)}: {failure}") from failure
     if isinstance(failure, ValueError):  # a score that is not finite, say

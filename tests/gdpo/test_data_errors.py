@@ -49,7 +49,9 @@ def test_the_steps_before_are_saved_and_the_run_goes_on_when_it_is_mended(data, 
     with pytest.raises(StepFailed, match=r"at step \d+: .*crop07\.png.*The steps before it are saved") as error:
         train_here(monkeypatch, *options(data, out))
     done = len(rows(out))
-    assert 0 < done < 12 and f"at step {done + 1}:" in str(error.value) and f"checkpoint-{done:07d}" in str(error.value)
+    said = str(error.value)
+    assert 0 < done < 12 and f"at step {done + 1}:" in said and f"checkpoint-{done:07d}" in said
+    assert "--data.on_error skip" in said and "--allow_data_change true" in said
     resumed = options(data, out, "--resume_from_checkpoint=latest")
     with pytest.raises(StepFailed, match=r"crop07\.png"):  # as it is
         train_here(monkeypatch, *resumed)

@@ -1,8 +1,10 @@
 """Rewards over HTTP: the same floats as in process, servers that are gone, slow or wrong, kills of both sides."""
 
 import json
+import os
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +18,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from gdpo.scores.remote import Patience, RemoteReward, answer
+from engine.io.cli import Terminated
+from gdpo.scores.remote import STOPPING, Patience, RemoteReward, answer
 from gdpo.scores.rewards import build_rewards, require_finite
 from gdpo.train.methods.gdpo import GDPO as Method
 from tests.gdpo.test_train_faults import start, tree_bytes, wait_for_rows
@@ -170,6 +173,8 @@ def test_what_is_no_reward_is_not_taken_for_one():
         pytest.raises(ValueError, match="no reward answers there, but"),
     ):
         build_rewards([url], patience=QUICK)
+    with pytest.raises(ValueError, match="http://:x/score is no address of a reward"):
+        build_rewards(["http://:x/score"])  # at once
 
 
 def test_a_function_may_see_the_whole_group(group, tmp_path, monkeypatch):
@@ -232,6 +237,40 @@ def test_a_server_that_dies_for_good_ends_the_run_saved(crops, trained, tmp_path
     assert (tmp_path / "run" / "checkpoint-0000002" / "manifest.json").is_file()
 
 
+def test_a_server_that_dies_while_a_sheet_is_drawn_ends_the_run_saved(crops, trained, tmp_path, monkeypatch):
+    calls = []
+
+    def dies(handler):
+        calls.append(0)
+        alive = len(calls) < 3  # two steps; the third call is the sheet's
+        handler.give(save({"scores": torch.arange(6.0).view(2, 3)}) if alive else b"", 200 if alive else 503)
+
+    common = [*GDPO, f"--data.folder={crops}", f"--model.pretrained={trained}", f"--output_dir={tmp_path / 'run'}"]
+    common += ["--train_batch_size=2", "--checkpointing_steps=100", "--validation_steps=2", "--max_train_steps=9"]
+    line = r"after step 2, on held-out pictures: reward 'mine': .*All steps are saved \(.*checkpoint-0000002\)"
+    with answering(dies) as url, pytest.raises(RuntimeError, match=line):
+        train_here(monkeypatch, *common, f"--reward_funcs=[psnr_y,'{url}']", "--reward_patience=0.3")
+    assert (tmp_path / "run" / "checkpoint-0000002" / "manifest.json").is_file()
+
+
+def test_a_run_that_waits_for_a_server_stops_when_asked(crops, trained, tmp_path, monkeypatch, capfd):
+    calls = []
+
+    def dies(handler):
+        calls.append(0)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        alive = len(calls) < 3
+        handler.give(save({"scores": torch.arange(6.0).view(2, 3)}) if alive else b"", 200 if alive else 503)
+
+    common = [*GDPO, f"--data.folder={crops}", f"--model.pretrained={trained}", f"--output_dir={tmp_path / 'run'}"]
+    common += ["--train_batch_size=2", "--checkpointing_steps=100", "--validation_images=0", "--max_train_steps=9"]
+    with answering(dies) as url, pytest.raises(Terminated):
+        train_here(monkeypatch, *common, f"--reward_funcs=[psnr_y,'{url}']", "--reward_patience=500")
+    assert "did not answer before the run was to stop" in capfd.readouterr().err
+    assert (tmp_path / "run" / "checkpoint-0000002" / "manifest.json").is_file() and not STOPPING.is_set()
+
+
 def serve(port: int) -> subprocess.Popen:
     command = [sys.executable, "-m", "gdpo.rewards", "serve", "naturalness", f"--port={port}"]
     return subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
@@ -277,6 +316,6 @@ def test_kills_of_run_and_server_change_no_byte(crops, trained, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_twenty_kills_with_a_remote_reward(crops, trained, tmp_path):
-    hit = kills_of_both_sides(crops, trained, tmp_path, kills=20, steps=200)
+    hit = kills_of_both_sides(crops, trained, tmp_path, kills=20, steps=100)
     print(f"\n{hit} SIGKILLs hit the run, ten its server; the model equals that of a run that was never killed")
     assert hit == 20
