@@ -413,8 +413,8 @@ def test_osediffs_file_adapts_the_vaes_encoder_alone_and_lists_no_more_of_it(sta
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     x0 = generator.predict(latents, noise).x0
-    # OSEDiff's code: no noise, one step of a one-step schedule at 999.
-    schedule = DDPMScheduler.from_pretrained(mini_sd / "scheduler")
+    # OSEDiff's code: no noise, one step of a one-step schedule at 999 (which later versions of diffusers must be told).
+    schedule = DDPMScheduler.from_pretrained(mini_sd / "scheduler", timestep_spacing="trailing")
     schedule.set_timesteps(1)
     predicted = generator.unet(latents, torch.tensor([999]), encoder_hidden_states=generator.text_embeds(1)).sample
     expected = schedule.step(predicted, 999, latents).prev_sample
