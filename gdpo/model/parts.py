@@ -155,11 +155,14 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def refuse_checkpoint(folder: Path) -> None:
-    """Say what to do with a checkpoint where a model is expected.
+    """Say what to do with a checkpoint, or a run's folder, where a model is expected.
 
     Raises:
         ValueError: it is one.
     """
+    if (folder / "metrics.jsonl").is_file() and not (folder / "unet").is_dir():
+        model, merge = folder / "model", f"python -m gdpo.merge {folder}/checkpoint-N --out FOLDER"
+        raise ValueError(f"{folder} is the folder of a training run; take {model if model.is_dir() else merge}")
     if is_checkpoint(folder):
         raise ValueError(
             f"{folder} is a checkpoint of a training run; make a model of it with: "

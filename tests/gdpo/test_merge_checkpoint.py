@@ -65,6 +65,8 @@ def test_what_meets_a_checkpoint_names_the_command(run, crops, tmp_path, monkeyp
     monkeypatch.setattr(sys, "argv", ["gdpo.evaluate", *map(str, arguments)])
     with pytest.raises(ValueError, match=f"gdpo.merge {checkpoint} --out"):
         evaluate.main()
+    with pytest.raises(ValueError, match=f"{run} is the folder of a training run; take {run}/model"):
+        merge(run, tmp_path / "merged")
 
     damaged = tmp_path / "checkpoint-0000002"
     shutil.copytree(checkpoint, damaged)
