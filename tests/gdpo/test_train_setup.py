@@ -219,7 +219,9 @@ def test_the_hint_can_be_pasted(monkeypatch, capsys):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit, match="0"):
         run(cli.main)
-    assert "usage: python -m gdpo.train naosd [" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "usage: python -m gdpo.train naosd [" in shown
+    assert "learning rate schedule after the warm-up" in shown  # the options' words, which are in docstrings
 
 
 def folder_bytes(folder: Path) -> int:
