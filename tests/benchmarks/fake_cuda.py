@@ -257,7 +257,7 @@ def count(folder: str, procedure: str, variant: str, crop: str, group: str, arch
     ops = sorted(watch.ops.items(), key=lambda item: -item[1][0])
     return {
         "peak_mib": watch.peak / (1 << 20),
-        "ops": sum(n for _, (n, _) in ops),
+        "kernels": sum(n for _, (n, _) in ops),
         "bytes": sum(b for _, (_, b) in ops),
         "by_op": dict(ops),
     }
