@@ -167,8 +167,8 @@ def _merge_pair(module: Any, plain: Any, strength: float, adapter: str) -> None:
     plain.bias.copy_((plain.bias.double() + change).to(plain.bias.dtype))
 
 
-def save(model: Any, folder: Path, adapter: str = "default", *, pipeline: bool = False) -> None:
-    """Write the adapter as peft does and, for the UNet of a diffusers pipeline, as diffusers does too."""
+def save(model: Any, folder: Path, adapter: str = "default", *, part: str | None = None) -> None:
+    """Write the adapter as peft does and, for a part of a diffusers pipeline ("unet" or "vae"), as diffusers does."""
     from peft import get_peft_model_state_dict
 
     config = model.peft_config[adapter]
@@ -176,12 +176,17 @@ def save(model: Any, folder: Path, adapter: str = "default", *, pipeline: bool =
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     stored = lora_files.Adapter(tensors, float(config.lora_alpha), rslora=config.use_rslora, dora=config.use_dora)
     stored.alphas = {m: a for m in stored.ranks if (a := _alpha_of(model, m, adapter)) != stored.alpha}
-    lora_files.write(stored, folder)
+    pairs = None
     # As pairs alone, modules trained whole need a bias, which peft does not have for DoRA.
-    if pipeline and not (stored.dora and stored.whole):
+    if part is not None and not (stored.dora and stored.whole):
         originals = {name: model.get_submodule(name).original_module for name in stored.whole}
         base = {f"{name}.{k}": p.detach().cpu() for name, m in originals.items() for k, p in m.named_parameters()}
-        lora_files.write_diffusers(stored, folder, base)
+        pairs = lora_files.without_whole(stored, base)
+    # A pipeline refuses a file with a name that is not of a LoRA.
+    in_pipeline = part == "unet" and not stored.whole
+    lora_files.write(stored, folder, pairs, ("", lora_files.DIFFUSERS_PREFIX) if in_pipeline else ("",))
+    if pairs is not None and part == "unet":
+        lora_files.write_diffusers(pairs, folder)
 
 
 def _alpha_of(model: Any, module: str, adapter: str) -> float:

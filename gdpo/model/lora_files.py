@@ -3,8 +3,11 @@
     adapter_config.json, adapter_model.safetensors   peft.PeftModel.from_pretrained(unet, FOLDER)
     pytorch_lora_weights.safetensors                 pipeline.load_lora_weights(FOLDER)
 
-Both are written; either is read. A file is judged by its tensors: which layers, which rank. From its configuration come
-the scale and the variant (rsLoRA, DoRA) alone, so a stranger's configuration cannot ask for more than its file holds.
+Both are written; either is read. Diffusers also takes peft's file, but not the scale beside it; so that holds the LoRA
+a second time, with the scale multiplied into B, under the names that diffusers looks for.
+
+A file is judged by its tensors: which layers, which rank. From its configuration come the scale and the variant
+(rsLoRA, DoRA) alone, so a stranger's configuration cannot ask for more than its file holds.
 """
 
 from __future__ import annotations
@@ -103,9 +106,7 @@ def read(folder: Path) -> Adapter:
     forms: dict[bool, dict[str, torch.Tensor]] = {True: {}, False: {}}
     for key, value in tensors.items():
         forms[key.startswith(PEFT_PREFIX)][key.removeprefix(PEFT_PREFIX)] = value
-    peft, bare = forms[True], forms[False]
-    if peft and bare and not (peft.keys() == bare.keys() and all(torch.equal(v, bare[k]) for k, v in peft.items())):
-        raise ValueError(f"{weights}: the tensors under {PEFT_PREFIX} are not those without it; is the file damaged?")
+    peft, bare = forms[True], forms[False]  # with both, the second is for diffusers
     adapter = _options(config_file, config, peft or bare)
     for module, rank in adapter.ranks.items():
         told = _of_module(_mapping(config_file, config, "rank_pattern"), module, config.get("r"))
@@ -243,26 +244,41 @@ def _shape(layer: Any, part: str, rank: int) -> Shape:
     return (1, out, 1, 1)  # DoRA's magnitude of a convolution
 
 
-def write(adapter: Adapter, folder: Path) -> None:
-    """Write peft's form."""
+def write(adapter: Adapter, folder: Path, pairs: Adapter | None = None, prefixes: tuple[str, ...] = ()) -> None:
+    """Write peft's form.
+
+    Args:
+        pairs: the same change as pairs alone (`without_whole`), for diffusers.
+        prefixes: of the names that it looks for: "" in a model's load_lora_adapter(prefix=None), "unet." in a pipeline.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     options = adapter.options()
     config = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "bias": "none"} | options
     (folder / PEFT_CONFIG).write_text(_json(config) + "\n")
-    # peft wants its prefix; diffusers' load_lora_adapter(prefix=None) wants none, and takes the scale from the header.
-    both = adapter.tensors | {f"{PEFT_PREFIX}{k}": v.clone() for k, v in adapter.tensors.items()}
-    (folder / PEFT_WEIGHTS).write_bytes(_saved(both, {"format": "pt", _METADATA: _json(options)}))
+    tensors = {f"{PEFT_PREFIX}{k}": v for k, v in adapter.tensors.items()}
+    for prefix in prefixes if pairs is not None else ():
+        tensors |= {f"{prefix}{k}": v.clone() for k, v in _of_scale_1(pairs).items()}
+    (folder / PEFT_WEIGHTS).write_bytes(_saved(tensors, {"format": "pt"}))
 
 
-def write_diffusers(adapter: Adapter, folder: Path, base: dict[str, torch.Tensor]) -> None:
-    """Write diffusers' form of a UNet's LoRA.
+def _of_scale_1(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """The tensors of the same LoRA at a scale of 1, which is what is taken where none is told."""
+    ranks, own = adapter.ranks, adapter.own_alphas()
+    tensors = {}
+    for key, value in adapter.tensors.items():
+        module, side, _ = key.rpartition(".lora_B.")
+        if side:
+            rank = ranks[module]
+            alpha = own.get(module, adapter.alpha if adapter.alpha is not None else rank)
+            value = value * (alpha / (math.sqrt(rank) if adapter.rslora else rank))
+        tensors[key] = value
+    return tensors
 
-    Args:
-        base: the weights, before training, of the modules trained whole.
-    """
-    own = without_whole(adapter, base)
-    header = {f"{DIFFUSERS_PREFIX}{k}": v for k, v in own.options().items()}
-    tensors = {f"{DIFFUSERS_PREFIX}{k}": v for k, v in own.tensors.items()}
+
+def write_diffusers(adapter: Adapter, folder: Path) -> None:
+    """Write diffusers' form of a UNet's LoRA, of pairs alone."""
+    header = {f"{DIFFUSERS_PREFIX}{k}": v for k, v in adapter.options().items()}
+    tensors = {f"{DIFFUSERS_PREFIX}{k}": v for k, v in adapter.tensors.items()}
     (folder / DIFFUSERS_WEIGHTS).write_bytes(_saved(tensors, {"format": "pt", _METADATA: _json(header)}))
 
 
@@ -283,6 +299,9 @@ def _json(content: dict[str, Any]) -> str:
 
 def without_whole(adapter: Adapter, base: dict[str, torch.Tensor]) -> Adapter:
     """The same change of the model as pairs alone, which is all that diffusers' file holds.
+
+    Args:
+        base: the weights, before training, of the modules trained whole.
 
     A convolution trained whole, trained - base, becomes the product of its singular vectors: a pair of full rank, exact
     to rounding. Its bias becomes that of B; peft then wants one in every pair, and the others are zero.

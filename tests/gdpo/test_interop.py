@@ -98,12 +98,24 @@ def test_peft_gives_our_picture(saved):
     assert off(pixels(unet, adapted_vae(folder, pipeline), text), ours) < 1e-4
 
 
-def test_a_unet_of_diffusers_takes_the_adapter_file(saved):
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+def test_unet_and_vae_of_diffusers_take_the_adapter_files(saved):
     folder, ours, text = saved
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     pipeline.unet.load_lora_adapter(
         str(folder / "unet_lora"), weight_name=lora_files.PEFT_WEIGHTS, prefix=None
     )  # fmt: skip
+    pipeline.vae.load_lora_adapter(str(folder / "vae_lora"), weight_name=lora_files.PEFT_WEIGHTS, prefix=None)
+    assert off(pixels(pipeline.unet.eval(), pipeline.vae.eval(), text), ours) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+def test_a_pipeline_takes_pefts_file_where_nothing_was_trained_whole(saved):
+    folder, ours, text = saved
+    if lora_files.read(folder / "unet_lora").whole:
+        pytest.skip("diffusers takes no file with a name that is not of a LoRA")
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline.load_lora_weights(str(folder / "unet_lora"), weight_name=lora_files.PEFT_WEIGHTS)
     assert off(pixels(pipeline.unet.eval(), adapted_vae(folder, pipeline), text), ours) < 1e-4
 
 
@@ -120,7 +132,8 @@ def test_our_own_reading_gives_our_picture_also_of_an_old_folder_and_of_diffuser
 
     def old(where: Path) -> None:  # before both forms were written: bare names, no diffusers' file
         tensors = load_file(where / "unet_lora" / lora_files.PEFT_WEIGHTS)
-        bare = {k: v for k, v in tensors.items() if not k.startswith(lora_files.PEFT_PREFIX)}
+        prefix = lora_files.PEFT_PREFIX
+        bare = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         save_file(bare, where / "unet_lora" / lora_files.PEFT_WEIGHTS)
         (where / "unet_lora" / lora_files.DIFFUSERS_WEIGHTS).unlink()
         (where / lora_files.DIFFUSERS_WEIGHTS).unlink()
@@ -239,11 +252,6 @@ def change_tensors(how):
     return change
 
 
-def another_twin(tensors):
-    name = min(k for k in tensors if not k.startswith(lora_files.PEFT_PREFIX))
-    return tensors | {name: tensors[name] + 1}
-
-
 REFUSED = {
     "an absurd rank": (change_config(r=10**12), "must have rank 4"),
     "a rank that is a text": (change_config(r="many"), "must have rank 4"),
@@ -252,7 +260,6 @@ REFUSED = {
     "alpha out of range": (change_config(lora_alpha=1e300), "lora_alpha must be a number"),
     "another method": (change_config(peft_type="LOKR"), "peft_type must be LORA"),
     "a flag that is none": (change_config(use_dora="yes"), "use_dora must be true or false"),
-    "two versions": (change_tensors(another_twin), "is the file damaged"),
     "no LoRA": (change_tensors(lambda t: {"x.weight": torch.zeros(1)}), "there is no LoRA"),
     "half a pair": (
         change_tensors(lambda t: {k: v for k, v in t.items() if "lora_A" in k or "to_q" not in k}),
@@ -280,8 +287,9 @@ def test_a_lora_is_written_as_the_same_bytes_every_time(tmp_path):
     tensors = {"to_q.lora_A.weight": torch.ones(2, 4), "to_q.lora_B.weight": torch.ones(4, 2)}
     files = []
     for i in range(16):  # two entries of metadata have two orders
-        lora_files.write(lora_files.Adapter(tensors, 2.0), tmp_path / str(i))
-        lora_files.write_diffusers(lora_files.Adapter(tensors, 2.0), tmp_path / str(i), {})
+        adapter = lora_files.Adapter(tensors, 2.0)
+        lora_files.write(adapter, tmp_path / str(i), adapter, ("", "unet."))
+        lora_files.write_diffusers(adapter, tmp_path / str(i))
         names = (lora_files.PEFT_WEIGHTS, lora_files.DIFFUSERS_WEIGHTS)
         files.append(tuple((tmp_path / str(i) / name).read_bytes() for name in names))
     assert len(set(files)) == 1
