@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from gdpo.train.config import NAOSDConfig
 from tests.gdpo.test_train_invariants import distance, weights
-from tests.support.training import NAOSD, ROOT, environment, train
+from tests.support.training import NAOSD, ROOT, environment, train_here
 
-STEPS = 200  # enough that the third node comes before the end
+STEPS = 40
 
 
 def test_accumulation_follows_from_the_processes():
@@ -45,6 +48,18 @@ def steps(out: Path) -> list[int]:
     return [row["step"] for row in rows if "loss" in row]
 
 
+def wait_until(holds: Callable[[], object], seconds: float = 400) -> None:
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until, "it does not come"
+        time.sleep(0.02)
+
+
+def _pending(pid: int) -> int:
+    """Signals that wait for a process, a bit for each."""
+    return int(re.search(r"ShdPnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1], 16)
+
+
 class Node:
     """torchrun's agent of one machine, with one process."""
 
@@ -63,39 +78,53 @@ class Node:
 
     def kill(self) -> None:
         """As when the machine is switched off: the agent, and its process, which has a session of its own."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        for pid in (self.process.pid, *map(int, children)):
+        for pid in (self.process.pid, *self.children()):
             os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
+    def children(self) -> list[int]:
+        text = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(pid) for pid in text.split()]
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Its training stands still until the agent asks it to end: a node that comes meanwhile is never too late."""
+        (worker,) = self.children()
+        os.kill(worker, signal.SIGSTOP)
+        yield
+        wait_until(lambda: _pending(worker) >> signal.SIGTERM - 1 & 1)
+        os.kill(worker, signal.SIGCONT)
+
 
 @pytest.mark.slow
-def test_two_processes_then_one_then_two_equal_a_straight_run(crops, tmp_path):
+@pytest.mark.timeout(1200)
+def test_two_processes_then_one_then_two_equal_a_straight_run(crops, tmp_path, monkeypatch):
     straight, elastic = tmp_path / "straight", tmp_path / "elastic"
-    train(*options(crops, straight))
+    train_here(monkeypatch, *options(crops, straight))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     arguments = (*options(crops, elastic), "--resume_from_checkpoint=auto")
     nodes = [Node(1, port, tmp_path / "first.log", *arguments)]
 
-    def wait_for(processes: int, step: int) -> None:
-        until = time.monotonic() + 200
-        while max(steps(elastic), default=0) < step or count() != processes:
-            assert nodes[0].process.poll() is None, nodes[0].log.read_text()[-3000:]
-            assert time.monotonic() < until, [node.log.read_text()[-3000:] for node in nodes]
-            time.sleep(0.05)
+    def reached(processes: int, step: int) -> bool:
+        assert nodes[0].process.poll() is None, nodes[0].log.read_text()[-3000:]
+        return max(steps(elastic), default=0) >= step and count() == processes
 
     def count() -> int:
         return json.loads((elastic / "environment.json").read_text())["processes"]
 
     try:
         nodes.append(Node(0, port, tmp_path / "second.log", *arguments))
-        wait_for(2, 10)
+        wait_until(lambda: reached(2, 4))
         nodes[1].kill()
-        wait_for(1, 15)
-        nodes.append(Node(0, port, tmp_path / "third.log", *arguments))
+        lost = max(steps(elastic))
+        wait_until(lambda: reached(1, lost + 1))
+        with nodes[0].held():
+            alone = max(steps(elastic))
+            nodes.append(Node(0, port, tmp_path / "third.log", *arguments))
         for node in (nodes[0], nodes[2]):
-            assert node.process.wait(timeout=300) == 0, node.log.read_text()[-3000:]
+            assert node.process.wait(timeout=600) == 0, node.log.read_text()[-3000:]
+        assert 4 <= lost < alone < STEPS
         assert count() == 2
     finally:
         for node in nodes:
