@@ -6,6 +6,7 @@ each file's size and time; a start then takes seconds.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ OTHER_SUFFIXES = frozenset({".gif", ".heic", ".heif", ".avif", ".jp2", ".j2k", "
 _PICTURES = READABLE | OTHER_SUFFIXES
 _SIDES = {side: re.compile(rf"(?i)(?P<before>(?:^|.*[-_. ]))(?:{words})(?P<after>(?:[-_. ].*)?)$")
           for side, words in (("HR", r"(?:hr|gt|hq)(mod\d+)?"), ("LR", r"(?:lr|lq)(bic)?(?:_?x?\d+)?"))}  # fmt: skip
+_ANY_SIDE = re.compile("(?i)hr|gt|hq|lr|lq")  # in every name that one of these matches
 
 
 @dataclass
@@ -54,13 +56,17 @@ class Listing:
 def natural(name: str) -> str:
     """A sort key by which crop9 comes before crop10, without regard to case. Names that differ in case alone have the
     same key: sort by the name first."""
-    return re.sub("[0-9]+", _countable, name.lower())
+    return _NUMBER.sub(lambda match: _countable(match[0]), name.lower())
 
 
-def _countable(match: re.Match) -> str:
+_NUMBER = re.compile("[0-9]+")
+
+
+@functools.lru_cache(1 << 16)  # most numbers come many times
+def _countable(number: str) -> str:
     """Digits such that texts of them sort as the numbers do: how many there are, then they, then zeros before them."""
-    digits = match[0].lstrip("0")
-    return f"\0{len(digits):03}{digits}{match[0]}\0"
+    digits = number.lstrip("0")
+    return f"\0{len(digits):03}{digits}{number}\0"
 
 
 def listing(folder: Path) -> Listing:
@@ -118,7 +124,7 @@ def listing(folder: Path) -> Listing:
                 take(name, status)
     by_name = sorted(range(len(names)), key=names.__getitem__)
     for i in sorted(by_name, key=lambda i: natural(names[i])):
-        if os.path.splitext(names[i])[1].lower() in READABLE:
+        if _suffix(names[i]) in READABLE:
             found.names.append(names[i])
             found.stats.append((facts[2 * i], facts[2 * i + 1]))
         else:
@@ -127,7 +133,12 @@ def listing(folder: Path) -> Listing:
 
 
 def _is_picture(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in _PICTURES
+    return _suffix(name) in _PICTURES
+
+
+def _suffix(name: str) -> str:
+    """Of a file that is not hidden."""
+    return name[name.rfind(".") :].lower()
 
 
 def side_of(name: str) -> str | None:
@@ -165,7 +176,7 @@ def refuse_pairs(folder: Path, names: Iterable[str]) -> None:
     """
     stems: dict[tuple[str, str], dict[str, str]] = {}
     seen: set[str] = set()
-    for name in names:
+    for name in filter(_ANY_SIDE.search, names):
         parts = name.split("/")
         stem = os.path.splitext(parts[-1])[0]
         for depth, part in enumerate([*parts[:-1], stem]):
