@@ -365,7 +365,7 @@ def _object(where: str, value: Any, keys: set[str] | None = None) -> dict[str, A
 
 
 def _text(where: str, value: Any) -> str:
-    if not isinstance(value, str) or len(value) > 1000 or not value.isprintable():
+    if not isinstance(value, str) or len(value) > 1000 or not value.isascii() or not value.isprintable():
         raise FolderError(f"{where} must be a line of text; got {_short(value)}")
     return value
 

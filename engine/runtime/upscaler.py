@@ -165,7 +165,21 @@ class Upscaler:
         in_cpp = None
         if core is not False:
             in_cpp = open_core(manifest, folder, entry.name, device, threads, required=bool(core))
-        return cls(manifest, open_sessions() if in_cpp is None else open_sessions, entry.name, in_cpp)
+        if in_cpp is not None:
+            return cls(manifest, open_sessions, entry.name, in_cpp)
+        up = cls(manifest, open_sessions(), entry.name)
+        if not entry.is_plan:  # a plan knows its own sizes, which its session compares with the manifest's
+            up._try_out(folder)
+        return up
+
+    def _try_out(self, folder: Path) -> None:
+        """One least tile: a graph of any size that does not fit the manifest fails now and not within a picture."""
+        try:
+            self.upscale(np.zeros((1, 1, 3), np.uint8), scale=1)
+        except FloatingPointError:  # a matter of this picture and of the precision
+            pass
+        except (RuntimeError, ValueError) as error:
+            raise FolderError(f"{folder}: its graphs do not fit its manifest ({error})") from None
 
     # fmt: off
     @overload

@@ -365,3 +365,60 @@ def test_no_mutant_of_a_folder_loads(folders, tmp_path, name):
         (folder / name).write_bytes(data if rng.random() < 0.7 else data[:at])
         with pytest.raises(FolderError, match=r"damaged|SHA-256"):
             _core.Upscaler(str(folder), library=str(library()))
+
+
+def ambiguous(content: bytes) -> dict[str, bytes]:
+    """What two readers of JSON may take for two manifests."""
+    return {
+        "a name twice": content.rstrip()[:-1] + b', "precision": "fp16"}',
+        "a name twice, the right one last": content.replace(b"{", b'{"precision": "fp16", ', 1),
+        "a name twice, one escaped": content.rstrip()[:-1] + b', "precisi\\u006fn": "fp16"}',
+        "a zero byte": content + b"\0",
+        "more after a zero byte": content + b"\0{}",
+        "more after the end": content + b"{}",
+        "a byte order mark": b"\xef\xbb\xbf" + content,
+        "a comment": b"// made by hand\n" + content,
+        "a comma too much": content.rstrip()[:-1] + b",}",
+    }
+
+
+WRONG = {
+    "version of several lines": lambda m: m.update(backend_version="1\n2"),
+    "version with a zero": lambda m: m.update(backend_version="1\0"),
+    "a long version": lambda m: m.update(backend_version="1" * 1001),
+    "version beyond ASCII": lambda m: m.update(backend_version="1\u202e"),
+    "an invisible architecture": lambda m: m.update(architecture="sm_90\t"),
+    "no architecture": lambda m: m.pop("architecture"),
+    "source without hashes": lambda m: m.update(source={"generator": [1]}),
+    "a source of several lines": lambda m: m.update(source={"a\nb": "0" * 64}),
+    "more of a graph": lambda m: m["graphs"]["generator"].update(more=1),
+    "more of a tensor": lambda m: m["graphs"]["generator"]["output"].update(more=1),
+    "a file for two": lambda m: m["graphs"]["generator"].update(data={m["graphs"]["generator"]["file"]: "0" * 64}),
+    "the manifest as a graph": lambda m: m["graphs"]["generator"].update(file="manifest.json"),
+    "a factor that the graph does not have": lambda m: m["geometry"].update(factor=1),
+}
+
+
+def load_hashed_again(folder: Path, content: bytes, core: bool) -> None:
+    (folder / "manifest.json").write_bytes(content)
+    (folder / "manifest.sha256").write_text(f"{hashlib.sha256(content).hexdigest()}  manifest.json\n")
+    _core.Upscaler(str(folder), library=str(library())) if core else Upscaler.load(folder, core=False)
+
+
+@pytest.mark.parametrize("core", [True, False])
+@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
+def test_a_manifest_that_is_wrong_is_refused_by_both_when_it_is_loaded(folders, tmp_path, change, core):
+    folder = shutil.copytree(folders / "plain", tmp_path / "folder")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    with pytest.raises(FolderError):
+        load_hashed_again(folder, json.dumps(manifest).encode(), core)
+
+
+@pytest.mark.parametrize("core", [True, False])
+@pytest.mark.parametrize("wrong", ambiguous(b"{}"))
+def test_a_manifest_that_programs_read_differently_is_refused_by_both(folders, tmp_path, wrong, core):
+    folder = shutil.copytree(folders / "plain", tmp_path / "folder")
+    content = ambiguous((folder / "manifest.json").read_bytes())[wrong]
+    with pytest.raises(FolderError, match="name twice" if "twice" in wrong else "not a manifest"):
+        load_hashed_again(folder, content, core)

@@ -186,4 +186,17 @@ TEST(a_manifest_nested_deeply_is_refused_before_it_is_printed) {
   }
 }
 
+TEST(a_manifest_that_programs_read_differently_is_refused) {
+  const std::pair<const char*, std::string> wrong[] = {
+      {"twice", R"({"format": 1, "format": 1})"},
+      {"twice", R"({"model": {"a": {"b": 1}, "c": [{"b": 1}, {"b": 1, "\u0062": 2}]}})"},
+      {"zero byte", std::string("{}\0", 3)},
+      {"zero byte", std::string("{}\0{", 4)},
+      {"byte order mark", "\xef\xbb\xbf{}"},
+  };
+  for (const auto& [reason, text] : wrong) {
+    THROWS(FolderError, reason, parse_manifest(text.data(), text.data() + text.size()));
+  }
+}
+
 int main() { return check::main(); }

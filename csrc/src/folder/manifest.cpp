@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <nlohmann/json.hpp>
 #include <set>
+#include <vector>
 
 #include "backends/registry.hpp"
 #include "folder/files.hpp"
@@ -20,7 +21,7 @@ constexpr std::int64_t kMostSide = 1 << 16;
 constexpr int kDeepest = 32;  // of nested arrays and objects
 const std::set<std::string> kFields = {"backend", "backend_version", "precision", "geometry", "profile",
                                        "graphs",  "model",           "source",    "parity",   "options",
-                                       "extras",  "resampler",       "noise",     "format"};
+                                       "extras",  "architecture",    "resampler", "noise",    "format"};
 
 /// A value as it stands in the file, shortened.
 std::string shown(const Json& value) {
@@ -38,6 +39,17 @@ const Json& field(const Json& object, const char* name) {
 const std::string& string(const Json& value, const char* name) {
   if (!value.is_string()) throw FolderError(text(name, " must be a string; got ", shown(value)));
   return value.get_ref<const std::string&>();
+}
+
+/// A line of text: at most 1000 printable characters of ASCII.
+std::string line(const Json& value, const char* name) {
+  if (value.is_string()) {
+    const auto& found = value.get_ref<const std::string&>();
+    if (found.size() <= 1000 && std::all_of(found.begin(), found.end(), [](char c) { return c >= ' ' && c <= '~'; })) {
+      return found;
+    }
+  }
+  throw FolderError(text(name, " must be a line of text; got ", shown(value)));
 }
 
 /// A plain file name: letters, digits, "_" "-" and, after the first, "."; at most 100.
@@ -86,8 +98,8 @@ Tensor tensor(const Json& value) {
   Tensor result;
   const auto& dtype = string(field(value, "dtype"), "dtype");
   const auto& shape = field(value, "shape");
-  result.name = string(field(value, "name"), "name");
-  if ((dtype != "float32" && dtype != "float16") || !shape.is_array() || shape.size() > 8) {
+  result.name = line(field(value, "name"), "name");
+  if (value.size() != 3 || (dtype != "float32" && dtype != "float16") || !shape.is_array() || shape.size() > 8) {
     throw FolderError(shown(value) + " does not describe a tensor");
   }
   for (const auto& side : shape) {
@@ -106,7 +118,8 @@ Graph graph(const Json& value) {
   result.sha256 = hash(field(value, "sha256"));
   const auto& inputs = field(value, "inputs");
   const auto& data = field(value, "data");
-  if (!inputs.is_array() || !data.is_object()) throw FolderError(shown(value) + " does not describe a graph");
+  if (value.size() != 5 || !inputs.is_array() || !data.is_object())
+    throw FolderError(shown(value) + " does not describe a graph");
   for (const auto& input : inputs) result.inputs.push_back(tensor(input));
   result.output = tensor(field(value, "output"));
   for (const auto& [name, digits] : data.items()) result.data[file_name(name)] = hash(digits);
@@ -162,7 +175,7 @@ Manifest checked(const Json& content) {
   }
   for (const auto& name : kFields) field(content, name.c_str());
   for (const auto& [name, value] : content.items()) {
-    if (kFields.count(name) == 0 && name != "architecture") throw FolderError("unknown field " + shown(name));
+    if (kFields.count(name) == 0) throw FolderError("unknown field " + shown(name));
   }
   Manifest result;
   const auto& geometry = content["geometry"];
@@ -199,10 +212,16 @@ Manifest checked(const Json& content) {
         text("graphs must be generator, or encoder, unet and decoder; got ", found.empty() ? "none" : found));
   }
   for (const auto& [name, entry] : result.graphs) check_role(name, entry, result);
+  std::set<std::string> files = {"manifest.json", "manifest.sha256"};
+  for (const auto& [name, entry] : result.graphs) {
+    bool own = files.insert(entry.file).second;
+    for (const auto& [file, digits] : entry.data) own = files.insert(file).second && own;
+    if (!own) throw FolderError("graphs must have files of their own");
+  }
   result.backend = string(content["backend"], "backend");
-  result.backend_version = string(content["backend_version"], "backend_version");
-  if (content.contains("architecture") && !content["architecture"].is_null()) {
-    result.architecture = string(content["architecture"], "architecture");
+  result.backend_version = line(content["backend_version"], "backend_version");
+  if (!content["architecture"].is_null()) {
+    result.architecture = line(content["architecture"], "architecture");
   }
   if (find_backend(result.backend) == nullptr) {
     throw FolderError("backend must be one of " + backend_names() + "; got " + shown(result.backend));
@@ -221,6 +240,7 @@ Manifest checked(const Json& content) {
   for (const auto* const name : {"model", "source", "parity", "options", "extras"}) {
     if (!content[name].is_object()) throw FolderError(text(name, " must be an object"));
   }
+  for (const auto& [name, digits] : content["source"].items()) static_cast<void>(line(name, "source") + hash(digits));
   for (const auto& [name, digits] : content["extras"].items()) static_cast<void>(file_name(name) + hash(digits));
   const auto& options = content["options"];
   result.version_compatible = options.contains("version_compatible") && options["version_compatible"] == true;
@@ -253,12 +273,22 @@ std::int64_t Manifest::fixed_side(const std::string& dimension) const {
 
 Manifest parse_manifest(const char* begin, const char* end) {
   try {
-    // Printing what is nested would need a stack as deep.
-    const auto shallow = [](int depth, Json::parse_event_t, Json&) {
+    std::vector<std::set<std::string>> names;  // of the objects that are open
+    const auto strict = [&names](int depth, Json::parse_event_t event, Json& value) {
+      // Printing what is nested would need a stack as deep.
       if (depth > kDeepest) throw FolderError(text("nested more than ", kDeepest, " deep"));
+      if (event == Json::parse_event_t::object_start) names.emplace_back();
+      if (event == Json::parse_event_t::object_end) names.pop_back();
+      if (event == Json::parse_event_t::key && !names.back().insert(value.get<std::string>()).second) {
+        throw FolderError("its JSON has a name twice");
+      }
       return true;
     };
-    return checked(Json::parse(begin, end, shallow));
+    // The parser passes over a byte order mark, and takes a zero byte for the end, whatever follows.
+    if (std::find(begin, end, '\0') != end || (begin != end && *begin == '\xef')) {
+      throw FolderError("not a manifest of an engine folder (a zero byte or a byte order mark in it)");
+    }
+    return checked(Json::parse(begin, end, strict));
   } catch (const Json::exception& error) {
     throw FolderError(text("not a manifest of an engine folder (", one_line(error.what()), ")"));
   }
