@@ -1,11 +1,15 @@
-/// Stands in for libcuda.so.1 where there is no GPU: device memory is host memory, a stream does everything at once,
-/// and a kernel is what kernels.hpp says, called for every thread of the grid. It lets tests run all of the library's
-/// code around the kernels, and the kernels' own arithmetic; what it cannot show is what nvcc and a GPU make of them.
+/// Stands in for libcuda.so.1 where there is no GPU: device memory is host memory, a stream does everything at once but
+/// copies to the host, and a kernel is what kernels.hpp says, called for every thread of the grid. It lets tests run
+/// all of the library's code around the kernels, and the kernels' own arithmetic; what it cannot show is what nvcc and
+/// a GPU make of them.
 #include <cuda.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
 #include <string>
@@ -60,10 +64,27 @@ const std::map<std::string, Run>& kernels() {
 using Graph = std::vector<std::function<void()>>;
 Graph* captured = nullptr;  // of the stream, while it is recorded
 
+/// Copies to the host are as late as they may be: somebody waits for them, or other work is put behind them.
+struct Late {
+  CUevent event;  // a moment between copies, or none
+  std::function<void()> copy;
+};
+std::deque<Late> late;
+
+void catch_up(CUevent until = nullptr) {
+  while (!late.empty()) {
+    const Late next = std::move(late.front());
+    late.pop_front();
+    if (next.copy) next.copy();
+    if (until != nullptr && next.event == until) return;
+  }
+}
+
 }  // namespace
 
 /// What another stand-in puts on the stream.
 void fake_cuda_submit(std::function<void()> work) {
+  catch_up();
   if (captured == nullptr) return work();
   captured->push_back(std::move(work));
 }
@@ -86,8 +107,13 @@ CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
 CUresult cuCtxSetCurrent(CUcontext) { return CUDA_SUCCESS; }
 CUresult cuDevicePrimaryCtxRetain(CUcontext*, CUdevice) { return CUDA_SUCCESS; }
 CUresult cuDevicePrimaryCtxRelease(CUdevice) { return CUDA_SUCCESS; }
-CUresult cuStreamSynchronize(CUstream) { return CUDA_SUCCESS; }
-CUresult cuEventRecord(CUevent, CUstream) { return CUDA_SUCCESS; }
+CUresult cuStreamSynchronize(CUstream) { return catch_up(), CUDA_SUCCESS; }
+CUresult cuEventRecord(CUevent event, CUstream) { return late.push_back({event, {}}), CUDA_SUCCESS; }
+CUresult cuEventSynchronize(CUevent event) {
+  const auto is = [&](const Late& one) { return one.event == event; };
+  if (std::any_of(late.begin(), late.end(), is)) catch_up(event);
+  return CUDA_SUCCESS;
+}
 
 CUresult cuStreamBeginCapture(CUstream, CUstreamCaptureMode) {
   if (captured != nullptr) return CUDA_ERROR_ILLEGAL_STATE;
@@ -109,6 +135,7 @@ CUresult cuGraphDestroy(CUgraph graph) {
 CUresult cuGraphExecDestroy(CUgraphExec graph) { return cuGraphDestroy(reinterpret_cast<CUgraph>(graph)); }
 CUresult cuGraphLaunch(CUgraphExec graph, CUstream) {
   ++fake_cuda_replays;
+  catch_up();
   for (const auto& work : *reinterpret_cast<Graph*>(graph)) work();
   return CUDA_SUCCESS;
 }
@@ -136,7 +163,11 @@ CUresult cuEventElapsedTime(float* milliseconds, CUevent, CUevent) {
 
 CUresult cuStreamCreate(CUstream*, unsigned) { return ++fake_cuda_live, CUDA_SUCCESS; }
 CUresult cuStreamDestroy(CUstream) { return --fake_cuda_live, CUDA_SUCCESS; }
-CUresult cuEventCreate(CUevent*, unsigned) { return ++fake_cuda_live, CUDA_SUCCESS; }
+CUresult cuEventCreate(CUevent* event, unsigned) {
+  static std::uintptr_t events = 0;
+  *event = reinterpret_cast<CUevent>(++events);
+  return ++fake_cuda_live, CUDA_SUCCESS;
+}
 CUresult cuEventDestroy(CUevent) { return --fake_cuda_live, CUDA_SUCCESS; }
 CUresult cuModuleUnload(CUmodule) { return --fake_cuda_live, CUDA_SUCCESS; }
 CUresult cuModuleLoadData(CUmodule* module, const void* image) {
@@ -159,6 +190,7 @@ CUresult cuLaunchKernel(CUfunction function, unsigned x, unsigned y, unsigned z,
     return CUDA_ERROR_INVALID_VALUE;
   }
   ++fake_cuda_launches;
+  catch_up();
   (*reinterpret_cast<const Run*>(function))({x, y, z, threads}, parameters[0]);
   return CUDA_SUCCESS;
 }
@@ -174,6 +206,7 @@ CUresult cuMemHostAlloc(void** at, std::size_t bytes, unsigned) {
   return ++fake_cuda_live, CUDA_SUCCESS;
 }
 CUresult cuMemFreeHost(void* at) {
+  catch_up();
   std::free(at);
   return --fake_cuda_live, CUDA_SUCCESS;
 }
@@ -184,16 +217,18 @@ CUresult cuMemAlloc(CUdeviceptr* at, std::size_t bytes) {
 }
 CUresult cuMemFree(CUdeviceptr at) { return cuMemFreeHost(reinterpret_cast<void*>(at)); }
 CUresult cuMemcpyHtoDAsync(CUdeviceptr to, const void* from, std::size_t bytes, CUstream) {
+  catch_up();
   std::memcpy(reinterpret_cast<void*>(to), from, bytes);
   fake_cuda_up += static_cast<std::int64_t>(bytes);
   return CUDA_SUCCESS;
 }
 CUresult cuMemcpyDtoHAsync(void* to, CUdeviceptr from, std::size_t bytes, CUstream) {
-  std::memcpy(to, reinterpret_cast<void*>(from), bytes);
+  late.push_back({nullptr, [=] { std::memcpy(to, reinterpret_cast<void*>(from), bytes); }});
   fake_cuda_down += static_cast<std::int64_t>(bytes);
   return CUDA_SUCCESS;
 }
 CUresult cuMemsetD8Async(CUdeviceptr at, unsigned char value, std::size_t bytes, CUstream) {
+  catch_up();
   std::memset(reinterpret_cast<void*>(at), value, bytes);
   return CUDA_SUCCESS;
 }

@@ -82,6 +82,8 @@ void Event::record(const Stream& stream) const {
   driver_->check(driver_->p_cuEventRecord(event_, stream.get()), "cuEventRecord");
 }
 
+void Event::synchronize() const { driver_->check(driver_->p_cuEventSynchronize(event_), "cuEventSynchronize"); }
+
 double Event::seconds_since(const Event& begin) const {
   float milliseconds = 0;
   driver_->check(driver_->p_cuEventElapsedTime(&milliseconds, begin.event_, event_), "cuEventElapsedTime");

@@ -39,6 +39,7 @@ namespace gdpo::detail {
   X(cuEventCreate, "cuEventCreate")                             \
   X(cuEventDestroy, "cuEventDestroy_v2")                        \
   X(cuEventRecord, "cuEventRecord")                             \
+  X(cuEventSynchronize, "cuEventSynchronize")                   \
   X(cuEventElapsedTime, "cuEventElapsedTime")                   \
   X(cuMemGetInfo, "cuMemGetInfo_v2")                            \
   X(cuMemAlloc, "cuMemAlloc_v2")                                \
@@ -114,6 +115,7 @@ class Event {
   Event& operator=(const Event&) = delete;
 
   void record(const Stream& stream) const;
+  void synchronize() const;
   double seconds_since(const Event& begin) const;  ///< once the stream has passed both
 
  private:

@@ -12,7 +12,7 @@
 namespace gdpo::detail {
 namespace {
 
-constexpr std::size_t kStaging = std::size_t{1} << 20;  // pinned memory that pictures pass through, piece by piece
+constexpr std::size_t kStaging = std::size_t{1} << 20;  // half of the pinned memory that pictures pass through
 constexpr std::size_t kKept = std::size_t{1} << 30;     // device memory that stays from picture to picture
 
 CUdeviceptr address(const void* device) { return reinterpret_cast<CUdeviceptr>(device); }
@@ -22,10 +22,11 @@ struct Machine {
   Machine(std::shared_ptr<Gpu> on, std::unique_ptr<const Kernels> loaded)
       : gpu(std::move(on)),
         kernels(std::move(loaded)),
-        staging(gpu->driver, CudaMemory::pinned, kStaging),
+        staging(gpu->driver, CudaMemory::pinned, 2 * kStaging),
         quantiles(gpu->driver, CudaMemory::device, sizeof(float) << 16),
         begin(gpu->driver),
-        end(gpu->driver) {
+        end(gpu->driver),
+        arrived{Event(gpu->driver), Event(gpu->driver)} {
     gpu->stream.upload(quantiles.address(), quantile_table(), quantiles.size());
     gpu->stream.synchronize();
   }
@@ -33,7 +34,7 @@ struct Machine {
   const std::shared_ptr<Gpu> gpu;
   const std::unique_ptr<const Kernels> kernels;
   const CudaMemory staging, quantiles;
-  const Event begin, end;
+  const Event begin, end, arrived[2];  // arrived: in each half of the staging memory
   std::optional<CudaMemory> memory;
 };
 
@@ -86,6 +87,7 @@ class CudaDevice : public Device {
   }
 
   ~CudaDevice() override {
+    machine_.gpu->driver->p_cuStreamSynchronize(stream_.get());    // after an error a download may be under way
     if (machine_.memory->size() > kKept) machine_.memory.reset();  // too much to keep
   }
 
@@ -159,23 +161,46 @@ class CudaDevice : public Device {
                 memory_.picture});
     if (rows.last < height) return;
     align();
-    const std::int64_t row = job_.out.size.width * 3 * job_.in.sample_bytes();
-    const std::int64_t most = std::max<std::int64_t>(static_cast<std::int64_t>(kStaging) / row, 1);
-    for (std::int64_t first = 0; first < job_.out.size.height; first += most) {
-      const Range band{first, std::min(first + most, job_.out.size.height)};
-      const ImageSpan out = job_.out.rows(band);
-      pieces(out, address(memory_.result) + static_cast<CUdeviceptr>(first * row),
-             [&](Range pixels, char* staging, CUdeviceptr at, std::size_t bytes) {
-               stream_.download(staging, at, bytes);
-               stream_.synchronize();
-               visit(out, pixels, staging,
-                     [](const char* from, char* to, std::int64_t count) { std::memcpy(to, from, count); });
-             });
-      job_.out.done(band);
-    }
+    download();
   }
 
  private:
+  /// memory_.result to the caller, band by band: one half of the staging memory fills while the other is emptied.
+  void download() {
+    struct Piece {
+      Range rows, pixels;  // a band, and what of it
+    };
+    const std::int64_t width = job_.out.size.width, height = job_.out.size.height;
+    const std::int64_t pixel = 3 * job_.in.sample_bytes(), fits = static_cast<std::int64_t>(kStaging) / pixel;
+    const std::int64_t most = std::max<std::int64_t>(fits / width, 1);
+    std::vector<Piece> pieces;
+    for (std::int64_t row = 0; row < height; row += most) {
+      const Range rows{row, std::min(row + most, height)};
+      const std::int64_t all = rows.length() * width;
+      for (std::int64_t first = 0; first < all; first += fits)
+        pieces.push_back({rows, {first, std::min(first + fits, all)}});
+    }
+    const auto half = [&](std::size_t i) { return machine_.staging.data<char>() + i % 2 * kStaging; };
+    const auto fetch = [&](std::size_t i) {
+      if (i >= pieces.size()) return;
+      const auto& [rows, pixels] = pieces[i];
+      const std::int64_t at = (rows.first * width + pixels.first) * pixel;
+      stream_.download(half(i), address(memory_.result) + static_cast<CUdeviceptr>(at),
+                       elements(pixels.length(), pixel));
+      machine_.arrived[i % 2].record(stream_);
+    };
+    fetch(0);
+    ImageSpan out;
+    for (std::size_t i = 0; i < pieces.size(); ++i) {
+      fetch(i + 1);
+      machine_.arrived[i % 2].synchronize();
+      const auto& [rows, pixels] = pieces[i];
+      if (pixels.first == 0) out = job_.out.rows(rows);
+      visit(out, pixels, half(i), [](const char* from, char* to, std::int64_t count) { std::memcpy(to, from, count); });
+      if (pixels.last == rows.length() * width) job_.out.done(rows);
+    }
+  }
+
   Row row(const Tiles& tiles) const { return {plan_.rows.starts[tiles.row], memory_.lefts + tiles.column}; }
 
   /// Call move(pixels, staging memory, where on the device, bytes) for all of a picture, a piece at a time.
