@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.build.builder import TARGETS, BuildOptions, architecture_of, build, usual_alone
+from engine.build.builder import TARGETS, BuildOptions, architecture_of, build
 from engine.io import cli
 from engine.io.images import READABLE, read_image
 from engine.io.picture import to_8_bit
@@ -32,7 +32,7 @@ def profile_from(options: Any, exported: Manifest, backend: str) -> Profile:
     low, usual, high = (_shape(text, exported) for text in (options.min_shapes, options.opt_shapes, options.max_shapes))
     old = exported.profile
     if backend in PLANS and not low and not high:
-        old, low, high = usual_alone(old), usual, usual
+        old, low, high = old.usual, usual, usual
     batch = tuple(s[0] if s else b for s, b in zip((low, usual, high), old.batch))
     tile = tuple(s[1] if s else t for s, t in zip((low, usual, high), old.tile))
     if list(batch) != sorted(batch) or list(tile) != sorted(tile):

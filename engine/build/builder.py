@@ -75,7 +75,7 @@ def build(
         raise ValueError(f"precision int8 is for backend onnxruntime (and OpenVINO); got {backend}")
     options = options or BuildOptions()
     options.check(backend)
-    default = usual_alone(exported.profile) if backend in PLANS else exported.profile
+    default = exported.profile.usual if backend in PLANS else exported.profile
     profile = within(profile or default, exported)
     built = replace(
         exported,
@@ -118,11 +118,6 @@ def build(
         if backend in PLANS:
             manifests.remember_plan(graph.sha256)
     return built, True
-
-
-def usual_alone(profile: Profile) -> Profile:
-    """The static profile of the usual batch and tile."""
-    return Profile((profile.batch[1],) * 3, (profile.tile[1],) * 3)
 
 
 def within(profile: Profile, exported: Manifest) -> Profile:

@@ -74,7 +74,9 @@ def build_plan(
     config = builder.create_builder_config()
     _configure(trt, config, options)
     if not exported.profile.static:
-        config.add_optimization_profile(_optimisation_profile(builder, exported, entry, profile))
+        # The usual shape has kernels of its own, and not those of a range. backends.tensorrt chooses.
+        for each in dict.fromkeys((profile, profile.usual)):
+            config.add_optimization_profile(_optimisation_profile(builder, exported, entry, each))
     cache = None
     if timing_cache is not None:
         cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")

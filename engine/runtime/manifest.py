@@ -70,6 +70,11 @@ class Profile:
         """Whether the tile side is one number."""
         return self.tile[0] == self.tile[2]
 
+    @property
+    def usual(self) -> Profile:
+        """The usual batch and tile alone."""
+        return Profile((self.batch[1],) * 3, (self.tile[1],) * 3)
+
 
 @dataclass(frozen=True)
 class Geometry:

@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from engine.build import builder as build
 from engine.runtime import manifest as manifests
 from engine.runtime.backends import tensorrt as backend
 from engine.runtime.backends.cuda import Buffer, CudaError, Driver
-from engine.runtime.manifest import FolderError
+from engine.runtime.manifest import FolderError, Profile
 
 no_gpu = pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="no NVIDIA GPU here")
 
@@ -26,7 +27,7 @@ class FakeDriver:
     def __init__(self, index=0, capture_fails=False):
         self.memory, self.freed, self.events = {}, [], set()
         self.calls, self.recording, self.graphs = [], None, {}
-        self.capture_fails, self.queue = capture_fails, []
+        self.capture_fails, self.queue, self.contexts = capture_fails, [], []
 
     def activate(self):
         pass
@@ -94,16 +95,23 @@ class FakeContext:
 
     def __init__(self, driver):
         self.driver, self.shapes, self.addresses = driver, {}, {}
+        self.profile, self.runs = 0, 0
+        driver.contexts.append(self)
+
+    def set_optimization_profile_async(self, profile, stream):
+        self.profile = profile
+        return profile < 2
 
     def set_input_shape(self, name, shape):
         self.shapes[name] = shape
-        return shape[0] <= 4
+        return shape[0] <= 4 and (self.profile == 0 or shape in ((1, 3, 256, 256), (1, 48, 64, 64)))
 
     def set_tensor_address(self, name, address):
         self.addresses[name] = address
 
     def execute_async_v3(self, stream):
         shapes, addresses = dict(self.shapes), dict(self.addresses)
+        self.runs += 1
 
         def view(name, shape):
             return np.ctypeslib.as_array(ctypes.cast(addresses[name], ctypes.POINTER(ctypes.c_float)), shape)
@@ -122,7 +130,8 @@ def fake_module(driver, plan):
             pass
 
         def deserialize_cuda_engine(self, data):
-            return SimpleNamespace(create_execution_context=lambda: FakeContext(driver)) if data == plan else None
+            engine = SimpleNamespace(create_execution_context=lambda: FakeContext(driver), num_optimization_profiles=2)
+            return engine if data == plan else None
 
     class ILogger:
         INTERNAL_ERROR, ERROR, WARNING, INFO = range(4)
@@ -230,6 +239,18 @@ def test_a_plan_that_tensorrt_refuses_is_a_clear_error(folder, monkeypatch):
         FolderError, match=r"plan: tensorrt refuses the plan .*; build it again: python -m engine.build"
     ):
         load(folder, monkeypatch, plan=b"another")
+
+
+def test_the_usual_shape_has_a_profile_of_its_own(folder, monkeypatch):
+    session, driver = load(folder, monkeypatch)
+    session.manifest = replace(session.manifest, profile=Profile((1, 1, 4), (64, 256, 512)))
+    for batch, side in ((1, 256), (1, 64), (1, 256), (4, 256)):
+        given = inputs(batch, side, side)
+        assert np.allclose(session(given), given["image"] * 2 + given["noise"].mean(), atol=1e-6)
+    wide, usual = sorted(driver.contexts, key=lambda context: context.profile)
+    assert (wide.profile, wide.runs, usual.profile, usual.runs) == (0, 4, 1, 2)  # each shape: once, and recorded
+    with pytest.raises(ValueError, match="beyond the plan's profile"):  # teeth: the stand-in's second profile is narrow
+        session._bind(usual, session._state(given), given)
 
 
 def test_a_shape_beyond_the_plan_is_named(folder, monkeypatch):

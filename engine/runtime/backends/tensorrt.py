@@ -119,8 +119,8 @@ class TensorRTSession:
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise FolderError(f"{manifest.backend} refuses the plan ({' '.join(self._log) or 'no reason'})")
-        self._context = self._engine.create_execution_context()
         self._stream = Stream(driver)
+        self._contexts: dict[int, Any] = {}  # of each optimisation profile that was needed
         self._shapes: dict[tuple, list[_Shape]] = {}
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -138,9 +138,10 @@ class TensorRTSession:
             state.graph.launch(self._stream)
         else:
             self._stream.synchronize()  # addresses and shapes are the context's, which may be at work
-            self._bind(state, inputs)
-            self._enqueue()
-            self._record(state)
+            context = self._context(inputs)
+            self._bind(context, state, inputs)
+            self._enqueue(context)
+            self._record(context, state)
         state.output.download(self._stream)
         state.done.record(self._stream)
         state.busy = True
@@ -169,24 +170,38 @@ class TensorRTSession:
         for state in states:
             state.close()
 
-    def _bind(self, state: _Shape, inputs: Mapping[str, np.ndarray]) -> None:
+    def _context(self, inputs: Mapping[str, np.ndarray]) -> Any:
+        """The context of the profile for these shapes: the last of several is for the usual one (engine.build)."""
+        usual, factor = self.manifest.profile.usual, self.manifest.geometry.factor
+        last, at = self._engine.num_optimization_profiles - 1, 0
+        sides = [(t.name, usual.tile[0] // (1 if t.shape[2] == "height" else factor)) for t in self.entry.inputs]
+        if all((inputs[n].shape[0], *inputs[n].shape[2:]) == (usual.batch[0], side, side) for n, side in sides):
+            at = last
+        if at not in self._contexts:
+            context = self._engine.create_execution_context()
+            if at and not context.set_optimization_profile_async(at, self._stream.handle.value):
+                raise RuntimeError(f"{self.entry.file}: the plan has no profile {at} ({' '.join(self._log[-1:])})")
+            self._contexts[at] = context
+        return self._contexts[at]
+
+    def _bind(self, context: Any, state: _Shape, inputs: Mapping[str, np.ndarray]) -> None:
         for name, array in inputs.items():
-            if not self._context.set_input_shape(name, array.shape):
+            if not context.set_input_shape(name, array.shape):
                 raise ValueError(f"{name} {array.shape} is beyond the plan's profile ({' '.join(self._log[-1:])})")
         for name, address in state.addresses.items():
-            self._context.set_tensor_address(name, address)
+            context.set_tensor_address(name, address)
 
-    def _enqueue(self) -> None:
-        if not self._context.execute_async_v3(self._stream.handle.value):
+    def _enqueue(self, context: Any) -> None:
+        if not context.execute_async_v3(self._stream.handle.value):
             raise RuntimeError(f"{self.entry.file}: the plan failed ({' '.join(self._log[-3:])})")
 
-    def _record(self, state: _Shape) -> None:
+    def _record(self, context: Any, state: _Shape) -> None:
         """After the first run of a shape (which sets up what a capture must not), record it."""
         if state.graph_refused:
             return
         self._stream.synchronize()
         try:
-            state.graph = self._stream.capture(self._enqueue)
+            state.graph = self._stream.capture(lambda: self._enqueue(context))
         except (CudaError, RuntimeError) as error:  # some layers cannot be captured; the plan runs without a graph
             state.graph_refused = True
             self._log.append(f"no CUDA graph: {error}")
