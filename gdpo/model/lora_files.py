@@ -256,8 +256,9 @@ def write(adapter: Adapter, folder: Path, pairs: Adapter | None = None, prefixes
     config = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "bias": "none"} | options
     (folder / PEFT_CONFIG).write_text(_json(config) + "\n")
     tensors = {f"{PEFT_PREFIX}{k}": v for k, v in adapter.tensors.items()}
-    for prefix in prefixes if pairs is not None else ():
-        tensors |= {f"{prefix}{k}": v.clone() for k, v in _of_scale_1(pairs).items()}
+    if pairs is not None:
+        for prefix in prefixes:
+            tensors |= {f"{prefix}{k}": v.clone() for k, v in _of_scale_1(pairs).items()}
     (folder / PEFT_WEIGHTS).write_bytes(_saved(tensors, {"format": "pt"}))
 
 

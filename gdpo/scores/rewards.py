@@ -176,7 +176,9 @@ def _users_own(name: str) -> tuple[Kind, Callable[[Tensor, Tensor], Tensor]]:
             f"reward {name!r} must be module:function, importable from here (PYTHONPATH): {reason}"
         ) from error
     kind = getattr(function, "kind", "perceptual")
-    if not callable(function) or kind not in ("fidelity", "perceptual"):
+    if not callable(function):
+        raise ValueError(f"reward {name!r} must be a function; got {type(function).__name__}")
+    if kind not in ("fidelity", "perceptual"):
         raise ValueError(f"reward {name!r} must be a function whose kind is fidelity or perceptual; got {kind!r}")
     return cast(Kind, kind), function
 
