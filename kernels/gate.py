@@ -90,7 +90,8 @@ class _Geglu(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return _launch(*ctx.saved_tensors, grad)
+        (x,) = ctx.saved_tensors
+        return _launch(x, grad)
 
 
 def geglu(x: Tensor, *, backend: str = "auto") -> Tensor:

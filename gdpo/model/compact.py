@@ -165,7 +165,9 @@ class CompactUNet(nn.Module):
     def split_slopes(self) -> None:
         """Put a SplitPReLU in the place of each PReLU, in place."""
         for i, following in enumerate([*self.convs, self.conv_out]):
-            self.acts[i] = split = SplitPReLU(self.acts[i].weight.detach())
+            slope = self.acts[i].weight
+            assert isinstance(slope, torch.Tensor)  # nn.PReLU's
+            self.acts[i] = split = SplitPReLU(slope.detach())
             following.weight.mul_(split.sign[:, None, None])
 
     @staticmethod

@@ -125,8 +125,9 @@ class FusedGroupNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         known = None if torch.compiler.is_compiling() else getattr(x, "channel_statistics", None)
-        how = {"silu": self.silu, "shift": self.shift, "statistics": known}
-        return group_norm(x, self.groups, self.weight, self.bias, self.eps, **how)
+        return group_norm(
+            x, self.groups, self.weight, self.bias, self.eps, silu=self.silu, shift=self.shift, statistics=known
+        )
 
 
 def fuse_norms(module: nn.Module) -> None:

@@ -80,7 +80,7 @@ def constant_time(unet: Any, timestep: int) -> None:
     linear = [unet.time_embedding.linear_1, unet.time_embedding.linear_2, *(part.time_emb_proj for part in blocks)]
     if any(unet.config.get(k) for k in odd) or any(type(part) is not nn.Linear for part in linear):
         return
-    convolutions = [base_of(part.conv1) for part in blocks]
+    convolutions: list[Any] = [base_of(part.conv1) for part in blocks]
     if unet.time_embed_act is not None or not all(map(_is_plain, blocks)):
         return
     if any(type(conv) is not nn.Conv2d or conv.bias is None for conv in convolutions):  # DoRA's are None
