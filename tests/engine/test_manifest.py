@@ -1,5 +1,6 @@
 """Nothing unhashed reaches a backend: mutants, foreign files, links, untrusted plans."""
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -91,7 +92,8 @@ def test_no_mutant_reaches_a_backend(folder, name, count, monkeypatch):
         assert not reached
     assert tried > count // 4
     if name != "generator.plan":  # the untouched folder does reach it: the watch works
-        Upscaler.load(folder, core=False)
+        with contextlib.suppress(AttributeError):  # there is no session to try
+            Upscaler.load(folder, core=False)
         assert reached
 
 
