@@ -141,7 +141,8 @@ def main() -> None:
     p.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS), help="published networks to compare")
     p.add_argument("--every", type=int, default=1, help="take every n-th picture only")
     p.add_argument("--untimed", action="store_true", help="leave out the seconds, when other work runs beside")
-    p.add_argument("--write-rows", action="store_true", help="append to benchmarks/results/quality.jsonl")
+    p.add_argument("--time-only", action="store_true", help="measure the seconds alone, into quality_time.jsonl")
+    p.add_argument("--write-rows", action="store_true", help="append to benchmarks/results")
     args = p.parse_args()
     if args.write_rows:
         rows.require_clean()
@@ -165,6 +166,11 @@ def main() -> None:
         seconds = upscale_all(nets, folder / "LR", out / name / "sr", every)
         if args.untimed:
             seconds = {}
+        if args.time_only:
+            print(f"\n{name}: " + ", ".join(f"{model} {took:.3f} s" for model, took in seconds.items()))
+            for model, took in seconds.items() if args.write_rows else ():
+                rows.append_row("quality_time", set=name, model=model, seconds=took)
+            continue
         lr, hr = folder / "LR", folder / "HR"
         if every > 1:
             lr, hr = subset(folder, out / name / "pairs", every)
