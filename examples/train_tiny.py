@@ -16,8 +16,9 @@ from engine.io.cli import run as run_command
 from engine.io.files import atomic_write
 
 CROPS = Path("data/crops")
-STAGES = {"tiny-naosd": "naosd", "tiny-naosd-2": "naosd", "tiny-gdpo": "gdpo"}
-BLEND = 0.75  # of the trained weights
+PREFERRED = {"tiny-naosd": "naosd", "tiny-naosd-2": "naosd", "tiny-gdpo": "gdpo"}
+CLEAN = {"tiny-naosd-3": "naosd", "tiny-naosd-4": "naosd"}
+BLEND = 0.75  # of the trained weights, the rest is what they started from: after GDPO, and at the end
 CARD = """# The tiny generator of GDPO-SR
 
 One-step x4 super-resolution without a VAE: {parameters:.2f} M parameters on pixel-unshuffled latents; noise added at
@@ -26,8 +27,8 @@ t={t_noise}, removed in one step. In: a photo; out: a sharper one, four times it
 - **Starting weights**: Real-ESRGAN animevideov3 (compact network), BSD-3-Clause, copyright 2021 Xintao Wang; licence
   below. Penalties on grid and lattice (gdpo.train.losses.grid) take away the dots that its upsampler draws.
 - **Recipe**: `python examples/train_tiny.py`, that is {stages};
-  of the weights {blend:.0%} are the trained ones and the rest those it started from. On {train} crops of 256x256
-  from the photos below and two drawn pages of print, halved by area averaging.
+  after GDPO and at the end {blend:.0%} of the weights are the trained ones and the rest those that they started from.
+  On {train} crops of 256x256 from the photos below and two drawn pages of print, halved by area averaging.
   Degradation: from a plain bicubic reduction to the second-order process of Real-ESRGAN; of degraded crops, pictures
   by Real-ESRGAN x4plus (BSD-3-Clause) are targets beside the photo itself.
 - **Quality**: docs/results.md of the repository. {held} crops of four of the photos were held out, and RealSR was used
@@ -52,6 +53,17 @@ def run(module: str, *arguments: object) -> None:
     subprocess.run([sys.executable, *command], check=True)
 
 
+def train(stages: dict[str, str]) -> None:
+    """Each stage in turn, from where it stopped."""
+    for name, method in stages.items():
+        run("gdpo.train", method, "--config", f"configs/{name}.yaml", "--resume_from_checkpoint", "auto")
+
+
+def blend(model: str, *, base: str, out: str | Path) -> None:
+    """BLEND of a model's weights, the rest from what it was trained from."""
+    run("gdpo.merge", model, "--base", base, "--strength", BLEND, "--out", out, "--overwrite")
+
+
 def model_card(model: Path, engine: Path) -> str:
     """The card of a trained model folder, exported to `engine`, from what training has recorded."""
     crops = [json.loads(line) for line in (CROPS / "manifest.jsonl").read_text("utf-8").splitlines()]
@@ -62,7 +74,7 @@ def model_card(model: Path, engine: Path) -> str:
         for p in catalogue
         if p["sha256"] in used
     ]
-    configs = {name: json.loads((Path("runs") / name / "config.json").read_text()) for name in STAGES}
+    configs = {name: json.loads((Path("runs") / name / "config.json").read_text()) for name in PREFERRED | CLEAN}
     stages = [f"{config['max_train_steps']} steps of configs/{name}.yaml" for name, config in configs.items()]
     generator = json.loads((model / "generator.json").read_text())
     held = sum(c["file"].startswith("val/") for c in crops)
@@ -89,12 +101,14 @@ def main() -> None:
     cut = ["--size=256", "--stride=128", "--halve=true", "--min_texture=0.1"]
     run("gdpo.prepare", asset("photos"), asset("print"), "--out", CROPS, *cut)
     run("gdpo.targets", "--config", "configs/tiny-naosd.yaml")
-    for name, method in STAGES.items():
-        run("gdpo.train", method, "--config", f"configs/{name}.yaml", "--resume_from_checkpoint", "auto")
+    train(PREFERRED)
     # A quarter of the published network's weights: cleaner edges, less speckle (docs/results.md, the blind choice).
-    model = Path("runs/tiny-blended")
     run("gdpo.merge", "runs/tiny-gdpo/model", "--out", "runs/tiny-merged", "--overwrite")
-    run("gdpo.merge", "runs/tiny-merged", "--base", "compact", "--strength", BLEND, "--out", model, "--overwrite")
+    blend("runs/tiny-merged", base="compact", out="runs/tiny-blended")
+    # Clean photos, then the texture that this costs; a quarter of the weights in between are closer to bicubic.
+    train(CLEAN)
+    model = Path("runs/tiny")
+    blend("runs/tiny-naosd-4/model", base="runs/tiny-naosd-3/model", out=model)
     run("engine.export", model, "--out", out)
     atomic_write(out / "README.md", model_card(model, out))
     print(f"Try it: python -m engine.upscale PHOTO OUT --model {out}", file=sys.stderr)
