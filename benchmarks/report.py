@@ -29,8 +29,8 @@ _COLUMNS = {  # key -> (heading, digits)
     "flat_hatch": ("hatch", 1),
     "oversharpening": ("oversharpening", 2),
 }
-_SHIPPED = "bundled"
-_LABELS = {_SHIPPED: f"**{_SHIPPED}**", "hr": "HR", "Real-ESRGAN-anime": "animevideov3", "GDPO": "the first model"}
+_OURS = "faithful"
+_LABELS = {_OURS: f"**{_OURS}**", "hr": "HR", "Real-ESRGAN-anime": "animevideov3", "GDPO": "the first model"}
 _FORGOTTEN = {"NAOSD"}  # an earlier model's first stage
 
 
@@ -76,10 +76,10 @@ def quality(name: str) -> str:
 
 
 def targets() -> str:
-    """The targets of the bundled model: what it reaches and by how much it misses."""
+    """The targets of the bundled models, and what the one that was measured reaches."""
     real, clean = quality_rows("realsr"), quality_rows("bicubic")
-    ours, took = real[_SHIPPED], times("realsr")
-    seconds, ratio = took[_SHIPPED], took[_SHIPPED] / took["Real-ESRGAN-anime"]
+    ours, took = real[_OURS], times("realsr")
+    seconds, ratio = took[_OURS], took[_OURS] / took["Real-ESRGAN-anime"]
     checks = [
         ("VGG distance", ours["vgg"], -1, "at most", 1.86),
         ("NIQE*", ours["niqe"], -1, "at most", 8.2),
@@ -87,8 +87,8 @@ def targets() -> str:
         ("PIQE", ours["piqe"], 1, "at least", 37.0),
         ("PSNR-Y", ours["psnr_y"], 1, "at least", 26.6),
         ("dots, dB", ours["lattice_artefact"], -1, "at most", 0.6),
-        ("clean input, PSNR-Y", clean[_SHIPPED]["psnr_y"], 1, "bicubic - 0.3", clean["bicubic"]["psnr_y"] - 0.3),
-        ("clean input, VGG distance", clean[_SHIPPED]["vgg"], -1, "below bicubic", clean["bicubic"]["vgg"]),
+        ("clean input, PSNR-Y", clean[_OURS]["psnr_y"], 1, "bicubic - 0.3", clean["bicubic"]["psnr_y"] - 0.3),
+        ("clean input, VGG distance", clean[_OURS]["vgg"], -1, "below bicubic", clean["bicubic"]["vgg"]),
         ("seconds, 128 -> 512", seconds, -1, "at most", 0.10),
         ("time against animevideov3", ratio, -1, "at most", 1.0),
     ]

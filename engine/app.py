@@ -22,7 +22,7 @@ from engine.io.notices import say
 from engine.io.picture import to_8_bit
 from engine.io.profiles import as_srgb
 from engine.runtime import color
-from engine.runtime.upscaler import Upscaler, default_model
+from engine.runtime.upscaler import Upscaler
 from engine.settings import Settings
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ def _sentence(error: Exception, source: Path | None = None) -> str:
 
 def parser() -> cli.Parser:
     p = cli.Parser(prog="python -m engine.app", description="Open a page that upscales pictures in the browser.")
-    p.add_argument("-n", "--model", nargs="+", default=[], help="engine folders on offer (default: the bundled model)")
+    p.add_argument("-n", "--model", nargs="+", default=[], help="engine folders on offer (default: the bundled models)")
     p.add_argument("--host", default="127.0.0.1", help="address to listen on; others than this machine's make the "
                    "page reachable to all who reach it")  # fmt: skip
     p.add_argument("--port", type=int, default=7860, help="port to listen on; 0: any that is free")
@@ -253,7 +253,7 @@ def main() -> int:
     for name in ("pictures", "max_pixels", "max_mib", "at_once", "queue"):
         if not getattr(options, name) > 0:
             raise ValueError(f"{name.replace('_', '-')} must be more than 0; got {getattr(options, name)}")
-    models = options.model or [str(default_model())]
+    models = options.model or ["tiny", "faithful"]
     load(models[0])  # a folder that cannot be used says so now
     with tempfile.TemporaryDirectory(prefix="gdpo-app-", ignore_cleanup_errors=True) as folder:
         os.environ |= {"GRADIO_TEMP_DIR": str(Path(folder) / "cache"), "GRADIO_ANALYTICS_ENABLED": "False"}

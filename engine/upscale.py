@@ -23,7 +23,7 @@ from engine.io.images import MAX_BYTES, MAX_PIXELS, SUFFIXES
 from engine.jobs import plan
 from engine.runtime import color
 from engine.runtime.backends.registry import BACKENDS
-from engine.runtime.upscaler import Upscaler, default_model
+from engine.runtime.upscaler import Upscaler, model_folder
 from engine.settings import Settings
 from engine.worker import Worker, model_identity
 
@@ -45,8 +45,8 @@ def parser() -> cli.Parser:
     )
     p.add_argument("-i", "--input", nargs="+", default=[], help="inputs, instead of positional arguments; -: stdin")
     p.add_argument("-o", "--output", help="output, instead of the last positional argument; -: stdout")
-    p.add_argument("-n", "--model", help="engine folder; backend torch: a generator's folder "
-                   "(default: the bundled model)")  # fmt: skip
+    p.add_argument("-n", "--model", help="engine folder, or a bundled model: tiny, or faithful for clean photos; "
+                   "backend torch: a generator's folder (default: tiny)")  # fmt: skip
     p.add_argument("--seed", type=int, default=0, help="random seed of the noise; the same seed gives the same picture")
     size = p.add_argument_group("size of the result (the aspect ratio is always kept)")
     size.add_argument("-s", "--scale", type=float, help="factor (default: 4); any other factor resizes the x4 result")
@@ -264,7 +264,7 @@ def _load(options: Any) -> Upscaler:
 def _identity(options: Any, up: Upscaler) -> str:
     if options.url:
         return hashlib.sha256(up.manifest.content()).hexdigest()
-    return model_identity(Path(options.model) if options.model else default_model())
+    return model_identity(model_folder(options.model))
 
 
 def console() -> None:

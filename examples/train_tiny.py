@@ -1,4 +1,4 @@
-"""The bundled model, from photos to engine folder: python examples/train_tiny.py [--out DIR].
+"""The bundled models, from photos to engine folders: python examples/train_tiny.py [--out DIR].
 
 Every step is a command that you can run yourself; after an interruption it continues. The photos come from Debian's
 wallpaper packages; none of them is in RealSR. The folder gets a model card (README.md) that names every photo.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from engine.io.cli import Parser
@@ -16,10 +17,10 @@ from engine.io.cli import run as run_command
 from engine.io.files import atomic_write
 
 CROPS = Path("data/crops")
-PREFERRED = {"tiny-naosd": "naosd", "tiny-naosd-2": "naosd", "tiny-gdpo": "gdpo"}
-CLEAN = {"tiny-naosd-3": "naosd", "tiny-naosd-4": "naosd"}
+TINY = {"tiny-naosd": "naosd", "tiny-naosd-2": "naosd", "tiny-gdpo": "gdpo"}
+FAITHFUL = {"tiny-naosd-3": "naosd", "tiny-naosd-4": "naosd"}
 BLEND = 0.75  # of the trained weights, the rest is what they started from: after GDPO, and at the end
-CARD = """# The tiny generator of GDPO-SR
+CARD = """# {title} of GDPO-SR
 
 One-step x4 super-resolution without a VAE: {parameters:.2f} M parameters on pixel-unshuffled latents; noise added at
 t={t_noise}, removed in one step. In: a photo; out: a sharper one, four times its size. Made for a laptop's CPU.
@@ -27,7 +28,7 @@ t={t_noise}, removed in one step. In: a photo; out: a sharper one, four times it
 - **Starting weights**: Real-ESRGAN animevideov3 (compact network), BSD-3-Clause, copyright 2021 Xintao Wang; licence
   below. Penalties on grid and lattice (gdpo.train.losses.grid) take away the dots that its upsampler draws.
 - **Recipe**: `python examples/train_tiny.py`, that is {stages};
-  after GDPO and at the end {blend:.0%} of the weights are the trained ones and the rest those that they started from.
+  then {blend:.0%} of the trained weights and the rest of what they started from (after GDPO, and after the last stage).
   On {train} crops of 256x256 from the photos below and two drawn pages of print, halved by area averaging.
   Degradation: from a plain bicubic reduction to the second-order process of Real-ESRGAN; of degraded crops, pictures
   by Real-ESRGAN x4plus (BSD-3-Clause) are targets beside the photo itself.
@@ -64,8 +65,14 @@ def blend(model: str, *, base: str, out: str | Path) -> None:
     run("gdpo.merge", model, "--base", base, "--strength", BLEND, "--out", out, "--overwrite")
 
 
-def model_card(model: Path, engine: Path) -> str:
-    """The card of a trained model folder, exported to `engine`, from what training has recorded."""
+def export(title: str, stages: Iterable[str], model: Path, out: Path) -> None:
+    """Write an engine folder with its card."""
+    run("engine.export", model, "--out", out)
+    atomic_write(out / "README.md", model_card(title, stages, model, out))
+
+
+def model_card(title: str, names: Iterable[str], model: Path, engine: Path) -> str:
+    """The card of a model folder made in these stages, exported to `engine`, from what training has recorded."""
     crops = [json.loads(line) for line in (CROPS / "manifest.jsonl").read_text("utf-8").splitlines()]
     used = {c["source_sha256"]: "training" if c["file"].startswith("train/") else "held out" for c in crops}
     catalogue = json.loads(Path("gdpo/resources/photos.json").read_text("utf-8"))
@@ -74,11 +81,12 @@ def model_card(model: Path, engine: Path) -> str:
         for p in catalogue
         if p["sha256"] in used
     ]
-    configs = {name: json.loads((Path("runs") / name / "config.json").read_text()) for name in PREFERRED | CLEAN}
+    configs = {name: json.loads((Path("runs") / name / "config.json").read_text()) for name in names}
     stages = [f"{config['max_train_steps']} steps of configs/{name}.yaml" for name, config in configs.items()]
     generator = json.loads((model / "generator.json").read_text())
     held = sum(c["file"].startswith("val/") for c in crops)
     return CARD.format(
+        title=title,
         parameters=json.loads((engine / "manifest.json").read_text())["model"]["parameters"] / 1e6,
         t_noise=generator["t_noise"],
         t_diffusion=generator["t_diffusion"],
@@ -92,8 +100,8 @@ def model_card(model: Path, engine: Path) -> str:
 
 
 def main() -> None:
-    parser = Parser(prog="python examples/train_tiny.py", description="Train and export the bundled model.")
-    parser.add_argument("--out", type=Path, default=Path("runs/tiny-onnx"), help="the engine folder to make")
+    parser = Parser(prog="python examples/train_tiny.py", description="Train and export the bundled models.")
+    parser.add_argument("--out", type=Path, default=Path("runs/bundled"), help="folder for the engine folders")
     out = parser.parse_args().out
     run("gdpo.assets", "vgg16", "photos", "print", "real-esrgan")
     from gdpo.assets import asset
@@ -101,17 +109,16 @@ def main() -> None:
     cut = ["--size=256", "--stride=128", "--halve=true", "--min_texture=0.1"]
     run("gdpo.prepare", asset("photos"), asset("print"), "--out", CROPS, *cut)
     run("gdpo.targets", "--config", "configs/tiny-naosd.yaml")
-    train(PREFERRED)
+    train(TINY)
     # A quarter of the published network's weights: cleaner edges, less speckle (docs/results.md, the blind choice).
     run("gdpo.merge", "runs/tiny-gdpo/model", "--out", "runs/tiny-merged", "--overwrite")
     blend("runs/tiny-merged", base="compact", out="runs/tiny-blended")
+    export("The tiny generator", TINY, Path("runs/tiny-blended"), out / "tiny")
     # Clean photos, then the texture that this costs; a quarter of the weights in between are closer to bicubic.
-    train(CLEAN)
-    model = Path("runs/tiny")
-    blend("runs/tiny-naosd-4/model", base="runs/tiny-naosd-3/model", out=model)
-    run("engine.export", model, "--out", out)
-    atomic_write(out / "README.md", model_card(model, out))
-    print(f"Try it: python -m engine.upscale PHOTO OUT --model {out}", file=sys.stderr)
+    train(FAITHFUL)
+    blend("runs/tiny-naosd-4/model", base="runs/tiny-naosd-3/model", out="runs/faithful")
+    export("The faithful generator", TINY | FAITHFUL, Path("runs/faithful"), out / "faithful")
+    print(f"Try it: python -m engine.upscale PHOTO OUT --model {out / 'tiny'}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 from engine.io import cli
@@ -13,7 +12,7 @@ from engine.io.images import MAX_PIXELS
 from engine.io.notices import say
 from engine.runtime import color
 from engine.runtime import manifest as manifests
-from engine.runtime.upscaler import default_model
+from engine.runtime.upscaler import BUNDLED, model_folder
 from engine.settings import Settings
 
 _SHOWN = 20  # failures that are named on stderr
@@ -33,7 +32,9 @@ def parser() -> cli.Parser:
     p.add_argument("output", metavar="OUT", help="folder, a path or an fsspec URL; sub-folders are kept")
     p.add_argument("--root", help="folder that the keys of a .parquet or .csv file are relative to (default: its own)")
     p.add_argument("--retry-failed", action="store_true", help="try again what failed in an earlier run")
-    p.add_argument("-n", "--model", help="an engine folder, on every machine (default: the bundled model)")
+    p.add_argument(
+        "-n", "--model", help="an engine folder, on every machine, or a bundled model: tiny or faithful (default: tiny)"
+    )
     p.add_argument("--seed", type=int, default=0, help="random seed of the noise, of every picture")
     p.add_argument("-s", "--scale", type=float, help="factor (default: 4)")
     p.add_argument("--longest", type=int, metavar="PIXELS", help="length of the longer side, instead of a factor")
@@ -83,7 +84,7 @@ def main() -> int:
         strip_metadata=options.strip_metadata,
         max_pixels=options.max_pixels,
     )
-    folder = Path(options.model).resolve() if options.model else default_model()
+    folder = model_folder(options.model).resolve()
     manifests.load(folder)
     source, keys = source_of(_absolute(options.input), options.root and _absolute(options.root))
     out = Storage(_absolute(options.output))
@@ -97,7 +98,7 @@ def main() -> int:
         out=out.url,
         settings=settings,
         extension=f".{options.format}" if options.format else None,
-        model=str(folder) if options.model else None,
+        model=options.model if folder.parent == BUNDLED else str(folder),  # bundled: wherever it is on a node
         identity=model_identity(folder),
         load={"backend": options.backend, "precision": options.precision, "threads": options.threads}
         | {"trust_plan": options.trust_plan, "device": "cuda" if options.gpus_per_worker else None},

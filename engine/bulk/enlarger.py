@@ -18,7 +18,7 @@ from engine.bulk.storage import Storage
 from engine.io.files import sha256
 from engine.io.images import MAX_BYTES, read_image
 from engine.io.journal import FileState
-from engine.runtime.upscaler import Upscaler, default_model
+from engine.runtime.upscaler import Upscaler, model_folder
 from engine.settings import Settings
 from engine.worker import model_identity
 
@@ -54,7 +54,7 @@ class Work:
         Raises:
             RuntimeError, ValueError: it is not there, is another one, or cannot run here.
         """
-        found = model_identity(Path(self.model) if self.model else default_model())
+        found = model_identity(model_folder(self.model))
         if found != self.identity:
             raise ValueError(f"{self.model or 'the bundled model'}: is another model here than where the run was begun")
         up = Upscaler.load(self.model, **self.load)

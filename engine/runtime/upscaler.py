@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from engine._core import Upscaler as Core
 
 Sink = Callable[[int, np.ndarray], object]
-SHIPPED = Path(__file__).parents[1] / "data" / "tiny"
+BUNDLED = Path(__file__).parents[1] / "data"
+SHIPPED = BUNDLED / "tiny"
 SCALES = (0.05, 64)  # least and largest
 MAX_OUTPUT_PIXELS = 1_000_000_000
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
@@ -45,6 +46,20 @@ def default_model() -> Path:
     if not (SHIPPED / "manifest.json").is_file():
         raise FolderError(f"no model: {SHIPPED} is missing from this installation; name one (--model)")
     return SHIPPED
+
+
+def model_folder(model: str | os.PathLike[str] | None) -> Path:
+    """A model's folder: itself, or the bundled model of that name where no such folder is; None is the default.
+
+    Raises:
+        FolderError: see default_model.
+    """
+    if model is None:
+        return default_model()
+    folder = Path(model)
+    if folder.name == str(model) and not folder.exists() and (BUNDLED / folder / "manifest.json").is_file():
+        return BUNDLED / folder
+    return folder
 
 
 class Upscaler:
@@ -95,8 +110,8 @@ class Upscaler:
         """Load an engine folder.
 
         Args:
-            model: a folder that engine.export or engine.build wrote; None takes the bundled model. With backend
-                "torch": a generator's folder. With "triton": a model's name on the server.
+            model: a folder that engine.export or engine.build wrote, or "tiny" or "faithful", which are bundled; None
+                is "tiny". With backend "torch": a generator's folder. With "triton": a model's name on the server.
             backend: "auto" is the one that the folder was built for. An exported folder also runs on "openvino".
             device: "cpu", "cuda", "cuda:N"; None lets the backend choose.
             threads: of a CPU backend; 0 lets it choose.
@@ -135,7 +150,7 @@ class Upscaler:
                 raise RuntimeError(f"the C++ path cannot run here: it runs engine folders, not {backend}")
             folder = Path(model or "")
         else:
-            folder = Path(model) if model is not None else default_model()
+            folder = model_folder(model)
             manifest = manifests.load(folder)
             entry = entry or BACKENDS[manifest.backend]
             _check_fit(folder, manifest, entry)

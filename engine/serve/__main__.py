@@ -29,7 +29,7 @@ def parser() -> cli.Parser:
         epilog=f"The environment variable {TOKEN} names a token that clients must send. SIGTERM: what was accepted is "
         "finished, then the service ends. Exit codes: 0 stopped, 1 stopped with work unfinished, 2 bad usage.",
     )
-    p.add_argument("-n", "--model", help="an engine folder (default: the bundled model)")
+    p.add_argument("-n", "--model", help="an engine folder, or tiny or faithful (default: tiny)")
     p.add_argument("--host", default="127.0.0.1", help="address to listen on")
     p.add_argument("--port", type=int, default=8000, help="port to listen on; 0: any that is free")
     limits = p.add_argument_group("limits")

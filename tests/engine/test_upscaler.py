@@ -1,5 +1,7 @@
 """The Upscaler: the same as torch, whole or in tiles, by seed; and what it refuses."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from engine.runtime.backends import Waiting
 from engine.runtime.backends import tensorrt as trt_backend
 from engine.runtime.backends.registry import BACKENDS
 from engine.runtime.manifest import FolderError, Profile
-from engine.runtime.upscaler import default_model
+from engine.runtime.upscaler import default_model, model_folder
 from gdpo.generator import OneStepGenerator
 
 
@@ -241,6 +243,18 @@ def test_no_model_is_a_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SHIPPED", tmp_path / "none")
     with pytest.raises(FolderError, match=r"is missing from this installation.*--model"):
         default_model()
+
+
+def test_bundled_models_go_by_name_and_a_folder_of_that_name_first(tmp_path, monkeypatch, tiny_engine):
+    monkeypatch.chdir(tmp_path)
+    assert model_folder(None) == model_folder("tiny") == module.SHIPPED
+    picture = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    tiny, faithful = (Upscaler.load(name).upscale(picture) for name in ("tiny", "faithful"))
+    assert np.array_equal(Upscaler.load().upscale(picture), tiny) and not np.array_equal(tiny, faithful)
+    with pytest.raises(FolderError, match="nonsense"):
+        Upscaler.load("nonsense")
+    (tmp_path / "faithful").symlink_to(tiny_engine)
+    assert model_folder("faithful") == Path("faithful")
 
 
 def test_a_backend_that_is_missing_names_its_extra(tiny_engine, monkeypatch):
