@@ -98,7 +98,7 @@ def main() -> int:
         out=out.url,
         settings=settings,
         extension=f".{options.format}" if options.format else None,
-        model=options.model if folder.parent == BUNDLED else str(folder),  # bundled: wherever it is on a node
+        model=folder.name if folder.parent == BUNDLED.resolve() else str(folder),  # bundled: wherever it is on a node
         identity=model_identity(folder),
         load={"backend": options.backend, "precision": options.precision, "threads": options.threads}
         | {"trust_plan": options.trust_plan, "device": "cuda" if options.gpus_per_worker else None},

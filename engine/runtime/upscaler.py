@@ -49,7 +49,7 @@ def default_model() -> Path:
 
 
 def model_folder(model: str | os.PathLike[str] | None) -> Path:
-    """A model's folder: itself, or the bundled model of that name where no such folder is; None is the default.
+    """A model's folder: itself, or the bundled model of that name where no such engine folder is; None is the default.
 
     Raises:
         FolderError: see default_model.
@@ -57,7 +57,8 @@ def model_folder(model: str | os.PathLike[str] | None) -> Path:
     if model is None:
         return default_model()
     folder = Path(model)
-    if folder.name == str(model) and not folder.exists() and (BUNDLED / folder / "manifest.json").is_file():
+    named = folder.name == str(model) and not (folder / "manifest.json").is_file()
+    if named and (BUNDLED / folder / "manifest.json").is_file():
         return BUNDLED / folder
     return folder
 

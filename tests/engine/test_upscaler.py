@@ -253,6 +253,8 @@ def test_bundled_models_go_by_name_and_a_folder_of_that_name_first(tmp_path, mon
     assert np.array_equal(Upscaler.load().upscale(picture), tiny) and not np.array_equal(tiny, faithful)
     with pytest.raises(FolderError, match="nonsense"):
         Upscaler.load("nonsense")
+    (tmp_path / "tiny").mkdir()  # of photos, say
+    assert model_folder("tiny") == module.SHIPPED
     (tmp_path / "faithful").symlink_to(tiny_engine)
     assert model_folder("faithful") == Path("faithful")
 
