@@ -22,11 +22,12 @@ from engine.io import rows
 from engine.io.cli import Parser
 from engine.io.files import atomic_write
 from gdpo.degradation import Degradation, DegradationConfig
+from gdpo.evaluation.columns import build_metrics
 from gdpo.generator import OneStepGenerator
 from gdpo.photos.dataset import CropDataset, loader
 from gdpo.photos.folder import read_jsonl
 from gdpo.scores.group import GroupReward, Normalization
-from gdpo.scores.registry import SCORES, PerPicture, Unavailable
+from gdpo.scores.registry import PerPicture, Unavailable
 from gdpo.scores.rewards import build_rewards
 from gdpo.train.gain import compare
 from gdpo.train.pictures import sheet
@@ -135,17 +136,11 @@ def load_metrics(names: tuple[str, ...]) -> dict[str, PerPicture]:
         ValueError: an unknown name.
         Unavailable: a score whose package or weights are missing, unless "auto" chose it.
     """
-    found: dict[str, PerPicture] = {}
-    for name in _TELLTALE if names == ("auto",) else names:
-        score = SCORES.get(name)
-        if score is None or score.build is None:
-            raise ValueError(f"metrics: {name!r} is not a score of single pictures; known: {', '.join(SCORES)}")
-        try:
-            found[name] = score.build(torch.device("cpu"))
-        except Unavailable:
-            if names != ("auto",):
-                raise
-    return found
+    auto = names == ("auto",)
+    found, missing = build_metrics(list(_TELLTALE if auto else names), "photos", torch.device("cpu"))
+    if missing and not auto:
+        raise Unavailable("; ".join(f"metrics: {name}: {reason}" for name, reason in missing.items()))
+    return {metric.name: metric.score for metric in found}
 
 
 def photos_of(dataset: CropDataset, samples: list[int]) -> int | None:

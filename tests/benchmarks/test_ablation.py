@@ -81,7 +81,7 @@ def test_the_command_takes_what_training_took(tmp_path, crops, trained, monkeypa
     text = (out / "table.md").read_text()
     assert capsys.readouterr().out.strip() == text.strip() and (out / "sheet.png").is_file()
     assert "| ssim_y |" in text and "grid_artefact" not in text
-    with pytest.raises(ValueError, match="metrics: 'nonsense' is not a score"):
+    with pytest.raises(ValueError, match="unknown metric 'nonsense'"):
         gdpo_gain.load_metrics(("nonsense",))
     assert {"grid_artefact", "lattice_artefact", "oversharpening"} <= gdpo_gain.load_metrics(("auto",)).keys()
 
