@@ -220,10 +220,10 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_bombs_and_polyglots_are_typed_errors_in_bounded_time_and_memory(tmp_path, name):
     (tmp_path / name).write_bytes(HOSTILE[name])
-    before, begin = resident(), time.perf_counter()
+    before, begin = resident(), time.process_time()
     with pytest.raises(ImageError, match=name):
         read_image(tmp_path / name)
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 5
     assert resident() - before < 300
 
 
