@@ -17,9 +17,9 @@ from jsonargparse.typing import ClosedUnitInterval
 
 from engine.io.cli import Parser, run
 from engine.io.folders import check_target
+from engine.runtime.foreign import is_checkpoint
 from gdpo.generator import OneStepGenerator
 from gdpo.model import lora
-from gdpo.model.parts import is_checkpoint
 
 
 def merge(

@@ -9,7 +9,6 @@ from engine.export.descriptors import geometry_of, profile_of
 from engine.export.generator import PRECISIONS, export_generator
 from engine.io import cli
 from gdpo.generator import OneStepGenerator
-from gdpo.model.parts import refuse_checkpoint
 
 
 def main() -> int:
@@ -34,11 +33,6 @@ def main() -> int:
     parser.add_argument("--t-noise", type=int, help="override the folder's noise timestep")
     parser.add_argument("--t-diffusion", type=int, help="override the folder's diffusion timestep")
     options = parser.parse_args()
-    refuse_checkpoint(Path(options.model))
-    if (Path(options.model) / "manifest.json").is_file():
-        raise ValueError(
-            f"{options.model}: this is an engine folder, not a generator; name the generator that it was exported from"
-        )
     generator = OneStepGenerator.from_pretrained(options.model, options.t_noise, options.t_diffusion)
     geometry = geometry_of(generator)
     sizes = {k: options[k] for k in ("batch", "max_batch", "tile", "max_tile", "static")}

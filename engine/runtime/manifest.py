@@ -21,6 +21,7 @@ from typing import Any
 from engine.io.files import atomic_write
 from engine.runtime import noise, resample
 from engine.runtime.backends.registry import FOLDERS
+from engine.runtime.foreign import explain, is_engine
 
 FORMAT = 1
 _MAX_BYTES = 1 << 20  # of a manifest
@@ -157,13 +158,8 @@ def load(folder: str | os.PathLike[str]) -> Manifest:
             or resampler.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FolderError(f"{folder}: no such folder; an engine folder is made by python -m engine.export")
-    if not (folder / "manifest.json").is_file():
-        hint = (
-            f"; it holds a generator: python -m engine.export {folder} --out DIR" if (folder / "unet").is_dir() else ""
-        )
-        raise FolderError(f"{folder}: no manifest.json in it, so it is not an engine folder{hint}")
+    if not is_engine(folder):
+        raise FolderError(explain(folder))
     content = _regular(folder / "manifest.json", _MAX_BYTES)
     if _regular(folder / "manifest.sha256", _MAX_BYTES) != _checksum(content):
         raise FolderError(f"{folder / 'manifest.json'}: damaged or edited (manifest.sha256 differs); build it again")
@@ -177,9 +173,9 @@ def check_target(out: Path) -> None:
     """Refuse to replace what is no engine folder.
 
     Raises:
-        FolderError: `out` exists, is not empty and has no manifest.json.
+        FolderError: `out` exists, is not empty and is no engine folder.
     """
-    if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not is_engine(out) and (not out.is_dir() or any(out.iterdir())):
         raise FolderError(f"{out} exists and is no engine folder, so it will not be replaced; give another --out")
 
 

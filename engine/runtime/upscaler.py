@@ -23,6 +23,7 @@ from engine.runtime.align import finish
 from engine.runtime.backends import Session
 from engine.runtime.backends.registry import BACKENDS, GENERATOR, PLANS, SERVER, Backend
 from engine.runtime.core import open_core
+from engine.runtime.foreign import is_engine
 from engine.runtime.manifest import FolderError, Manifest
 from engine.runtime.restore import Progress, Restorer
 
@@ -43,7 +44,7 @@ def default_model() -> Path:
     Raises:
         FolderError: this installation lacks it.
     """
-    if not (SHIPPED / "manifest.json").is_file():
+    if not is_engine(SHIPPED):
         raise FolderError(f"no model: {SHIPPED} is missing from this installation; name one (--model)")
     return SHIPPED
 
@@ -52,14 +53,23 @@ def model_folder(model: str | os.PathLike[str] | None) -> Path:
     """A model's folder: itself, or the bundled model of that name where no such engine folder is; None is the default.
 
     Raises:
-        FolderError: see default_model.
+        FolderError: an empty name, or a word that is neither; and see default_model.
     """
     if model is None:
         return default_model()
-    folder = Path(model)
-    named = folder.name == str(model) and not (folder / "manifest.json").is_file()
-    if named and (BUNDLED / folder / "manifest.json").is_file():
+    folder, name = Path(model), os.fspath(model)
+    if not name:
+        raise FolderError("the model's name is empty; an unset variable?")
+    if folder.name != name or is_engine(folder):
+        return folder
+    if is_engine(BUNDLED / folder):
         return BUNDLED / folder
+    if not folder.exists() and not name.startswith("hub:"):
+        bundled = ", ".join(sorted((f.name for f in BUNDLED.iterdir() if is_engine(f)), reverse=True))
+        raise FolderError(
+            f"{name}: no such folder, and no bundled model has this name (there are {bundled}); "
+            "an engine folder is made by python -m engine.export"
+        )
     return folder
 
 

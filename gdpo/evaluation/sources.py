@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from engine.io.images import READABLE, read_image
+from engine.runtime.foreign import is_engine
 from engine.runtime.resample import resize
 from gdpo.model.parts import refuse_checkpoint
 
@@ -125,7 +126,7 @@ class Model:
         from engine import Upscaler
 
         refuse_checkpoint(folder)
-        built = (folder / "manifest.json").is_file()
+        built = is_engine(folder)
         self.name, self.color = name, color
         self.seconds: list[float] = []
         self.up = Upscaler.load(folder, backend="auto" if built else "torch", device=device)

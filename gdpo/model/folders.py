@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from engine.runtime.foreign import is_engine
 from gdpo.model import hub, lora
 from gdpo.model.network_unet import NetworkUNet
 from gdpo.model.parts import first_line, load_pretrained, read_config, read_tensors, refuse_checkpoint
@@ -19,7 +20,7 @@ def resolve(folder: str | os.PathLike[str]) -> Path:
     """The local folder of a model: a path, or "hub:ORG/NAME", which is downloaded.
 
     Raises:
-        FileNotFoundError: no such folder. ValueError: a checkpoint. ConnectionError: no Hub.
+        FileNotFoundError: no such folder. ValueError: a checkpoint, or an engine folder. ConnectionError: no Hub.
     """
     text = os.fspath(folder)
     if text.startswith(hub.PREFIX):
@@ -30,6 +31,11 @@ def resolve(folder: str | os.PathLike[str]) -> Path:
             f"{text}: no such folder; a model is a diffusers folder (to download one: hub:ORG/NAME)"
         )
     refuse_checkpoint(path)
+    if is_engine(path):
+        raise ValueError(
+            f"{text}: this is an engine folder, not a generator; name the generator that it was exported from, or make "
+            f"one of it: python -m gdpo.convert {text} --out MODEL"
+        )
     return path
 
 

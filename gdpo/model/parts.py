@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from engine.runtime.foreign import is_checkpoint, is_run
+
 
 def read_json(file: Path) -> dict:
     """The object in a JSON file.
@@ -149,18 +151,13 @@ def _check_size(kind: Any, folder: Path) -> None:
         raise ValueError(f"{file} asks for {needed} parameters, but the weights beside it have {stored} bytes")
 
 
-def is_checkpoint(folder: Path) -> bool:
-    """Whether it is a checkpoint of a run of gdpo.train, which is no model."""
-    return all((folder / name).is_file() for name in ("state.json", "trainable.safetensors"))
-
-
 def refuse_checkpoint(folder: Path) -> None:
     """Say what to do with a checkpoint, or a run's folder, where a model is expected.
 
     Raises:
         ValueError: it is one.
     """
-    if (folder / "metrics.jsonl").is_file() and not (folder / "unet").is_dir():
+    if is_run(folder):
         model, merge = folder / "model", f"python -m gdpo.merge {folder}/checkpoint-N --out FOLDER"
         raise ValueError(f"{folder} is the folder of a training run; take {model if model.is_dir() else merge}")
     if is_checkpoint(folder):

@@ -225,7 +225,7 @@ TEST(folders_that_cannot_be_used_say_why) {
   Options tensorrt;
   tensorrt.backend = "tensorrt";
   THROWS(FolderError, "no such folder", Upscaler::load(root + "/nowhere"));
-  THROWS(FolderError, "no manifest.json", Upscaler::load(root + "/empty"));
+  THROWS(FolderError, "this folder is empty", Upscaler::load(root + "/empty"));
   THROWS(FolderError, "damaged or edited", Upscaler::load(root + "/edited"));
   THROWS(FolderError, "is not the manifest's", Upscaler::load(root + "/stale"));
   THROWS(FolderError, "not a regular file", Upscaler::load(root + "/linked"));

@@ -7,8 +7,6 @@
 
 namespace gdpo::detail {
 
-bool is_folder(const std::string& path);
-
 /// A regular file, and no link that could lead out of the folder.
 bool is_file(const std::string& path);
 

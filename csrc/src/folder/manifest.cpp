@@ -7,6 +7,7 @@
 
 #include "backends/registry.hpp"
 #include "folder/files.hpp"
+#include "folder/foreign.hpp"
 #include "folder/sha256.hpp"
 #include "picture/noise.hpp"
 #include "picture/resample.hpp"
@@ -295,15 +296,8 @@ Manifest parse_manifest(const char* begin, const char* end) {
 }
 
 Manifest load_manifest(const std::string& folder) {
-  if (!is_folder(folder)) {
-    throw FolderError(folder + ": no such folder; an engine folder is made by python -m engine.export");
-  }
+  if (!is_engine(folder)) throw FolderError(explain(folder));
   const std::string path = folder + "/manifest.json";
-  if (!is_file(path)) {
-    const std::string hint =
-        is_folder(folder + "/unet") ? "; it holds a generator: python -m engine.export " + folder + " --out DIR" : "";
-    throw FolderError(folder + ": no manifest.json in it, so it is not an engine folder" + hint);
-  }
   const Bytes content = read_regular(path, kMaxManifestBytes);
   const Bytes checksum = read_regular(folder + "/manifest.sha256", kMaxManifestBytes);
   const std::string expected = sha256(content.data(), content.size()) + "  manifest.json\n";
