@@ -7,6 +7,7 @@ not made again. Only where the output is a local folder: other storage cannot ap
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 from pathlib import Path
@@ -17,11 +18,13 @@ from engine.settings import version
 
 
 class Notes:
-    """The notes of one output; each process writes a file of its own and reads all."""
+    """The notes of one output; each process writes a file of its own and reads all, each byte once."""
 
     def __init__(self, out: Storage):
         self._folder = Path(out.path(NOTES)) if out.local else None
         self._name = f"{secrets.token_hex(8)}.jsonl"
+        self._read: dict[str, tuple[int, int]] = {}  # of each file: its length when last read, and that of whole lines
+        self._lines: dict[str, list[bytes]] = {}  # of each key
 
     def add(self, row: Row, source: str) -> None:
         """Note a result that is about to take its name.
@@ -42,15 +45,28 @@ class Notes:
 
     def find(self, key: str, sha256: str, source: str) -> Row | None:
         """The row of a result with these bytes, made of a picture with those; None where nothing proves that."""
-        needle = json.dumps(key).encode()
-        for file in sorted(self._folder.glob("*.jsonl")) if self._folder else ():
-            for line in file.read_bytes().splitlines():
-                try:
-                    note = json.loads(line) if needle in line else {}
-                except ValueError:  # torn
-                    continue
-                row: Row = note.get("row", {})
-                proven = (note.get("version"), note.get("source")) == (version(), source)
-                if proven and (row["key"], row["sha256"]) == (key, sha256):
-                    return row
+        if self._folder is None:
+            return None
+        for file in sorted(self._folder.glob("*.jsonl")):
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile: its rows are in the ledger
+                self._catch_up(file)
+        for line in self._lines.get(key, ()):
+            note = json.loads(line)
+            row: Row = note["row"]
+            if (note.get("version"), note.get("source"), row.get("sha256")) == (version(), source, sha256):
+                return row
         return None
+
+    def _catch_up(self, file: Path) -> None:
+        """Take the lines that a file has got since it was last read."""
+        length, whole = self._read.get(file.name, (0, 0))
+        if file.stat().st_size == length:
+            return
+        with open(file, "rb") as opened:
+            opened.seek(whole)
+            new = opened.read()
+        lines = new[: new.rfind(b"\n") + 1]  # what follows is under way, or torn
+        self._read[file.name] = whole + len(new), whole + len(lines)
+        for line in lines.splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # torn
+                self._lines.setdefault(json.loads(line)["row"]["key"], []).append(line)

@@ -19,6 +19,7 @@ from engine.bulk import ledger as ledgers  # noqa: E402
 from engine.bulk.board import Board  # noqa: E402
 from engine.bulk.enlarger import Enlarger, Stop, Work  # noqa: E402
 from engine.bulk.keys import check_key, output_key, source_of, spool, spooled  # noqa: E402
+from engine.bulk.notes import Notes  # noqa: E402
 from engine.bulk.storage import Storage  # noqa: E402
 from engine.io.cli import Failed  # noqa: E402
 from engine.io.files import atomic_path, remove_leftovers, sha256  # noqa: E402
@@ -105,6 +106,36 @@ def test_a_result_whose_row_was_lost_is_taken_as_it_is_where_a_note_proves_it(tm
     source.write_bytes(content)
     target.write_bytes(b"somebody's")
     assert "is there already with other content" in resumed.make("a.png")["error"] and made.pop()
+
+
+def test_notes_are_read_once_however_many_keys_are_looked_up(tmp_path, monkeypatch):
+    out, opened = Storage(str(tmp_path / "out")), []
+
+    def counted(path, *mode, **more):
+        opened.append(path)
+        return open(path, *mode, **more)
+
+    monkeypatch.setattr("engine.bulk.notes.open", counted, raising=False)
+    monkeypatch.setattr("pathlib.Path.read_bytes", lambda path: counted(path, "rb").read())
+    writers, reader = [Notes(out), Notes(out)], Notes(out)
+    rows = [dict.fromkeys(ledgers.COLUMNS) | {"key": f"{i}.png", "sha256": f"sum of {i}"} for i in range(60)]
+    for i, row in enumerate(rows[:50]):
+        writers[i % 2].add(row, f"source of {i}")
+    opened.clear()
+    for _ in range(2):
+        assert [reader.find(f"{i}.png", f"sum of {i}", f"source of {i}") for i in range(50)] == rows[:50]
+    assert len(opened) == 2
+    writers.append(Notes(out))
+    for i in range(50, 60):  # by others, meanwhile, in files old and new
+        assert reader.find(f"{i}.png", f"sum of {i}", f"source of {i}") is None
+        writers[i % 3].add(rows[i], f"source of {i}")
+        assert reader.find(f"{i}.png", f"sum of {i}", f"source of {i}") == rows[i]
+    assert reader.find("0.png", "sum of 1", "source of 0") is reader.find("0.png", "sum of 0", "source of 1") is None
+    monkeypatch.undo()
+    file = next((tmp_path / "out" / ledgers.NOTES).iterdir())
+    whole = file.read_bytes()
+    file.write_bytes(whole + whole[:20])  # a line under way
+    assert Notes(out).find("0.png", "sum of 0", "source of 0") == rows[0]
 
 
 def test_a_file_that_is_not_ours_is_kept(tmp_path, work):
