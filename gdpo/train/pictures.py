@@ -59,17 +59,21 @@ def curves(metrics: Path, path: Path) -> None:
         return
     across = min(3, len(names))
     down = -(-len(names) // across)
-    figure = Figure(figsize=(5 * across, 3 * down), layout="constrained")
+    wide, high = 5 * across, 3 * down
+    figure = Figure(figsize=(wide, high))  # margins by hand: the automatic layouts draw everything twice
     FigureCanvasAgg(figure)
-    for axes, name in zip(np.atleast_1d(figure.subplots(down, across, squeeze=False)).flat, names):
+    figure.subplots_adjust(0.9 / wide, 0.5 / high, 1 - 0.2 / wide, 1 - 0.3 / high, wspace=0.26, hspace=0.3)
+    for place, name in enumerate(names, 1):
+        axes = figure.add_subplot(down, across, place)
         points = [(r["step"], r[name]) for r in rows if name in r]
         x, y = np.array([p[0] for p in points]), np.array([p[1] for p in points], float)
-        axes.plot(x, y, color="0.75", linewidth=0.8)
+        axes.plot(x, y, color="0.75", linewidth=0.8, marker="." if len(x) == 1 else None)
         window = max(1, len(y) // 25)
         if window > 1:
             smooth = np.convolve(y, np.ones(window) / window, mode="valid")
             axes.plot(x[window - 1 :], smooth, color="C0")
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("step", fontsize=8)
+        axes.locator_params(nbins=4)
     with atomic_path(path) as staged:
         figure.savefig(staged, dpi=90)
