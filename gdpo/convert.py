@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def convert(
     lora_alpha: int = RELEASED_ALPHA,
     t_noise: int | None = None,
     t_diffusion: int | None = None,
+    blocks: Sequence[int] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write the model folder `out` of released weights, whole or not at all. No pickle is executed.
@@ -59,6 +61,7 @@ def convert(
         base: the diffusers folder to complete them from; a released folder that is complete needs none.
         lora_alpha: the LoRA's scale is lora_alpha / rank.
         t_noise, t_diffusion: timesteps to remember; None means the paper's 250 and 100, or OSEDiff's for its file.
+        blocks: keep these of a network's residual blocks alone (an RRDBNet's, such as Real-ESRGAN x4plus).
         overwrite: replace an `out` that holds a model.
 
     Raises:
@@ -66,6 +69,8 @@ def convert(
     """
     released = Path(released)
     target = check_target(out, overwrite, released, *([] if base is None else [base]))
+    if blocks is not None and not (base is None and not released.is_dir() and is_network(str(released))):
+        raise ValueError(f"{released} is not a network; --blocks chooses blocks of a network")
     if (released / "manifest.json").is_file():
         if (base, t_noise, t_diffusion) != (None, None, None):
             raise ValueError(f"{released} is an exported model, whole as it is: no --base, --t-noise, --t-diffusion")
@@ -73,7 +78,7 @@ def convert(
     elif released.is_dir():
         generator = _from_folder(released, None if base is None else Path(base), t_noise, t_diffusion)
     elif base is None and is_network(str(released)):
-        generator = OneStepGenerator.of_network(str(released), t_noise=t_noise, t_diffusion=t_diffusion)
+        generator = OneStepGenerator.of_network(str(released), blocks, t_noise=t_noise, t_diffusion=t_diffusion)
     else:
         unet, vae, osediff = read_released(released)
         if base is None:
@@ -234,6 +239,12 @@ def main() -> None:
     parser.add_argument(
         "--t-diffusion", type=int | None, help="timestep given to the UNet (default: 100; OSEDiff: 999)"
     )
+    parser.add_argument(
+        "--blocks",
+        type=list[int] | None,
+        help="keep these of an RRDBNet's residual blocks alone, as [0,5,9]: a smaller network, to be trained with the "
+        "whole one as its teacher",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an --out that holds a model")
     args = parser.parse_args()
     if Path(args.out).suffix == ".safetensors":
@@ -247,6 +258,7 @@ def main() -> None:
         lora_alpha=args.lora_alpha,
         t_noise=args.t_noise,
         t_diffusion=args.t_diffusion,
+        blocks=args.blocks,
         overwrite=args.overwrite,
     )
     live = any((Path(args.out) / name).is_dir() for name in ("unet_lora", "vae_lora"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,11 +131,12 @@ class OneStepGenerator(nn.Module):
             return cls(pixel_unet(config), PixelCodec(4), parametrization="residual", **kwargs)
 
     @classmethod
-    def of_network(cls, name: str, **kwargs) -> OneStepGenerator:
+    def of_network(cls, name: str, blocks: Sequence[int] | None = None, **kwargs) -> OneStepGenerator:
         """A generator that gives a published x4 or x2 network's own picture, whatever the noise, until it is trained.
 
         Args:
             name: a file of weights, or a name of gdpo.model.networks.PUBLISHED, which gdpo.assets has fetched.
+            blocks: keep these of an RRDBNet's residual blocks alone; None: all.
 
         Raises:
             FileNotFoundError, ValueError, RuntimeError: see gdpo.model.networks.load_network.
@@ -146,7 +147,7 @@ class OneStepGenerator(nn.Module):
 
             folder, stem = PUBLISHED[name]
             file = asset(folder) / f"{stem}.bin"
-        network, source = load_network(file)
+        network, source = load_network(file, blocks)
         unet = NetworkUNet(network, source)
         generator = cls(unet, PixelCodec(4), parametrization="residual", **kwargs).requires_grad_(False).eval()
         unet.signal = math.sqrt(generator.a_n)

@@ -1,8 +1,6 @@
 """Published networks as generators: their own pixels at first, to the bit through the engine, and back; bad files."""
 
 import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from gdpo.generator import OneStepGenerator
 from gdpo.merge import merge
 from gdpo.model.network_unet import Recovery
 from gdpo.model.networks import import_spandrel, read_state, state_of_ncnn
+from tests.support import commands
 
 try:
     import_spandrel()
@@ -40,8 +39,8 @@ def compact(scale: int = 4) -> torch.nn.Module:
     return net
 
 
-def rrdb(scale: int) -> torch.nn.Module:
-    options = {"in_nc": 3, "out_nc": 3, "num_filters": 8, "num_blocks": 1, "scale": scale}
+def rrdb(scale: int, blocks: int = 1) -> torch.nn.Module:
+    options = {"in_nc": 3, "out_nc": 3, "num_filters": 8, "num_blocks": blocks, "scale": scale}
     return architecture("ESRGAN.__arch.RRDB", "RRDBNet", **options)
 
 
@@ -204,6 +203,35 @@ class Attack:
         return os.system, (f"touch {self.marker}",)
 
 
+def test_some_blocks_of_a_network_are_a_network(tmp_path):
+    whole = rrdb(4, 3)
+    names = ["conv_first", "body.0", "body.1", "body.2", "conv_body", "conv_up1", "conv_up2", "conv_hr", "conv_last"]
+    own = ["model.0", *(f"model.1.sub.{i}" for i in range(4)), "model.3", "model.6", "model.8", "model.10"]
+    state = {}
+    for name, value in whole.state_dict().items():
+        author, prefix = next((n, p) for n, p in zip(names, own) if name.startswith(p + "."))
+        state[author + name.removeprefix(prefix).replace(".0.", ".").replace("RDB", "rdb")] = value.clone()
+    save_file(state, tmp_path / "net.safetensors")
+    convert(tmp_path / "net.safetensors", tmp_path / "model", blocks=[0, 2])
+    del whole.get_submodule("model.1.sub")[1]
+    picture = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        drawn = OneStepGenerator.from_pretrained(tmp_path / "model").unet.network(picture)
+        assert torch.equal(drawn, whole(picture))
+    for blocks in ([], [2, 0], [0, 0], [0, 3], [-1]):
+        with pytest.raises(ValueError, match=r"net\.safetensors: blocks must be numbers from 0 to 2, ascending"):
+            convert(tmp_path / "net.safetensors", tmp_path / "other", blocks=blocks)
+
+
+def test_blocks_of_what_has_none_are_refused(tmp_path):
+    save_file(compact().state_dict(), tmp_path / "net.safetensors")
+    with pytest.raises(ValueError, match=r"blocks can be chosen of an RRDBNet alone"):
+        convert(tmp_path / "net.safetensors", tmp_path / "model", blocks=[0])
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="is not a network; --blocks chooses blocks of a network"):
+        convert(tmp_path / "folder", tmp_path / "model", blocks=[0])
+
+
 def test_a_poisoned_pickle_is_refused_and_not_run(tmp_path):
     marker = tmp_path / "owned"
     torch.save({"params": compact().state_dict(), "extra": Attack(marker)}, tmp_path / "net.pth")
@@ -247,8 +275,7 @@ def test_safetensors_and_a_damaged_one(tmp_path):
 
 def test_the_command_line_says_one_line(tmp_path):
     torch.save(compact(3).state_dict(), tmp_path / "net.pth")
-    command = [sys.executable, "-m", "gdpo.convert", str(tmp_path / "net.pth"), "--out", str(tmp_path / "model")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = commands.run("gdpo.convert", tmp_path / "net.pth", "--out", tmp_path / "model")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "x3 network" in done.stderr
 
 
