@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from gdpo.generator import OneStepGenerator
 from gdpo.model import lora
 from gdpo.scores.group import GroupReward
 from gdpo.train import checkpoint as checkpoints
+from tests.support import commands
 
 
 def test_variants_are_trained_measured_and_resumed(tmp_path, crops, trained, monkeypatch, capsys):
@@ -28,6 +30,13 @@ def test_variants_are_trained_measured_and_resumed(tmp_path, crops, trained, mon
     out = tmp_path / "ablation"
     call = ["ablation", "--config", str(config), "--out", str(out), "--steps", "2", "--every", "1", "--crops", "2"]
     monkeypatch.setattr(sys, "argv", [*call, "--variants", "GDPO", "DPO"])
+
+    def forked(command, check):
+        assert command[:3] == [sys.executable, "-m", "gdpo.train"] and check
+        done = commands.run(*command[2:])
+        assert done.returncode == 0, done.stderr
+
+    monkeypatch.setattr(gdpo_ablation, "subprocess", SimpleNamespace(run=forked))
     assert gdpo_ablation.main() == 0
     assert "| DPO | 2 |" in (out / "table.md").read_text()
     assert (out / "curves.png").stat().st_size > 1000

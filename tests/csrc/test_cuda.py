@@ -18,7 +18,10 @@ KERNELS = re.findall(r"X\(\w+, (gdpo_\w+)\)", (SOURCE.parent / "kernels.hpp").re
 FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Werror=all-warnings", f"-I{SRC}"]  # as cmake/cuda.cmake has them
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90", pytest.param("sm_100", marks=pytest.mark.slow)],
+)
 def test_kernels_compile_without_warnings_and_spill_nothing(nvcc, architecture, tmp_path):
     out = tmp_path / "kernels.cubin"
     said = run(nvcc, *FLAGS, "-Xptxas", "-v", "-cubin", f"-arch={architecture}", SOURCE, "-o", out)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 import warnings
 from dataclasses import replace
@@ -20,6 +19,7 @@ from gdpo.generator import OneStepGenerator
 from gdpo.merge import main as merge_main
 from gdpo.merge import merge
 from gdpo.model.released import read_released
+from tests.support import commands
 
 # ---- Files as the authors release them, made the way their code makes them: diffusers and peft, three adapters.
 
@@ -320,17 +320,13 @@ def test_a_lora_file_without_a_base_and_parts_of_different_models(stage_one, min
 
 
 def test_the_command_lines(stage_one, mini_sd, tmp_path, monkeypatch, capsys):
-    def run(*arguments):
-        command = [sys.executable, "-m", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
     live, merged = tmp_path / "live", tmp_path / "merged"
-    done = run("gdpo.convert", stage_one[0], "--base", mini_sd, "--out", live)
+    done = commands.run("gdpo.convert", stage_one[0], "--base", mini_sd, "--out", live)
     assert done.returncode == 0 and f"python -m gdpo.merge {live}" in done.stdout
     monkeypatch.setattr(sys, "argv", ["merge", str(live), "--out", str(merged), "--strength", "0.5"])
     merge_main()
     assert "merged at strength 0.5" in capsys.readouterr().out
-    done = run("gdpo.merge", live, "--out", merged)
+    done = commands.run("gdpo.merge", live, "--out", merged)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == f"error: {merged} exists; give another folder, or --overwrite"
     monkeypatch.setattr(sys, "argv", ["merge", str(live), "--out", str(tmp_path / "x"), "--strength", "1.5"])

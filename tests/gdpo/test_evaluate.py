@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-import subprocess
 import sys
 from types import ModuleType
 
@@ -20,6 +19,7 @@ from gdpo.evaluation.report import best_crop
 from gdpo.generator import OneStepGenerator
 from gdpo.model.tiny import TinyUNetConfig
 from gdpo.scores.metrics import naturalness, psnr_y
+from tests.support import commands
 
 FAST = ["psnr_y", "ssim_y", "naturalness", "grid_artefact", "oversharpening"]
 
@@ -207,8 +207,7 @@ def test_results_never_go_into_a_folder_of_pictures(monkeypatch, data, name):
 
 
 def test_exit_code_of_the_command(tmp_path):
-    call = [sys.executable, "-m", "gdpo.evaluate", "--lr", "nowhere", "--hr", "nowhere", "--out", str(tmp_path)]
-    done = subprocess.run(call, capture_output=True, text=True)
+    done = commands.run("gdpo.evaluate", "--lr", "nowhere", "--hr", "nowhere", "--out", tmp_path)
     assert done.returncode == 2 and done.stderr == "error: nowhere is no folder\n" and not done.stdout
 
 

@@ -55,8 +55,8 @@ def off(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 KINDS = [
-    (RANK, False),
-    (2 * RANK, False),
+    pytest.param((RANK, False), marks=pytest.mark.slow),
+    pytest.param((2 * RANK, False), marks=pytest.mark.slow),
     (2 * RANK, True),
     (2 * RANK, True, "rslora"),
     (2 * RANK, False, "dora"),

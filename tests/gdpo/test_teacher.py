@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from gdpo.train.methods.naosd import NAOSD
 from gdpo.train.options import DataConfig, ModelConfig
 from gdpo.train.setup import group_noise
 from gdpo.train.teacher import Targets, TeacherConfig, load_teacher, upsampled, with_grain
+from tests.support import commands
 
 
 def write_ncnn(stem: Path, layers: list[tuple[torch.Tensor, ...]]) -> None:
@@ -258,8 +258,7 @@ def test_the_command_makes_them_all_in_parts_and_again_none(world, tmp_path):
     (tmp_path / "F.yaml").write_text(yaml.safe_dump(options))
 
     def command(*arguments: str) -> subprocess.CompletedProcess:
-        words = [sys.executable, "-m", "gdpo.targets", "--config", str(tmp_path / "F.yaml"), *arguments]
-        return subprocess.run(words, capture_output=True, text=True)
+        return commands.run("gdpo.targets", "--config", tmp_path / "F.yaml", *arguments)
 
     first, second = command("--part", "1/2"), command()
     assert first.returncode == 0 and "3 targets made" in first.stdout, first.stderr

@@ -94,7 +94,8 @@ def test_wandb_goes_on_in_the_same_run(crops, tmp_path):
     pytest.importorskip("wandb", reason="the extra cluster")
     run = tmp_path / "run"
     common = [*NAOSD, f"--data.folder={crops}", f"--output_dir={run}", "--report_to=wandb", *LENGTH]
-    offline = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true", "HOME": str(tmp_path)}
+    offline = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
+    offline |= {f"WANDB_{kind}_DIR": str(tmp_path / kind) for kind in ("CONFIG", "CACHE", "DATA")}
     train(*common, "--max_train_steps=6", **offline)
     stopped_after(run, 4)
     train(*common, "--max_train_steps=8", **offline)

@@ -255,7 +255,7 @@ def test_the_log_has_trls_names_and_every_one_gets_a_curve(trained, crops, tmp_p
     drawn: list[str] = []
     title = Axes.set_title
     monkeypatch.setattr(Axes, "set_title", lambda self, name, *a, **k: (drawn.append(name), title(self, name, *a, **k)))
-    train_here(monkeypatch, *arguments, "--max_train_steps=3", "--train_batch_size=2")
+    train_here(monkeypatch, *arguments, "--max_train_steps=3", "--train_batch_size=2", curves=True)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     rows = [r for r in rows if "loss" in r]
     names = {"reward", "reward_std", "rewards/psnr_y/mean", "rewards/naturalness/mean", "frac_reward_zero_std"}

@@ -34,7 +34,9 @@ REGISTERS = {
 STREAMING = {"_gdpo_loss_fwd_kernel", "_gdpo_loss_bwd_kernel", "_attribute_statistics_fwd_kernel"}
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(
+    "capability", [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)]
+)
 def test_kernels_compile_without_spills_and_with_wide_loads(capability, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.aot", str(capability)],

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support import commands
+from tests.support.commands import ROOT, environment
+
 SMALL = [
     "--model.block_out_channels=[8,16]",
     "--model.layers_per_block=1",
@@ -26,41 +26,37 @@ GDPO = [
 ]
 
 
-def environment(**extra: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", **extra}
-
-
 def command(*arguments: str, processes: int = 1) -> list[str]:
     launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"] if processes > 1 else []
     return [sys.executable, *launch, "-m", "gdpo.train", *map(str, arguments)]
 
 
-def train_here(monkeypatch, *arguments) -> None:
-    """The same command in this process: no seconds for a start, but errors are raised."""
+def train_here(monkeypatch, *arguments, curves: bool = False) -> None:
+    """The same command in this process: no seconds for a start, nor, unless asked, for curves; errors are raised."""
     from accelerate.state import AcceleratorState
 
+    from gdpo.train import pictures
     from gdpo.train.__main__ import main
 
-    monkeypatch.setattr(sys, "argv", ["gdpo.train", *map(str, arguments)])
     try:
-        main()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["gdpo.train", *map(str, arguments)])
+            if not curves:
+                patch.setattr(pictures, "curves", lambda *_: None)
+            main()
     finally:  # accelerate keeps what it was started with for the whole process
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def train(
-    *arguments, check: bool = True, processes: int = 1, timeout: float = 500, **extra
-) -> subprocess.CompletedProcess:
-    """Run `python -m gdpo.train ...` from the repository root."""
-    done = subprocess.run(
-        command(*arguments, processes=processes),
-        cwd=ROOT,
-        env=environment(**extra),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        stdin=subprocess.DEVNULL,
-    )
+def train(*arguments, check: bool = True, processes: int = 1, **extra) -> subprocess.CompletedProcess:
+    """Run `python -m gdpo.train ...` from the repository root, in several processes as torchrun starts them."""
+    if processes > 1:
+        done = subprocess.run(
+            command(*arguments, processes=processes), cwd=ROOT, env=environment(**extra),
+            capture_output=True, text=True, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    else:
+        done = commands.run("gdpo.train", *arguments, **extra)
     if check and done.returncode:
         raise AssertionError(f"exit {done.returncode}\n{done.stdout}\n{done.stderr[-4000:]}")
     return done

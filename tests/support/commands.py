@@ -1,0 +1,158 @@
+"""`python -m MODULE ...` to its end, without the seconds in which a new process imports torch and its friends.
+
+Each command is a process of its own: a fork of a server that has imported those libraries, and nothing of ours. Its
+interpreter ends as after any program: exit code, signals, traceback, `atexit`. What differs from a true start is what
+happens before our code does; so start-up, blocked imports, kills and signals are tested with true ones.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+IMPORTED = (
+    "torch", "torch.utils.data", "torch.utils.checkpoint", "torch._dynamo", "accelerate", "peft", "jsonargparse",
+    "matplotlib.figure", "matplotlib.backends.backend_agg",
+    "diffusers.models.unets.unet_2d_condition", "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.models.autoencoders.autoencoder_tiny", "diffusers.schedulers.scheduling_ddpm",
+    "transformers.models.clip.modeling_clip", "transformers.models.clip.tokenization_clip", "onnx", "PIL.Image",
+    "scipy.ndimage", "scipy.signal", "safetensors.torch", "tqdm", "yaml",
+)  # fmt: skip
+READ = ("ACCELERATE_", "CUDA", "DIFFUSERS_", "HF_", "HOME", "LD_", "MPL", "OMP_", "PYTHON", "TORCH", "TRANSFORMERS_",
+        "TRITON_", "XDG_CACHE")  # how variables begin that the libraries read when they are imported  # fmt: skip
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """What our commands are started with."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", **extra}
+
+
+AT_FIRST = environment()  # before any test changes it
+
+
+def run(module: str, *arguments: object, cwd: Path = ROOT, **extra: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m module arguments` with further environment variables, and wait for its end.
+
+    Where one differs that the server's libraries have read, it is a true start.
+    """
+    variables, words = environment(**extra), list(map(str, arguments))
+    if _read(variables) == _read(AT_FIRST):
+        return _server().run(module, words, variables, cwd)
+    command = [sys.executable, "-m", module, *words]
+    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def _read(variables: dict[str, str]) -> dict[str, str]:
+    return {k: v for k, v in variables.items() if k.startswith(READ) and k != "PYTHONPATH"}
+
+
+@functools.cache
+def _server() -> Server:
+    server = Server()
+    atexit.register(server.close)
+    return server
+
+
+class Server:
+    """Takes one command at a time: a JSON line in, the process id and the exit code out."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.commands"],
+            cwd=ROOT, env=AT_FIRST, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def run(
+        self, module: str, words: list[str], variables: dict[str, str], cwd: Path
+    ) -> subprocess.CompletedProcess[str]:
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = (Path(folder, name) for name in ("out", "err"))
+            request = [module, words, variables, str(cwd), str(out), str(err)]
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            pid = int(self.process.stdout.readline())
+            try:
+                code = int(self.process.stdout.readline())
+            except BaseException:  # Ctrl-C, or pytest's own time limit
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                _server.cache_clear()
+                self.process.kill()
+                self.close()
+                raise
+            return subprocess.CompletedProcess([module, *words], code, out.read_text(), err.read_text())
+
+
+def serve() -> str:
+    """Fork for each line of stdin. Returns in the child alone: the module that it is to run."""
+    for name in IMPORTED:
+        with contextlib.suppress(ImportError):  # an extra that is not installed
+            importlib.import_module(name)
+    assert len(os.listdir("/proc/self/task")) == 1, "a library started a thread (onnxruntime does): a fork may hang"
+    gc.freeze()
+    for line in sys.stdin:
+        pid = os.fork()
+        if not pid:
+            return become(*json.loads(line))
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    sys.exit()
+
+
+def become(module: str, words: list[str], variables: dict[str, str], cwd: str, out: str, err: str) -> str:
+    """Take what a new process would have been given."""
+    for place, name, flags in (
+        (0, os.devnull, os.O_RDONLY),
+        (1, out, os.O_WRONLY | os.O_CREAT),
+        (2, err, os.O_WRONLY | os.O_CREAT),
+    ):
+        opened = os.open(name, flags)
+        os.dup2(opened, place)
+        os.close(opened)
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(cwd)
+    sys.argv = [module, *words]
+    sys.path[:1] = [cwd, *filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))]
+    return module
+
+
+def main() -> None:
+    status = 0
+
+    def leave() -> None:
+        """The last thing of all: an interpreter would now free what the libraries hold, object by object."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    atexit.register(leave)  # before the libraries register theirs, for the last one comes first
+    module = serve()
+    status = 1  # an exception that nobody catches
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
+
+
+if __name__ == "__main__":
+    main()
