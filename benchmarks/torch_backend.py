@@ -128,9 +128,9 @@ def _without_tf32() -> Iterator[None]:
 
 
 def seconds_of(run: TorchSession, inputs: tuple[torch.Tensor, ...], budget: float) -> list[float]:
-    """Seconds of calls that end with the device idle: three or more, `budget` seconds of them, 50 at most."""
+    """Seconds of calls that end with the device idle: three to 50, about `budget` seconds of them; one for 0."""
     taken: list[float] = []
-    while len(taken) < 3 or (sum(taken) < budget and len(taken) < 50):
+    while len(taken) < (3 if budget else 1) or (sum(taken) < budget and len(taken) < 50):
         begin = time.perf_counter()
         run.run(*inputs)
         _synchronize(run.device)

@@ -1,6 +1,5 @@
 """Builds of csrc/ and engine folders for its tests, made once for all workers of a run."""
 
-import fcntl
 import importlib.util
 import os
 import shutil
@@ -13,24 +12,6 @@ from engine.runtime.core import library
 from tests.support.cpp import CMAKE, ROOT, build, run
 
 FUZZERS = tuple(f"fuzz_{name}" for name in ("manifest", "ppm", "views", "folder"))
-
-
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory):
-    """shared(name, make): a folder that the first worker makes and the others wait for."""
-    root = tmp_path_factory.getbasetemp()
-    root = root.parent if root.name.startswith("popen-") else root
-
-    def get(name: str, make) -> Path:
-        folder, done = root / f"csrc-{name}", root / f"csrc-{name}.done"
-        with open(root / f"csrc-{name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not done.exists():
-                make(folder)
-                done.touch()
-        return folder
-
-    return get
 
 
 def find_nvcc() -> str | None:
@@ -108,7 +89,8 @@ def installed(shared, compiler) -> Path:
     """An installed package: what `cmake --install` leaves. csrc-plain, beside it, has the tests too."""
 
     def make(out: Path) -> None:
-        settings = ("-DGDPO_TESTS=ON", f"-DGDPO_CUDA={'ON' if find_nvcc() else 'OFF'}")
+        kernels = ("-DGDPO_CUDA=ON", "-DGDPO_CUDA_ARCHITECTURES=90") if find_nvcc() else ("-DGDPO_CUDA=OFF",)
+        settings = ("-DGDPO_TESTS=ON", *kernels)
         where = (f"-DCMAKE_INSTALL_PREFIX={out}", "-DCMAKE_INSTALL_LIBDIR=lib")
         build(out.with_name("csrc-plain"), *settings, *where)
         run(CMAKE, "--install", out.with_name("csrc-plain"))

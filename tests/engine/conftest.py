@@ -1,31 +1,15 @@
-"""Models and pictures of the engine's tests. Exports are made once for all workers of a run."""
+"""Models and pictures of the engine's tests."""
 
-import fcntl
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 
-def shared(tmp_path_factory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that the first worker makes and the others wait for."""
-    root = tmp_path_factory.getbasetemp()
-    if root.name.startswith("popen-"):  # a worker of pytest-xdist: its parent is the run's own folder
-        root = root.parent
-    folder, done = root / f"engine-{name}", root / f"engine-{name}.done"
-    with open(root / f"engine-{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not done.exists():
-            make(folder)
-            done.touch()
-    return folder
-
-
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory) -> Path:
+def tiny_model(shared) -> Path:
     """A generator's folder of the tiny preset whose step is not the identity."""
 
     def make(folder: Path) -> None:
@@ -42,7 +26,7 @@ def tiny_model(tmp_path_factory) -> Path:
                 p.add_(torch.randn(p.shape, generator=random) * 0.055)
         generator.save_pretrained(folder)
 
-    return shared(tmp_path_factory, "tiny-model", make)
+    return shared("tiny-model", make)
 
 
 def export(model: Path, out: Path, **options) -> None:
@@ -53,29 +37,27 @@ def export(model: Path, out: Path, **options) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_engine(tmp_path_factory, tiny_model) -> Path:
+def tiny_engine(shared, tiny_model) -> Path:
     """The tiny model exported as one dynamic graph, with the image-to-image graph."""
-    return shared(tmp_path_factory, "tiny", lambda out: export(tiny_model, out, image_to_image=True))
+    return shared("tiny", lambda out: export(tiny_model, out, image_to_image=True))
 
 
 @pytest.fixture(scope="session")
-def tiny_split_engine(tmp_path_factory, tiny_model) -> Path:
+def tiny_split_engine(shared, tiny_model) -> Path:
     """The tiny model exported as encoder, UNet and decoder."""
-    return shared(tmp_path_factory, "tiny-split", lambda out: export(tiny_model, out, split=True))
+    return shared("tiny-split", lambda out: export(tiny_model, out, split=True))
 
 
 @pytest.fixture(scope="session")
-def mini_model(tmp_path_factory) -> Path:
-    """The miniature Stable Diffusion, one for all workers."""
-    from gdpo.model.random_folder import build_folder
-
-    return shared(tmp_path_factory, "mini-model", lambda out: build_folder(out))
+def mini_model(mini_sd) -> Path:
+    """The miniature Stable Diffusion."""
+    return mini_sd
 
 
 @pytest.fixture(scope="session")
-def mini_engine(tmp_path_factory, mini_model) -> Path:
+def mini_engine(shared, mini_model) -> Path:
     """The miniature Stable Diffusion exported as three dynamic graphs."""
-    return shared(tmp_path_factory, "mini", lambda out: export(mini_model, out, split=True))
+    return shared("mini", lambda out: export(mini_model, out, split=True))
 
 
 @pytest.fixture(scope="session")

@@ -49,8 +49,15 @@ def test_stale_means_another_hash_option_or_version_not_a_file_that_exists(tiny_
 
 
 @rtx
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(
+    ("precision", "static"),
+    [
+        ("fp32", False),
+        ("fp16", True),
+        pytest.param("fp32", True, marks=pytest.mark.slow),
+        pytest.param("fp16", False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_tensorrt_rtx_plan_of_the_tiny_model(tiny_model, tiny_engine, tmp_path, precision, static):
     source = tiny_engine
     if static or precision != "fp32":

@@ -98,6 +98,7 @@ def test_what_cannot_be_begun_is_one_line(tmp_path, source, out, options, code, 
     assert (found, err.count("\n"), err[:7]) == (code, 1, "error: ") and message in err, err
 
 
+@pytest.mark.slow
 def test_a_list_that_names_a_picture_twice(tmp_path):
     crops(tmp_path / "in", 2, 0)
     (tmp_path / "keys.csv").write_text("key\nd0/0000.png\nd1/0001.png\nd0/0000.png\n")

@@ -89,6 +89,7 @@ def test_uninstalled_from_the_root(hf_kernels):
     assert Path(seen["theirs"]).is_relative_to(hf_kernels) and seen["available"]
 
 
+@pytest.mark.slow
 def test_uninstalled_from_the_root_without_theirs():
     seen = look("uninstalled", ROOT)
     assert Path(seen["ours"]) == ROOT / "kernels" / "reward.py" and not seen["available"]
