@@ -12,6 +12,7 @@ import numpy as np
 
 from engine.io.formats import BY_SUFFIX
 from engine.io.images import MAX_PIXELS, Picture, Put, image_writer
+from engine.io.version import version
 from engine.pictures import outcome, parse_background, upscale_picture, upscale_rows
 from engine.runtime import color
 from engine.runtime.restore import Progress
@@ -175,13 +176,3 @@ def lossless_of(target: Path) -> str:
     """Whether the output's format is lossless: "always", "option" or "never"."""
     row = BY_SUFFIX.get(target.suffix.lower())
     return row.lossless if row else "always"
-
-
-def version() -> str:
-    """Of this program."""
-    from importlib import metadata
-
-    try:
-        return metadata.version("gdpo-sr")
-    except metadata.PackageNotFoundError:  # run from a checkout
-        return "0"

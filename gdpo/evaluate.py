@@ -23,16 +23,24 @@ from gdpo.evaluation import before_after, report
 from gdpo.evaluation.columns import NAMES, Metric, build_metrics
 from gdpo.evaluation.compare import bootstrap, compare
 from gdpo.evaluation.score import Rows, draw, first_line, score, tensor
-from gdpo.evaluation.sources import Source, build_sources, check_pairs, list_pictures, read_pair
+from gdpo.evaluation.sources import Source, build_sources, check_pairs, list_pictures, parse_source, read_pair
 from gdpo.scores.registry import FID, Unavailable, load_pyiqa
 
 _MAX_CROP = 1024
 _SEED_METRICS = ("psnr_y", "ssim_y", "naturalness")  # cheap enough for many noises
+_ABOUT = __doc__.split("\n\n")[1]
 
 
 def parser() -> Parser:
-    p = Parser(prog="python -m gdpo.evaluate", description=__doc__)
-    p.add_argument("--before-after", metavar="MODEL", help=f"{before_after.HELP}; it has its own options")
+    top = Parser(
+        prog="python -m gdpo.evaluate",
+        usage="python -m gdpo.evaluate --lr DIR --hr DIR --out DIR [options]\n"
+        "       python -m gdpo.evaluate --before-after MODEL [other options; add --help]",
+        description=f"Scores models and pictures. {_ABOUT}",
+    )
+    instead = top.add_argument_group("what GDPO changed in a model, with none of the options below")
+    instead.add_argument("--before-after", metavar="MODEL", help=f"{before_after.HELP}; it has its own options")
+    p = top.add_argument_group("scores of models and pictures")
     p.add_argument("--lr", required=True, metavar="DIR", help="low-resolution pictures")
     p.add_argument("--hr", required=True, metavar="DIR", help="the originals, under the same names")
     for side in ("lr", "hr", "sr"):
@@ -67,7 +75,7 @@ def parser() -> Parser:
     p.add_argument("--sheet-crop", type=int, default=128, help="side of the crops on the sheet, in HR pixels")
     p.add_argument("--sheet-zoom", type=int, default=2, help="magnification of the crops on the sheet")
     p.add_argument("--no-progress", action="store_true", help="show no progress bar")
-    return p
+    return top
 
 
 def _device(name: str | None) -> torch.device:
@@ -106,7 +114,9 @@ def evaluate() -> int:
         raise ValueError(f"--crop-border must be at least 0; got {args.crop_border}")
     device = _device(args.device)
     out = Path(args.out)
-    for folder in (args.lr, args.hr, *(text.rpartition("=")[2] for text in [*args.sr, *args.model])):
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, or not exist yet; {out} is a file")
+    for folder in (args.lr, args.hr, *(parse_source(text)[1] for text in [*args.sr, *args.model])):
         if out.resolve() == Path(folder).resolve():
             raise ValueError(f"--out {out} is one of the folders that are read; choose another for the results")
     hr, lr = list_pictures(Path(args.hr), args.hr_name), list_pictures(Path(args.lr), args.lr_name)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from engine.bulk.ledger import NOTES, Row
 from engine.bulk.storage import Storage
-from engine.settings import version
+from engine.io.version import version
 
 
 class Notes:

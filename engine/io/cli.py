@@ -17,6 +17,7 @@ from typing import NoReturn
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from engine.io import early
+from engine.io.version import version
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # no space left, none left for this user, broken
 
@@ -29,13 +30,20 @@ class Failed(RuntimeError):
     """The work was begun and could not be finished, through no fault of the input: exit code 1."""
 
 
+_TYPES = {"int": "integer", "float": "number", "PositiveInt": "integer, 1 or more", "ClosedUnitInterval": "0 to 1"}
+
+
 class HelpFormatter(DefaultHelpFormatter):
-    """Types and defaults after each text, without the defaults that say nothing: null, False, empty."""
+    """What is expected and the default after each text: no types of Python, no defaults that say nothing."""
+
+    def _get_type_str(self, action: Action) -> str:
+        name = super()._get_type_str(action) or ""
+        return _TYPES.get(name.removesuffix(" | null"), "")
 
     def _expand_help(self, action: Action) -> str:
-        text = re.sub(r"type: <function .*? at 0x\w+>(, )?", "", super()._expand_help(action))
-        text = re.sub(r"(, )?default: (null|False|\[\])?(?=\))", "", text)
-        return text.replace(" ()", "")
+        text = re.sub(r"type: (, )?", "", super()._expand_help(action))
+        text = re.sub(r"(, )?default: (null|False|\[\]|\{\})?(?=\))", "", text)
+        return re.sub(r"(, )?\)$", ")", text).replace(" ()", "")
 
 
 class Parser(ArgumentParser):
@@ -43,6 +51,8 @@ class Parser(ArgumentParser):
 
     def __init__(self, *args, **kwargs):
         kwargs.setdefault("formatter_class", HelpFormatter)
+        if "prog" in kwargs:  # of a command; jsonargparse makes parsers of parts too
+            kwargs.setdefault("version", version())
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

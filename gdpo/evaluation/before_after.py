@@ -37,7 +37,8 @@ _TELLTALE = ("grid_artefact", "lattice_artefact", "oversharpening", "brisque")
 
 @dataclass
 class Options:
-    """
+    """How the two are compared
+
     Args:
         model: a folder that gdpo.train gdpo made (base and LoRA apart).
         data: a folder made by gdpo.prepare; its val split is used.
