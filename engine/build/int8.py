@@ -167,6 +167,7 @@ def convolutions(file: Path) -> tuple[list[str], list[str]]:
 
 def _write(file: Path, out: Path, feeds: list[dict[str, np.ndarray]], excluded: list[str]) -> Path:
     """The quantized graph of `file`, in one file."""
+    import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):
@@ -180,7 +181,7 @@ def _write(file: Path, out: Path, feeds: list[dict[str, np.ndarray]], excluded: 
     logging.getLogger().setLevel(logging.ERROR)  # advice to pre-process, which the export has done
     try:
         quantize_static(
-            str(file),
+            with_wide_weights(onnx.load(str(file))),
             str(out),
             Reader(),
             quant_format=QuantFormat.QDQ,
@@ -193,6 +194,23 @@ def _write(file: Path, out: Path, feeds: list[dict[str, np.ndarray]], excluded: 
     finally:
         logging.getLogger().setLevel(level)
     return out
+
+
+def with_wide_weights(model: Any) -> Any:
+    """An ONNX model whose weights are stored in fp16 (engine.export --weights fp16), with fp32 ones: in place."""
+    from onnx import TensorProto, numpy_helper
+
+    stored = {t.name: t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT16}
+    kept = []
+    for node in model.graph.node:
+        if node.op_type == "Cast" and node.input[0] in stored:
+            values = numpy_helper.to_array(stored[node.input[0]]).astype(np.float32)
+            stored[node.input[0]].CopyFrom(numpy_helper.from_array(values, node.output[0]))
+        else:
+            kept.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    return model
 
 
 def _compare(ours: list[np.ndarray], wanted: list[np.ndarray]) -> Gate:

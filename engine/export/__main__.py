@@ -7,6 +7,7 @@ from pathlib import Path
 
 from engine.export.descriptors import geometry_of, profile_of
 from engine.export.generator import PRECISIONS, export_generator
+from engine.export.weights import STORED
 from engine.io import cli
 from gdpo.generator import OneStepGenerator
 
@@ -16,6 +17,9 @@ def main() -> int:
     parser.add_argument("model", help="a generator's folder, or hub:ORG/NAME")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="number format of the graphs")
+    parser.add_argument(
+        "--weights", default="fp32", choices=STORED, help="how an fp32 graph stores its weights; fp16 halves the file"
+    )
     parser.add_argument("--opset", type=int, default=23, help="ONNX opset version")
     parser.add_argument(
         "--split", action="store_true", help="write three graphs (encoder, unet, decoder) instead of one"
@@ -44,6 +48,7 @@ def main() -> int:
         generator,
         Path(options.out),
         precision=options.precision,
+        weights=options.weights,
         opset=options.opset,
         split=options.split,
         profile=profile_of(geometry, **sizes),

@@ -19,6 +19,7 @@ from torch import nn
 from engine.export import graphs
 from engine.export.descriptors import descriptors, dynamic_shapes, example_inputs, geometry_of, profile_of
 from engine.export.parity import measure_parity, parity_cases
+from engine.export.weights import STORED, round_to_half, store_as_half
 from engine.io.files import sha256
 from engine.io.folders import staged_folder
 from engine.runtime.manifest import Geometry, Graph, Manifest, Profile, check_target
@@ -36,6 +37,7 @@ def export_generator(
     out: Path,
     *,
     precision: str = "fp32",
+    weights: str = "fp32",
     opset: int = 23,
     split: bool = False,
     profile: Profile | None = None,
@@ -50,6 +52,7 @@ def export_generator(
         generator: on the CPU.
         out: the folder to write; an old one is replaced only when the new one is complete.
         precision: "fp32", "fp16" or "bf16" inside the graphs; their inputs and outputs are fp32.
+        weights: how an fp32 graph's weights are stored: "fp16" takes half the bytes; see engine.export.weights.
         opset: of ONNX, 18 to 23.
         split: three graphs (encoder, unet, decoder) instead of one.
         profile: batch and tile sides; static where the least is the largest.
@@ -58,20 +61,26 @@ def export_generator(
         model: what the manifest says about the model besides what the generator knows.
 
     Raises:
-        ValueError: an unknown precision or opset, or a seed out of range.
+        ValueError: an unknown precision, weights or opset, or a seed out of range.
         RuntimeError: the exported model differs from torch by more than TOLERANCE.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
+    if weights not in STORED or (weights == "fp16" and precision != "fp32"):
+        raise ValueError(f"weights must be fp32, or fp16 in a graph of precision fp32; got {weights!r} in {precision}")
     if not 18 <= opset <= 23:
         raise ValueError(f"opset must be 18 to 23; got {opset}")
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed must be in [0, 2^64); got {seed}")
+    if weights == "fp16" and sum(p.numel() * 4 for p in generator.parameters()) > _SINGLE_FILE:
+        raise ValueError("weights fp16 is for models of less than 1 GiB; export a larger one with precision fp16")
     check_target(out)
     generator = generator.eval().requires_grad_(False)
     geometry = geometry_of(generator)
     profile = profile or profile_of(geometry, batch=1, max_batch=8, tile=512, max_tile=1024, static=False)
     generator.merge_lora()
+    if weights == "fp16":
+        round_to_half(generator)
     about = {
         "parametrization": generator.parametrization,
         "t_noise": generator.t_noise,
@@ -88,6 +97,8 @@ def export_generator(
         entries: dict[str, Graph] = {}
         for name, (module, entry) in descriptors(generator, precision, split).items():
             _export(module, entry, folder / entry.file, geometry, profile, opset)
+            if weights == "fp16":
+                store_as_half(folder / entry.file)
             data = folder / f"{entry.file}.data"
             hashes = {data.name: sha256(data)} if data.is_file() else {}
             entries[name] = replace(entry, sha256=sha256(folder / entry.file), data=hashes)
@@ -102,7 +113,12 @@ def export_generator(
             profile=profile,
             graphs=entries,
             model=about | (model or {}),
-            options={"opset": opset, "torch": torch.__version__, "seed": seed if image_to_image else None},
+            options={
+                "opset": opset,
+                "weights": weights,
+                "torch": torch.__version__,
+                "seed": seed if image_to_image else None,
+            },
             extras=extras,
         )
         if check:

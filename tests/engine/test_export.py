@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine import Upscaler
+from engine.build.int8 import with_wide_weights
 from engine.export import graphs
 from engine.export.__main__ import main
 from engine.export.descriptors import geometry_of, profile_of
@@ -141,6 +142,27 @@ def test_fp16_keeps_its_ends_fp32_and_its_up_blocks_wide(tiny_model, mini_model,
         assert torch.isfinite(graphs.Decoder(generator, "fp16")(torch.randn(1, 4, 8, 8))).all()
 
 
+def test_weights_in_fp16_take_half_the_bytes_and_are_those_that_torch_has(tiny_model, tiny_engine, tmp_path):
+    half = export_generator(
+        OneStepGenerator.from_pretrained(tiny_model), tmp_path / "half", profile=SMALL, weights="fp16"
+    )
+    assert half.options["weights"] == "fp16" and half.parity["max_abs"] < 2e-4
+    sizes = [(folder / "generator.onnx").stat().st_size for folder in (tmp_path / "half", tiny_engine)]
+    saved = 2 * half.model["parameters"]
+    assert 0.5 * saved < sizes[1] - sizes[0] < saved  # small tensors stay
+    stored = onnx.load(tmp_path / "half" / "generator.onnx")
+    wide = with_wide_weights(onnx.load(tmp_path / "half" / "generator.onnx"))
+    inputs = {
+        "image": np.random.default_rng(0).random((1, 3, 64, 64), np.float32),
+        "noise": np.random.default_rng(1).standard_normal((1, 48, 16, 16), np.float32),
+    }
+    pictures = [
+        onnxruntime.InferenceSession(model.SerializeToString()).run(None, inputs)[0] for model in (stored, wide)
+    ]
+    assert np.array_equal(*pictures)
+    assert not any(t.data_type == onnx.TensorProto.FLOAT16 for t in wide.graph.initializer)
+
+
 def test_the_self_contained_graph_upscales_odd_pictures(tiny_engine, photo):
     session = onnxruntime.InferenceSession(tiny_engine / "image_to_image.onnx", providers=["CPUExecutionProvider"])
     up = Upscaler.load(tiny_engine)
@@ -159,6 +181,7 @@ def test_the_self_contained_graph_upscales_odd_pictures(tiny_engine, photo):
     "options, message",
     [
         ({"precision": "int8"}, "precision must be one of fp32, fp16, bf16"),
+        ({"weights": "fp16", "precision": "bf16"}, "weights must be fp32, or fp16 in a graph of precision fp32"),
         ({"opset": 9}, "opset must be 18 to 23"),
         ({"seed": -1}, r"seed must be in \[0, 2\^64\); got -1"),
     ],
