@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,6 +106,9 @@ def serve() -> str:
     for name in IMPORTED:
         with contextlib.suppress(ImportError):  # an extra that is not installed
             importlib.import_module(name)
+    deadline = time.monotonic() + 60  # matplotlib's timer, while it makes its list of fonts on a new machine
+    while len(os.listdir("/proc/self/task")) > 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert len(os.listdir("/proc/self/task")) == 1, "a library started a thread (onnxruntime does): a fork may hang"
     gc.freeze()
     for line in sys.stdin:
