@@ -100,17 +100,18 @@ def load_pyiqa(weights: PyiqaWeights, device: torch.device) -> Callable:
     try:
         pyiqa = importlib.import_module("pyiqa")
     except Exception as error:  # pyiqa needs torchvision, timm and more, which fail in ways of their own
-        raise Unavailable(f"pyiqa cannot be imported ({_line(error)}); pip install 'gdpo-sr[iqa]'{place}") from error
+        raise Unavailable(f"pyiqa cannot be imported ({one_line(error)}); pip install 'gdpo-sr[iqa]'{place}") from error
     try:
         return pyiqa.create_metric(weights.metric, device=device, as_loss=False)
     except Exception as error:
-        raise Unavailable(f"pyiqa could not load {weights.metric} ({_line(error)}){place}") from error
+        raise Unavailable(f"pyiqa could not load {weights.metric} ({one_line(error)}){place}") from error
 
 
 PLACE = "; its weights go to "
 
 
-def _line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
+    """Its type and what it says, on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 

@@ -8,8 +8,10 @@ require_finite(scores)
 from __future__ import annotations
 
 import importlib
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -18,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gdpo.kernels import AttributeStatistics
-from gdpo.scores.registry import SCORES, Kind, Score, Unavailable, find
+from gdpo.scores.registry import SCORES, Kind, Score, Unavailable, find, one_line
 from gdpo.scores.remote import Patience, RemoteReward
 
 
@@ -169,7 +171,8 @@ def _remote(url: str, patience: Patience) -> Reward:
 def _users_own(name: str) -> tuple[Kind, Callable[[Tensor, Tensor], Tensor]]:
     module_name, _, function_name = name.partition(":")
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        with _settings_kept():
+            function = getattr(importlib.import_module(module_name), function_name)
     except (Exception, SystemExit) as error:  # a module of the user's own can raise anything
         reason = str(error) if isinstance(error, (ImportError, AttributeError)) else f"{type(error).__name__}: {error}"
         raise ValueError(
@@ -183,6 +186,22 @@ def _users_own(name: str) -> tuple[Kind, Callable[[Tensor, Tensor], Tensor]]:
     return cast(Kind, kind), function
 
 
+@contextmanager
+def _settings_kept() -> Iterator[None]:
+    """Inside, a stranger's code may change what holds for the whole process; afterwards it is as it was."""
+    dtype, device, threads = torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads()
+    folder = os.getcwd()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        os.chdir(folder)
+
+
 def _copied(name: str, function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
     """Hand a function copies: what it writes into them, through torch or numpy, is seen by nobody else."""
     told = False
@@ -191,7 +210,8 @@ def _copied(name: str, function: Callable[[Tensor, Tensor], Tensor]) -> Callable
         nonlocal told
         pictures = samples.clone(), target.clone()
         before = [p._version for p in pictures]
-        values = function(*pictures)
+        with _settings_kept():
+            values = function(*pictures)
         if not told and before != [p._version for p in pictures]:
             told = True
             line = f"reward {name!r} writes into its pictures (as x.mul_() or x[...] = do); it has copies of its own"
@@ -212,15 +232,13 @@ def _checked(name: str, score: GroupScore) -> GroupScore:
                 f"got {tuple(samples.shape)} and {tuple(target.shape)}"
             )
         try:
-            values = score(samples, target, statistics)
+            return score(samples, target, statistics).to(samples.device, torch.float32)
         except ValueError as error:
             raise ValueError(f"reward {name!r}: {error}") from error
         except torch.cuda.OutOfMemoryError:
             raise
         except (Exception, SystemExit) as error:  # a function of the user's own can raise anything
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"reward {name!r} failed ({reason}); GDPO_TRACEBACK=1 shows where") from error
-        return values.float()
+            raise ValueError(f"reward {name!r} failed ({one_line(error)}); GDPO_TRACEBACK=1 shows where") from error
 
     return checked
 

@@ -35,7 +35,16 @@ METHODS = {
 
 
 class OptionsLoader(yaml.SafeLoader):
-    """YAML 1.2's scalars: `on` and `no` are words (teacher.on), 1e-4 is a number. PyYAML knows 1.1 only."""
+    """YAML 1.2: `on` and `no` are words (teacher.on), 1e-4 is a number, a key comes once. PyYAML knows 1.1 only, and
+    of a key that comes twice it takes the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for i, key in enumerate(keys):
+            if key in keys[:i] and key != "<<":
+                where = node.value[i][0].start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"{key} comes twice", where)
+        return super().construct_mapping(node, deep)
 
 
 OptionsLoader.yaml_implicit_resolvers = {
@@ -98,7 +107,7 @@ def train(method: str, config: TrainConfig) -> None:
     from accelerate import Accelerator
 
     from gdpo.train.guard import Guard
-    from gdpo.train.loop import train_loop
+    from gdpo.train.loop import alone_in, train_loop
     from gdpo.train.setup import dataset_of, precision, tracker, validation_batch
 
     torch.manual_seed(config.seed)
@@ -117,7 +126,8 @@ def train(method: str, config: TrainConfig) -> None:
     guard = Guard(config, accelerator, validation_batch(config, dataset, config.guard_images) if config.guard else None)
     module, _, name = METHODS[method].method.partition(":")
     made = getattr(import_module(module), name)(config, accelerator)
-    train_loop(config, accelerator, made, dataset, validation, guard)
+    with alone_in(Path(config.output_dir), accelerator.is_main_process):
+        train_loop(config, accelerator, made, dataset, validation, guard)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,28 @@ Leaf names follow diffusers' training scripts, the RL names follow TRL.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass
+from operator import attrgetter
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from gdpo.degradation import DegradationConfig
-from gdpo.train.options import DataConfig, ModelConfig, above_0, at_least, future, require, resumable, several
+from gdpo.train.options import (
+    DataConfig,
+    ModelConfig,
+    above_0,
+    at_least,
+    expanded,
+    future,
+    require,
+    require_values,
+    resumable,
+    several,
+)
 from gdpo.train.teacher import TeacherConfig
+
+# Options that are a path, or several.
+PATHS = ("output_dir", "resume_from_checkpoint", "model.pretrained", "data.folder", "data.pairs.lr", "data.pairs.hr",
+         "data.validation.lr", "data.validation.hr")  # fmt: skip
 
 
 @dataclass
@@ -88,8 +104,20 @@ class TrainConfig:
     report_to: Literal["none", "tensorboard", "wandb"] = resumable("none")
     backend: Literal["auto", "torch", "triton"] = resumable("auto")
 
+    def __post_init__(self) -> None:
+        for name in PATHS:
+            part, _, leaf = name.rpartition(".")
+            options = attrgetter(part)(self) if part else self
+            value = getattr(options, leaf)
+            if isinstance(value, str):
+                setattr(options, leaf, expanded(name, value))
+            elif value is not None:
+                setattr(options, leaf, [expanded(name, one) for one in value])
+
     def validate(self) -> None:
         """Raise ValueError naming the option, what it must be, and what it is."""
+        require_values(self)
+        require(abs(self.seed) < 1 << 63, "seed", "a number of 64 bits", self.seed)
         at_least(1, self, "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps")
         at_least(1, self, "logging_steps", "data.crop_size", "model.lora_rank", "model.layers_per_block")
         at_least(2, self, "checkpoints_total_limit")

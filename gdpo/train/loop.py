@@ -5,6 +5,7 @@ The state is in state.py, one optimiser step in step.py, what a person sees in r
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import time
@@ -16,7 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from engine.io.cli import Failed, Terminated
-from engine.io.files import atomic_write
+from engine.io.files import atomic_write, lock
 from gdpo.photos.dataset import Batch, CropDataset, loader
 from gdpo.photos.mixture import Mixture
 from gdpo.scores.remote import STOPPING
@@ -28,6 +29,38 @@ from gdpo.train.methods.base import Method
 from gdpo.train.record import Record
 from gdpo.train.state import State, check_same_run, samples_per_step
 from gdpo.train.step import NonFiniteLoss, StepFailed, optimizer_step
+
+_ENDING = 20.0  # seconds in which a run that was told to stop has ended
+
+
+@contextmanager
+def alone_in(root: Path, main: bool) -> Iterator[None]:
+    """Inside, no other run writes to the folder: two would delete each other's checkpoints.
+
+    One that is just ending, as a job that was started anew, is waited for.
+
+    Raises:
+        ValueError: another run is writing there, or it is no folder.
+    """
+    if not main:
+        yield
+        return
+    if not root.is_dir() and (root.exists() or root.is_symlink()):
+        raise ValueError(f"output_dir must be a folder, or not exist yet; {root} is something else")
+    root.mkdir(parents=True, exist_ok=True)
+    path, until = root / ".lock", time.monotonic() + _ENDING
+    while True:
+        with open(path, "w") as file:
+            locked = lock(file.fileno(), wait=False)
+            if locked is not False and os.fstat(file.fileno()).st_nlink:  # else its owner has just removed it
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+        if time.monotonic() > until:
+            raise ValueError(f"another run is writing to {root}; wait for it, or choose another output_dir")
+        time.sleep(0.2)
 
 
 def train_loop(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+import os
+import re
+from dataclasses import dataclass, field, fields, is_dataclass
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 
 def resumable(default: Any) -> Any:
@@ -39,6 +42,35 @@ def require(ok: bool, name: str, expected: str, actual: object) -> None:
     """Raise ValueError naming the option, what it must be, and what it is."""
     if not ok:
         raise ValueError(f"{name} must be {expected}; got {actual}")
+
+
+def require_values(options: Any, prefix: str = "") -> None:
+    """Raise ValueError naming the first option that is null where it needs a value, or a number that is not finite."""
+    types = get_type_hints(type(options))
+    for f in fields(options):
+        name, value = f"{prefix}{f.name}", getattr(options, f.name)
+        if is_dataclass(value):
+            require_values(value, f"{name}.")
+        elif value is None:
+            require(type(None) in get_args(types[f.name]), name, "given", "null")
+        else:
+            numbers = value if isinstance(value, (list, tuple)) else [value]
+            finite = all(math.isfinite(n) for n in numbers if isinstance(n, float))
+            require(finite, name, "finite", value)
+
+
+def expanded(name: str, path: str) -> str:
+    """A path with ~ and environment variables ($NAME, ${NAME}) filled in, as a shell does; a YAML file has no shell.
+
+    Raises:
+        ValueError: a variable that is not set; `name` is the option's.
+    """
+    if os.path.exists(path):
+        return path
+    filled = os.path.expanduser(os.path.expandvars(path))
+    if unset := re.search(r"\$(\w+|\{\w+\})", filled):
+        raise ValueError(f"{name} must name environment variables that are set; {unset[0]} is not (in {path})")
+    return filled
 
 
 @dataclass

@@ -36,13 +36,15 @@ def sheet(columns: list[tuple[str, torch.Tensor]], path: Path) -> Image.Image:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Rows of metrics.jsonl; a line cut by a kill is left out."""
+    """Rows of metrics.jsonl; a line cut by a kill, or that is none of a step, is left out."""
     rows = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
     return rows
 
 

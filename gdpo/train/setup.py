@@ -171,12 +171,18 @@ def dataset_of(config: TrainConfig, accelerator: Accelerator) -> CropDataset | M
     """The training pictures; what was left out of them is said. One process looks into new folders first.
 
     Raises:
-        ValueError: see CropDataset.
+        ValueError: output_dir is among them; or see CropDataset.
     """
     data, pairs = config.data, config.data.pairs
     sources: list[tuple[str, str | None]] = [(hr, lr) for hr, lr in zip(several(pairs.hr), several(pairs.lr))]
     real, whole = len(sources), bool(sources) and pairs.ratio == 1
     sources += [] if whole else [(folder, None) for folder in several(data.folder)]
+    for folder in (name for pair in sources for name in pair if name is not None):
+        if Path(folder).is_dir() and Path(config.output_dir).resolve().is_relative_to(Path(folder).resolve()):
+            raise ValueError(
+                f"output_dir must lie outside the pictures, else the run's own sheets are trained on; "
+                f"got {config.output_dir}, which is in {folder}"
+            )
     with accelerator.local_main_process_first():
         parts = [
             CropDataset(

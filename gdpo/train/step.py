@@ -17,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from engine.io.images import ImageError
+from gdpo.model.parts import first_line
 from gdpo.photos.dataset import Batch
 from gdpo.train.config import TrainConfig
 from gdpo.train.methods.base import Method, Metrics
@@ -109,10 +110,9 @@ def _micro_batches(
         raise PictureFailed(f"{at}: {failure}") from failure
     if isinstance(failure, torch.cuda.OutOfMemoryError):
         raise StepFailed(f"{at}, {_smaller(config)}: {failure}") from failure
-    if isinstance(failure, ValueError):  # a score that is not finite, say
-        raise StepFailed(f"{at}, samples {', '.join(current)}: {failure}") from failure
     if failure is not None:
-        raise failure
+        what = str(failure) if isinstance(failure, ValueError) else f"{type(failure).__name__}: {first_line(failure)}"
+        raise StepFailed(f"{at}, samples {', '.join(current)}: {what}") from failure
     return total, names
 
 

@@ -1,7 +1,9 @@
 """The registry: what each word means, the sign of every score, the user's own functions, and errors one can act on."""
 
+import os
 import re
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -118,6 +120,20 @@ def complex_score(samples, target):
     return samples.mean((1, 2, 3)) * 1j
 
 
+def settling_score(samples, target):
+    """A library that makes itself at home."""
+    os.chdir("/")
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    torch.set_num_threads(1 + torch.get_num_threads())
+    torch.set_grad_enabled(True)
+    return samples.mean((1, 2, 3))
+
+
+def far_score(samples, target):
+    return torch.ones(len(samples), device="meta")
+
+
 @pytest.fixture
 def own(monkeypatch):
     module = ModuleType("own_rewards")
@@ -131,6 +147,8 @@ def own(monkeypatch):
         writing_score,
         leaving_score,
         complex_score,
+        settling_score,
+        far_score,
     ):
         setattr(module, f.__name__, f)
     module.number = 3
@@ -144,6 +162,20 @@ def test_a_function_of_the_users_own(own, group):
     torch.testing.assert_close(mine.score(*group), want)
 
 
+def test_a_function_leaves_the_process_as_it_was(own, group, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def settings():
+        return (Path.cwd(), torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads(),
+                torch.is_grad_enabled())  # fmt: skip
+
+    before = settings()
+    settling, plain = build_rewards(["own_rewards:settling_score", "own_rewards:plain_score"])
+    got = settling.score(*group)
+    assert settings() == before
+    assert torch.equal(got, plain.score(*group))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -155,6 +187,7 @@ def test_a_function_of_the_users_own(own, group):
         ("picky_score", "reward 'own_rewards:picky_score': it needs 224x224"),
         ("leaving_score", "reward 'own_rewards:leaving_score' failed (SystemExit: 0)"),
         ("complex_score", "one number per picture, a tensor [6]; got torch.complex64 (6,)"),
+        ("far_score", "reward 'own_rewards:far_score' failed (NotImplementedError: "),
         ("buggy_score", "reward 'own_rewards:buggy_score' failed (KeyError: 'weights'); GDPO_TRACEBACK=1 shows where"),
     ],
 )

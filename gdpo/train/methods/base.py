@@ -43,6 +43,12 @@ class Method(ABC):
         self.config, self.accelerator = config, accelerator
         self.generator = base_generator(config, accelerator)
         self.degrade = Degradation(config.degradation)
+        pairs_alone = config.data.pairs.hr is not None and config.data.pairs.ratio == 1
+        least, scale, side = self.degrade.smallest_side, config.degradation.scale, config.data.crop_size
+        if not pairs_alone and (side < least or side % scale):
+            raise ValueError(
+                f"data.crop_size must be a multiple of {scale} and at least {least} for this degradation; got {side}"
+            )
         self.prompts = Prompts(self.generator, config.data.captions, accelerator.device)
 
     def train_only(self, parameters: Mapping[str, nn.Parameter]) -> None:
