@@ -43,7 +43,7 @@ def build_metrics(names: list[str], niqe_model: str, device: torch.device) -> tu
     Raises:
         ValueError: an unknown name or NIQE model, or a score of groups.
     """
-    entries = [find(name, "metric") for name in names if name != "fid"]
+    entries = dict(find(name, "metric") for name in names if name != "fid").items()  # each once
     columns: list[Metric] = []
     missing: dict[str, str] = {}
     for name, entry in entries:

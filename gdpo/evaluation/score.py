@@ -80,7 +80,9 @@ def score(
     """
     out: dict[str, dict] = {name: {"image": image, "model": name} for name in [*pictures, "hr"]}
     drawn = {name: pixels for name, pixels in {**pictures, "hr": hr}.items() if pixels is not None}
-    if hr is not None:
+    if hr is not None and 2 * border >= min(hr.shape[:2]):
+        rows.fail(f"{image}: a border of {border} pixels leaves nothing of {hr.shape[1]}x{hr.shape[0]} (--crop-border)")
+    elif hr is not None:
         target = tensor(hr, device=device)
         inner = (..., slice(border, -border), slice(border, -border)) if border else (...,)
         for metric in columns:

@@ -32,7 +32,7 @@ def read_pair(lr: Path, hr: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def list_pictures(folder: Path, template: str = "{name}") -> dict[str, Path]:
-    """Pictures of a folder by name without suffix.
+    """Pictures of a folder by name without suffix; hidden files are left out.
 
     Args:
         template: how the folder names them, such as "{name}_LR4"; others are of no concern.
@@ -48,7 +48,10 @@ def list_pictures(folder: Path, template: str = "{name}") -> dict[str, Path]:
     out: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         stem = path.stem
-        if path.suffix.lower() not in READABLE or not path.is_file() or len(stem) <= len(before) + len(after):
+        hidden = path.name.startswith(".")  # as macOS leaves ._x.png beside x.png
+        if hidden or path.suffix.lower() not in READABLE or not path.is_file():
+            continue
+        if len(stem) <= len(before) + len(after):
             continue
         if not (stem.startswith(before) and stem.endswith(after)):
             continue
@@ -146,8 +149,8 @@ def _size(pixels: np.ndarray) -> str:
 
 
 def parse_source(text: str) -> tuple[str, Path]:
-    """`NAME=FOLDER` or `FOLDER`, which is then called by its last part."""
-    name, equals, folder = text.rpartition("=")
+    """`NAME=FOLDER` or `FOLDER`, which is then called by its last part. A folder that is there may hold a =."""
+    name, equals, folder = ("", "", text) if Path(text).is_dir() or "=" not in text else text.partition("=")
     path = Path(folder)
     return (name if equals else path.resolve().name), path
 

@@ -337,3 +337,25 @@ def test_names_by_template_and_a_border_left_out(monkeypatch, data, tmp_path):
     assert float(row["naturalness"]) == pytest.approx(naturalness(pixels(data / "sr" / "scene2.png")).item(), abs=1e-4)
     with pytest.raises(ValueError, match=r"a template must hold \{name\} once"):
         command(monkeypatch, "--lr", mixed, "--hr", mixed, "--lr-name", "LR4", "--out", tmp_path / "none")
+
+
+def test_hidden_files_folders_with_equals_and_columns_named_twice(monkeypatch, data, tmp_path):
+    for name in ("hr", "lr", "sr=1"):
+        shutil.copytree(data / name.partition("=")[0], tmp_path / name)
+    (tmp_path / "hr" / "._scene0.png").write_bytes(b"what macOS leaves beside a picture")
+    monkeypatch.chdir(tmp_path)
+    options = ("--metrics", "psnr_y", "psnr_y", "--out", "out")
+    command(monkeypatch, "--lr", "lr", "--hr", "hr", "--sr", tmp_path / "sr=1", "--sr", "a=sr=1", *options)
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert result["images"] == 4 and list(result["models"]) == ["bicubic", "sr=1", "a", "hr"]
+    header, *_ = (tmp_path / "out" / "per_image.csv").read_text().splitlines()
+    assert header == "image,model,psnr_y"
+
+
+def test_a_border_that_leaves_nothing_and_a_file_in_the_way_are_named(monkeypatch, data, tmp_path):
+    options = ("--lr", data / "lr", "--hr", data / "hr", "--metrics", "psnr_y")
+    with pytest.raises(ValueError, match=r"scene0: a border of 64 pixels leaves nothing of 128x128 \(--crop-border\)"):
+        command(monkeypatch, *options, "--crop-border", "64", "--out", tmp_path / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--out must be a folder, or not exist yet; .*file is a file"):
+        command(monkeypatch, *options, "--out", tmp_path / "file")
