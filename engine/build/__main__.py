@@ -64,7 +64,9 @@ def _pictures(precision: str | None, folder: str | None) -> list[np.ndarray]:
             "--precision int8 needs --calibration DIR, a folder of some pictures of the kind that will be upscaled "
             "(python -m gdpo.assets demo-photos fetches four)"
         )
-    files = [f for f in sorted(Path(folder).iterdir()) if f.suffix.lower() in READABLE][:_MOST_PICTURES]
+    files = [f for f in sorted(Path(folder).iterdir()) if f.suffix.lower() in READABLE and not f.name.startswith(".")][
+        :_MOST_PICTURES
+    ]
     return [to_8_bit(read_image(f).pixels) for f in files]
 
 

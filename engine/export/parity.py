@@ -53,6 +53,9 @@ def measure_parity(generator: OneStepGenerator, manifest: Manifest, folder: Path
     shapes = []
     for (image, noise), expected in cases:
         difference = np.abs(run(image.numpy(), noise.numpy()) - expected.float().numpy())
+        if not np.isfinite(difference).all():
+            whose = "the export" if expected.isfinite().all() else "the model itself"
+            raise RuntimeError(f"{whose} gives values that are not finite (NaN or too large for {manifest.precision})")
         worst = max(worst, float(difference.max()))
         total, count = total + float(difference.sum(dtype=np.float64)), count + difference.size
         shapes.append(list(image.shape))

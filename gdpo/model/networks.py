@@ -149,6 +149,9 @@ def network_of(state: State, where: str) -> Network:
         raise ValueError(
             f"{where}: spandrel cannot build its network ({type(error).__name__}: {first_line(error)})"
         ) from None
+    broken = [name for name, value in found.model.state_dict().items() if not value.isfinite().all()]
+    if broken:
+        raise ValueError(f"{where}: {broken[0]} holds values that are not finite; is it of a training that diverged?")
     kind = found.architecture.id
     channels = (found.input_channels, found.output_channels)
     if not isinstance(found, spandrel.ImageModelDescriptor) or found.purpose != "SR" or channels != (3, 3):

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -12,6 +14,7 @@ import torch
 from engine import Upscaler
 from engine.build.int8 import with_wide_weights
 from engine.export import graphs
+from engine.export import parity as parity_check
 from engine.export.__main__ import main
 from engine.export.descriptors import geometry_of, profile_of
 from engine.export.generator import export_generator
@@ -229,3 +232,20 @@ def test_the_command_tells_an_engine_folder_from_a_generator(tiny_engine, tmp_pa
     with pytest.raises(SystemExit) as end:
         cli.run(main)
     assert end.value.code == 2 and "this is an engine folder, not a generator" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("exported", "torchs", "message"),
+    [
+        (float("nan"), 0.0, "the export gives values that are not finite"),
+        (float("inf"), 0.0, "the export gives values that are not finite"),
+        (float("nan"), float("nan"), "the model itself gives values that are not finite"),
+    ],
+)
+def test_what_is_not_finite_is_no_parity(exported, torchs, message, monkeypatch):
+    """A comparison with NaN is never true: the largest of NaN and 0 can be 0."""
+    monkeypatch.setattr(parity_check.graphs, "Whole", lambda *_: lambda image, noise: torch.full_like(image, exported))
+    image = torch.zeros(1, 3, 8, 8)
+    cases = [([image, image], torch.full_like(image, torchs))]
+    with pytest.raises(RuntimeError, match=message):
+        parity_check.measure_parity(None, SimpleNamespace(precision="bf16"), Path("."), cases)

@@ -247,6 +247,10 @@ BAD = {
     "x3": (lambda f: torch.save(compact(3).state_dict(), f), "is a x3 network .* expected x4, or x2"),
     "x1": (lambda f: torch.save(compact(1).state_dict(), f), "for Restoration; expected one that enlarges"),
     "damaged": (lambda f: f.write_bytes(b"no archive at all"), "not a file of weights that PyTorch wrote"),
+    "diverged": (
+        lambda f: torch.save({k: v * float("nan") for k, v in compact().state_dict().items()}, f),
+        "net.pth: body.0.weight holds values that are not finite",
+    ),
     "a list": (lambda f: torch.save([1, 2], f), "must hold a dict of weights; got list"),
     "script": (lambda f: torch.jit.script(torch.nn.Conv2d(3, 3, 3)).save(f), "TorchScript is a program"),
     "lora": (lambda f: torch.save({"rank_unet": 4}, f), "is a LoRA file: --base must name"),
