@@ -259,11 +259,12 @@ def test_the_picture_is_onnx_runtimes(name, tile, bf16, limit, photo, request):
     assert np.abs(ours - theirs).max() <= limit < np.abs(ours - other).max()
 
 
-def test_compiled_to_one_graph(mini_model, reference):
-    given, expected = reference
-    made = session(mini_model, EVERY)
+@pytest.mark.parametrize("model", ["tiny_model", pytest.param("mini_model", marks=pytest.mark.slow)])
+def test_compiled_to_one_graph(model, request):
+    plain, made = (session(request.getfixturevalue(model), steps) for steps in (DEFINITION, EVERY))
+    given = inputs(plain)
     made.module.compile(dynamic=False, fullgraph=True, backend="aot_eager")
-    assert relative_error(made.run(*given), expected) < 2e-5
+    assert relative_error(made.run(*given), plain.run(*given).double()) < 2e-5
 
 
 @pytest.mark.slow
