@@ -98,11 +98,20 @@ def _expand(text: str, recursive: bool, notice: Callable[[str], None]) -> Iterat
     elif path.exists() or not glob.has_magic(text):
         yield path, Path(path.name)  # a missing file is reported when its turn comes, after the others
     else:
-        matches = [Path(m) for m in sorted(glob.glob(text, recursive=True))]
+        matches = [Path(m) for m in sorted(glob.glob(_pattern(text), recursive=True))]
         matches = [p for p in matches if p.suffix.lower() in READABLE and p.is_file()]
         if not matches:
             raise ValueError(f"{text}: no picture matches")
         yield from ((p, Path(p.name)) for p in matches)
+
+
+def _pattern(text: str) -> str:
+    """A glob pattern in which the folders that are there mean themselves: one may be called "photos [2024]"."""
+    folder, rest = os.path.split(text)
+    while folder and not os.path.isdir(folder):
+        folder, name = os.path.split(folder)
+        rest = os.path.join(name, rest)
+    return os.path.join(glob.escape(folder), rest)
 
 
 def _walk(folder: Path, recursive: bool, notice: Callable[[str], None]) -> tuple[list[str], Counter[str]]:

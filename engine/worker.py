@@ -102,9 +102,9 @@ class Worker:
             self.skipped += 1
             return {"status": "skipped"}
         if finding.kind == "foreign":
+            replaced = "" if job.target.is_dir() else "--overwrite replaces it, "
             raise ValueError(
-                f"{job.target}: is there already and {finding.reason}; "
-                "--overwrite replaces it, --on-clash rename writes beside it"
+                f"{job.target}: is there already and {finding.reason}; {replaced}--on-clash rename writes beside it"
             )
         journal = self._journal(job.target.parent)
         source = FileState.of(job.source)  # before it is read: a change in between must be seen by the next run
@@ -135,7 +135,9 @@ class Worker:
         return row
 
     def _look(self, job: Job) -> Finding:
-        """What is known about the output; with --overwrite it does not matter."""
+        """What is known about the output; with --overwrite it does not matter, but for a folder."""
+        if job.target.is_dir():
+            return Finding("foreign", "is a folder")
         if self.overwrite or not job.target.exists():
             return Finding("absent")
         journal = self._journal(job.target.parent)

@@ -65,6 +65,10 @@ def read_image(
             (floating point, 32 bit) that this project does not read, or of a format whose decoder is not installed.
     """
     path = Path(path)
+
+    def about(message: str) -> None:
+        notice(f"{path}: {message}")
+
     try:
         if data is None:
             with _open(path) as file:
@@ -74,10 +78,10 @@ def read_image(
             warnings.simplefilter("ignore")  # Pillow warns about odd metadata and large sizes; both are handled here
             known = row.header(io.BytesIO(data))
             _check_size(known, max_pixels, max_side)
-            picture = row.read(data, known, lambda message: notice(f"{path}: {message}"))
+            picture = row.read(data, known, about)
         if picture.pixels.shape[:2] != (known.height, known.width):
             raise ImageError(f"damaged {row.name}: its header and its pixels disagree about the size")
-        return _tidy(upright(picture, known.orientation))
+        return _tidy(upright(picture, known.orientation), about)
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from error
     except FileNotFoundError:
@@ -252,11 +256,16 @@ def _check_size(known: Header, max_pixels: int, max_side: int) -> None:
         raise ImageError(f"a picture of {width}x{height} pixels; at most {max_side} a side are read")
 
 
-def _tidy(picture: Picture) -> Picture:
-    """Nothing of the metadata speaks of how the pixels were stored; an opaque mask is none."""
+def _tidy(picture: Picture, notice: Notice) -> Picture:
+    """Nothing of the metadata speaks of how the pixels were stored; an opaque mask is none, nor is a profile that
+    cannot say what the numbers mean.
+    """
     alpha = picture.alpha
     if alpha is not None and alpha.min() == np.iinfo(alpha.dtype).max:
         alpha = None
+    if picture.icc and (reason := profiles.unusable(picture)):
+        notice(f"its colour profile is left out: {reason}")
+        picture = replace(picture, icc=None)
     xmp = metadata.xmp_of_pixels_alone(metadata.upright_xmp(picture.xmp)) if picture.xmp else None
     return replace(picture, alpha=alpha, xmp=xmp, exif=metadata.upright_exif(picture.exif))
 

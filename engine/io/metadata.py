@@ -15,21 +15,23 @@ MAX_METADATA = 16 << 20  # bytes of EXIF, XMP or text that are carried over
 _ORIENTATION, _EXIF_POINTER = 0x0112, 0x8769
 _SIZES = {0x0100: 1, 0x0101: 0, 0xA002: 1, 0xA003: 0}  # tag -> axis of (height, width)
 _SHORT, _LONG = 3, 4
+_NUMBERS = {_SHORT: "H", _LONG: "I"}
 
 
-def orientation_of(exif: bytes | None) -> int:
-    """The orientation in an EXIF block; 1 where it has none, or is damaged."""
+def orientation_of(exif: bytes | None, xmp: bytes | None = None) -> int:
+    """The orientation in an EXIF block or, where that has none or is damaged, in an XMP block; else 1."""
     if exif:
         order = _byte_order(exif)
         try:
             for entry in _entries(exif, order):
                 tag, kind, number = struct.unpack_from(order + "HHI", exif, entry)
-                if tag == _ORIENTATION and kind == _SHORT and number == 1:
-                    (value,) = struct.unpack_from(order + "H", exif, entry + 8)
+                if tag == _ORIENTATION and kind in _NUMBERS and number == 1:
+                    (value,) = struct.unpack_from(order + _NUMBERS[kind], exif, entry + 8)
                     return value if 1 <= value <= 8 else 1
         except struct.error:
             pass
-    return 1
+    found = _XMP_ORIENTATION.search(xmp) if xmp else None
+    return int(found[2]) if found else 1
 
 
 def upright_exif(exif: bytes | None) -> bytes | None:
@@ -45,8 +47,8 @@ def upright_exif(exif: bytes | None) -> bytes | None:
         entries = _entries(exif, order)
         for entry in entries:
             tag, kind, number = struct.unpack_from(order + "HHI", block, entry)
-            if tag == _ORIENTATION and kind == _SHORT and number == 1:
-                struct.pack_into(order + "H", block, entry + 8, 1)
+            if tag == _ORIENTATION and kind in _NUMBERS and number == 1:
+                struct.pack_into(order + _NUMBERS[kind], block, entry + 8, 1)
         struct.pack_into(order + "I", block, entries.stop, 0)
     except struct.error:
         return None
@@ -105,6 +107,7 @@ _PANORAMA = (
     (re.compile(rb"(GPano:LargestValidInteriorRect(?:Left|Width)(?:>|=[\"']))(\d{1,9})"), 1),
     (re.compile(rb"(GPano:LargestValidInteriorRect(?:Top|Height)(?:>|=[\"']))(\d{1,9})"), 0),
 )
+_XMP_ORIENTATION = re.compile(rb"(tiff:Orientation(?:>|=[\"']))([1-8])")
 _XMP_SIZES = (
     (re.compile(rb"((?:tiff:ImageWidth|exif:PixelXDimension)(?:>|=[\"']))\d+"), 1),
     (re.compile(rb"((?:tiff:ImageLength|exif:PixelYDimension)(?:>|=[\"']))\d+"), 0),
@@ -113,7 +116,7 @@ _XMP_SIZES = (
 
 def upright_xmp(xmp: bytes) -> bytes:
     """Reset the orientation that an XMP block may repeat."""
-    return re.sub(rb"(tiff:Orientation(?:>|=[\"']))\d", rb"\g<1>1", xmp)
+    return _XMP_ORIENTATION.sub(rb"\g<1>1", xmp)
 
 
 def xmp_of_pixels_alone(xmp: bytes) -> bytes | None:

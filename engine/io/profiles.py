@@ -156,6 +156,29 @@ def space_of(icc: bytes) -> str:
     return icc[16:20].decode("latin1").strip() if len(icc) >= 128 and icc[36:40] == b"acsp" else ""
 
 
+def unusable(picture: Picture) -> str | None:
+    """Why the profile of a picture cannot say what its numbers mean, in words; None where it can.
+
+    One for gray can where red, green and blue are equal in every pixel.
+    """
+    assert picture.icc is not None
+    space = space_of(picture.icc)
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(picture.icc))
+        if space in ("RGB", "GRAY"):
+            mode = "L" if space == "GRAY" else "RGB"
+            ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return "it is damaged"
+    if space not in ("RGB", "GRAY"):
+        return f"it is for other colours ({space})"
+    if space == "GRAY" and not picture.gray:
+        red = picture.pixels[..., 0]
+        if not all(np.array_equal(red, picture.pixels[..., c]) for c in (1, 2)):
+            return "it is for gray pictures"
+    return None
+
+
 def as_tagged_by_profile(picture: Picture) -> Picture:
     """The same numbers with a profile in place of PNG's colour tags.
 

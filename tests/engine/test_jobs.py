@@ -67,6 +67,16 @@ def test_clashes_are_numbered_and_no_number_is_taken_twice(tmp_path):
     assert jobs == plan([str(folder)], str(tmp_path / "out"), extension="png", on_clash="rename")
 
 
+@pytest.mark.parametrize("pattern, found", [("photos [2024]/*.png", ["a.png", "b.png"]),
+                                            ("photos [2024]/[a].png", ["a.png"]), ("pho*/b*", ["b.png"]),
+                                            ("**/[ab].png", ["a.png", "b.png"])])  # fmt: skip
+def test_brackets_in_the_name_of_a_folder_are_no_pattern(tmp_path, monkeypatch, pattern, found):
+    touch(tmp_path / "photos [2024]", "a.png", "b.png")
+    monkeypatch.chdir(tmp_path)
+    for text in (pattern, str(tmp_path / pattern)):
+        assert targets(plan([text], str(tmp_path / "o"))) == found
+
+
 def test_an_input_that_is_named_twice_is_one_job(tmp_path):
     folder = touch(tmp_path / "in", "a.png")
     assert len(plan([str(folder / "a.png"), str(folder / "*.png")], str(tmp_path / "out"))) == 1

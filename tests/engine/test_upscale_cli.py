@@ -227,3 +227,12 @@ def test_a_real_photo_of_several_tiles(tiny_engine, photo, tmp_path):
     source = save(tmp_path / "in.png", photo[:256, :256])
     subprocess.run(command(source, tmp_path / "out.png", "--model", tiny_engine), check=True, timeout=60)
     assert read_image(tmp_path / "out.png").pixels.shape == (1024, 1024, 3)
+
+
+def test_a_folder_called_like_the_output_is_found_before_work(run, photo, tmp_path):
+    source, out = save(tmp_path / "a.png", photo[:16, :20]), tmp_path / "o"
+    (out / "a.png").mkdir(parents=True)
+    for more in ((), ("--overwrite",)):
+        code, _, err = run(source, f"{out}/", *more)
+        assert code == 1 and f"{out}/a.png: is there already and is a folder; --on-clash rename" in err
+    assert run(source, f"{out}/", "--on-clash", "rename")[0] == 0 and (out / "a-2.png").is_file()

@@ -23,6 +23,7 @@ MAX_WORK = 4_000_000_000  # scans times pixels: 40 scans of 100 megapixels
 _SEGMENT = 65_533  # bytes of content that fit into one
 _END = b"\xff\xd9"
 _HEADER = re.compile(rb"[^\xff]*\xff+[^\xff]", re.S)  # up to the kind of the next segment
+_AFTER_SCAN = re.compile(rb"\xff+[^\xff\0\xd0-\xd7]", re.S)  # the same, in a scan's data
 _MOST_SEGMENTS = 100_000
 _SCAN, _BASELINE = 0xDA, (0xC0, 0xC1)
 _SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1, 0xC3, 0xC9, 0xCB), (0xC2, 0xCA)  # frames: Huffman and arithmetic
@@ -38,11 +39,12 @@ def header(file: BinaryIO) -> Header:
             if kind in _FRAMES and content[:1] not in (b"", b"\x08"):
                 raise ImageError(f"a JPEG of {content[0]} bit a sample; those of 8 bit are read") from None
         raise
-    return Header(image.width, image.height, metadata.orientation_of(common_metadata(image.info)["exif"]))
+    found = common_metadata(image.info)
+    return Header(image.width, image.height, metadata.orientation_of(found["exif"], found["xmp"]))
 
 
 def read(data: bytes, known: Header, notice: Notice) -> Picture:
-    scans = data.count(b"\xff\xda")
+    scans = sum(kind == _SCAN for kind, _, _ in _segments(data))
     if scans > MAX_SCANS or scans * known.width * known.height > MAX_WORK:
         raise ImageError(f"a JPEG of {scans} scans; at most {MAX_SCANS} are read, fewer of a large picture")
     if not _all_refined(data):
@@ -182,28 +184,21 @@ def _all_refined(data: bytes) -> bool:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """(kind, place of the content, content) of the segments of the first picture in a file; after its first scan, of
-    further scans and Huffman tables alone.
+    """(kind, place of the content, content) of the segments of the first picture in a file, up to its end: what
+    follows there (a preview, a film) is none of it.
 
     Every byte is looked at by C: a hostile file of 100 MB takes a fraction of a second.
     """
-    at, after = 2, dict.fromkeys((b"\xff\xc4", b"\xff\xda", _END), -1)  # where each marker comes next
-    scanned = False
+    at, scanned = 2, False
     for _ in range(_MOST_SEGMENTS):
-        if scanned:  # in a scan's data, 0xff is followed by 0 but where a marker is
-            for marker, place in after.items():
-                if place < at:
-                    found = data.find(marker, at)
-                    after[marker] = found if found >= 0 else len(data)
-            at = min(after.values()) + 1
-        elif match := _HEADER.match(data, at):
-            at = match.end() - 1
-        else:
+        match = _AFTER_SCAN.search(data, at) if scanned else _HEADER.match(data, at)
+        if match is None:
             return
+        at = match.end() - 1
         if at + 3 > len(data) or data[at] == _END[1]:
             return
         kind = data[at]
-        if not scanned and (kind in (0, 1) or 0xD0 <= kind <= 0xD8):  # without a length
+        if kind in (0, 1) or 0xD0 <= kind <= 0xD8:  # without a length
             at += 1
             continue
         (length,) = struct.unpack_from(">H", data, at + 1)

@@ -13,8 +13,8 @@ from PIL import Image
 from engine.io import metadata
 from engine.io.bands import Bands
 from engine.io.codecs import jpeg
-from engine.io.codecs.libraries import common_metadata, pixels_of, unpremultiply
-from engine.io.picture import Header, ImageError, Notice, Picture
+from engine.io.codecs.libraries import common_metadata, pixels_of, split, unpremultiply
+from engine.io.picture import Header, ImageError, Notice, Picture, upright
 from engine.io.sink import Sink
 
 CONTAINER, CODESTREAM = b"\0\0\0\x0cJXL \r\n\x87\n", b"\xff\x0a"
@@ -137,14 +137,19 @@ def read(data: bytes, known: Header, notice: Notice) -> Picture:
     is_jpeg, decoded, raw, icc, boxes = decoder(num_threads=1)(data)
     if is_jpeg:
         inner = jpeg.header(io.BytesIO(raw))
-        if inner.size != known.size:
+        if (inner.width, inner.height) != (info.width, info.height):
             raise ImageError("damaged JPEG XL header")
-        return replace(jpeg.read(raw, inner, notice), format="JXL")
-    if decoded.mode not in ("L", "LA", "RGB", "RGBA"):
+        # The codestream says how the picture is turned, whatever EXIF says.
+        return upright(replace(jpeg.read(raw, inner, notice), format="JXL"), info.orientation)
+    if decoded.mode == "I;16":
+        samples = np.frombuffer(raw, "<u2").reshape(decoded.height, decoded.width, 1).astype(np.uint16)
+        pixels, gray, alpha = split(samples)
+    elif decoded.mode in ("L", "LA", "RGB", "RGBA"):
+        if info.bits > 8:
+            notice(f"{info.bits} bit a sample; read as 8")
+        pixels, gray, alpha = pixels_of(Image.frombytes(decoded.mode, (decoded.width, decoded.height), raw))
+    else:
         raise ImageError(f"pixels of the kind {decoded.mode!r} are not read; convert the picture to 8-bit RGB")
-    if info.bits > 8:
-        notice(f"{info.bits} bit a sample; read as 8")
-    pixels, gray, alpha = pixels_of(Image.frombytes(decoded.mode, (decoded.width, decoded.height), raw))
     if alpha is not None and info.premultiplied:
         pixels = unpremultiply(pixels, alpha)
     blocks = {box.box_type: bytes(box.data) for box in boxes}

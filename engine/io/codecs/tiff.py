@@ -26,11 +26,15 @@ from engine.io.tiff_exif import add_to_tiff, clear_resolution, iptc_of_tiff, tif
 
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _ORIENTATION = 256, 257, 258, 259, 262, 274
 _SAMPLES, _EXTRA, _WEIGHTS, _SUBSAMPLING, _REFERENCE = 277, 338, 529, 530, 532
+_KIND, _PLANES, _TILE_WIDTH, _SUB_DIRECTORIES = 254, 284, 322, 330
+_REDUCED, _MASK = 1, 4  # bits of a page's kind: a smaller copy of another page, a mask of one
+_MOST_PAGES = 100  # looked at
 _FULL_RANGE = (0, 255, 128, 255, 128, 255)
 _PALETTE, _CMYK, _YCBCR, _LAB = 3, 5, 6, 8
 _NAMES = {9: "ICC L*a*b*", 10: "ITU L*a*b*", 32803: "a colour filter array", 32844: "LogL", 32845: "LogLuv",
           34892: "linear raw"}  # fmt: skip
-_COMPRESSIONS = {34887: "LERC", 34925: "LZMA", 50000: "Zstandard", 50001: "WebP", 50002: "JPEG XL"}
+_COMPRESSIONS = {34887: "LERC", 34925: "LZMA", 34933: "PNG", 50000: "Zstandard", 50001: "WebP", 50002: "JPEG XL",
+                 52546: "JPEG XL"}  # fmt: skip
 _COLORS = {0: 1, 1: 1, 2: 3, 3: 1, 4: 1, 5: 4, 6: 3, 8: 3}  # photometric interpretation -> samples of a pixel
 _JPEG = (6, 7)
 _STRIPS, _STRIP_ROWS, _COUNTS, _TILE_ROWS, _TILES, _TABLES = 273, 278, 279, 323, 324, 347
@@ -49,7 +53,8 @@ def _tags(file: BinaryIO) -> Any:
     """The first page's directory.
 
     Raises:
-        ImageError: it is damaged, or there are more pages.
+        ImageError: it is damaged, there are more pages that are pictures of their own, or it is but the preview of a
+            camera's raw file.
     """
     file.seek(0)
     head = file.read(8)
@@ -59,12 +64,21 @@ def _tags(file: BinaryIO) -> Any:
         tags = TiffImagePlugin.ImageFileDirectory_v2(head)
         file.seek(tags.next)
         tags.load(file)
+        kinds: list[int] = []
         more = tags.next
+        while more and len(kinds) < _MOST_PAGES:
+            page = TiffImagePlugin.ImageFileDirectory_v2(head)
+            file.seek(more)
+            page.load(file)
+            kinds.append(_whole(page, _KIND, 0))
+            more = page.next
     except Exception:  # Pillow's reader raises nearly everything on damaged directories
         raise ImageError("damaged or truncated TIFF header") from None
     if _WIDTH not in tags or _HEIGHT not in tags:
         raise ImageError("damaged or truncated TIFF header")
-    if more:
+    if _whole(tags, _KIND, 0) & _REDUCED and (kinds or _SUB_DIRECTORIES in tags):
+        raise ImageError("only a preview can be read of this file, a camera's raw file as it seems; develop it first")
+    if more or not all(kind & (_REDUCED | _MASK) for kind in kinds):
         raise ImageError("a TIFF of several pages; multi-page files are not read (extract the pages first)")
     return tags
 
@@ -103,7 +117,7 @@ def read(data: bytes, known: Header, notice: Notice) -> Picture:
     try:
         samples = samples_of(image)
     except vips().Error as error:
-        if "not configured" not in str(error):
+        if "not configured" not in str(error) and "not implemented" not in str(error):
             raise
         how = _COMPRESSIONS.get(compression, f"of kind {compression}")
         raise ImageError(f"its compression ({how}) is not read here; save it with Deflate or LZW") from None
@@ -160,6 +174,10 @@ def _refuse(tags: Any, meaning: int) -> None:
     """Raise an ImageError for pixels of a kind that is not read, by its name."""
     bits, samples = _whole(tags, _BITS, 1), _whole(tags, _SAMPLES, 1)
     what = _NAMES.get(meaning, f"photometric interpretation {meaning}") if meaning not in _COLORS else ""
+    if bits not in (1, 2, 4, 8, 16, 32):
+        what = f"{bits} bits a sample"
+    elif _whole(tags, _PLANES, 1) == 2 and _TILE_WIDTH in tags and samples > 1:
+        what = "tiles with one plane for each colour"
     if meaning == _LAB and (bits != 8 or samples != 3):
         what = f"L*a*b* of {bits} bits and {samples} samples"
     if meaning == _YCBCR and _whole(tags, _COMPRESSION, 1) not in _JPEG:

@@ -25,7 +25,10 @@ def header(kind: str) -> Callable[[BinaryIO], Header]:
         image = open_pillow(_PLUGINS[kind], file)
         if (frames := getattr(image, "n_frames", 1)) > 1:
             raise ImageError(f"a {kind} of {frames} frames; animations are not read (extract the frames first)")
-        return Header(image.width, image.height, metadata.orientation_of(common_metadata(image.info)["exif"]))
+        found = common_metadata(image.info)
+        # Pillow puts what an AVIF's own properties say into EXIF; its XMP decides nothing.
+        xmp = found["xmp"] if kind == "WEBP" else None
+        return Header(image.width, image.height, metadata.orientation_of(found["exif"], xmp))
 
     return read_header
 
