@@ -14,6 +14,7 @@ from PIL import Image
 
 from engine.io import images
 from engine.io.codecs.libraries import vips
+from engine.io.codecs.png import chunks
 from engine.io.formats import FORMATS, READABLE, SUFFIXES
 from engine.io.images import ImageError, Picture, check_writable, picture_size, read_image, write_image
 from engine.io.sink import Sink
@@ -393,3 +394,18 @@ def test_a_pnm_comment_without_end_is_refused(tmp_path):
         read_image(file)
     file.write_bytes(b"P6 # by hand\n1 # wide\n1\n255\n" + bytes(3))
     assert read_image(file).pixels.shape == (1, 1, 3)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_png_has_one_filter_and_the_size_of_the_best_of_all(tmp_path, dtype):
+    from skimage import data
+
+    photo = data.coffee()[:200] * dtype(np.iinfo(dtype).max // 255)
+    write_image(tmp_path / "a.png", Picture(photo))
+    assert np.array_equal(read_image(tmp_path / "a.png").pixels, photo)
+    content = (tmp_path / "a.png").read_bytes()
+    parts = (c for kind, c in chunks(io.BytesIO(content), contents={b"IDAT"}) if kind == b"IDAT")
+    rows = np.frombuffer(zlib.decompress(b"".join(parts)), np.uint8).reshape(len(photo), -1)
+    assert set(rows[:, 0]) == {3}  # the average of the samples to the left and above
+    image = vips().Image.new_from_array(photo, interpretation="srgb" if dtype == np.uint8 else "rgb16")
+    assert len(content) < 1.1 * len(image.pngsave_buffer(filter="all", compression=6, bitdepth=8 * photo.itemsize))
