@@ -31,8 +31,10 @@ from tqdm import tqdm
 from engine.io.cli import Parser, run
 from engine.io.files import atomic_path, atomic_write, naming, sha256
 from engine.io.images import READABLE, ImageError, read_image
+from gdpo.model.parts import read_json
 from gdpo.photos.crops import convert, cut, difference_hash, near_duplicates
 from gdpo.photos.dataset import SPLITS
+from gdpo.photos.records import read_record
 from gdpo.photos.sources import Source, Sources, find_sources
 
 _WORK = ".work"  # under the output folder: a record for each photo, and crops that have not found their split yet
@@ -168,7 +170,12 @@ class Folder:
             ours = asdict(self.settings)
             if not mine.exists():
                 atomic_write(mine, json.dumps(ours))
-            before = json.loads(mine.read_text())
+            try:
+                before = read_json(mine)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}: with which settings {self.root} was made is lost; use another --out"
+                ) from None
             changed = [f"{k} {before.get(k)} (now {ours.get(k)})" for k in ours if before.get(k) != ours.get(k)]
             if changed:
                 raise ValueError(f"{self.root} was made with {', '.join(changed)}; use these, or another --out")
@@ -176,12 +183,9 @@ class Folder:
 
     def record(self, source: Source) -> dict | None:
         """What is known about a photo, or None where it must be (re)done: new, changed, or a crop of it is damaged."""
-        try:
-            record = json.loads((self.work / f"{source.unit}.json").read_text())
-        except (OSError, ValueError):
-            return None
-        status = source.path.stat()
-        return record if (record["bytes"], record["mtime_ns"]) == (status.st_size, status.st_mtime_ns) else None
+        record, status = read_record(self.work / f"{source.unit}.json"), source.path.stat()
+        same = record and (record["bytes"], record["mtime_ns"]) == (status.st_size, status.st_mtime_ns)
+        return record if same else None
 
     def where(self, unit: str, crop: dict) -> Path | None:
         """Where a crop is. Crops are not fsynced one by one: after a power failure their size gives them away."""
@@ -225,7 +229,9 @@ class Folder:
         for file in sorted(self.work.glob("*.json")):
             if file.stem in units or file.name == "settings.json":
                 continue
-            stranger = json.loads(file.read_text())
+            stranger = read_record(file)
+            if stranger is None:
+                raise ValueError(f"{file} is damaged, and of a photo that is not among these; use another --out")
             if stranger["crops"]:
                 raise ValueError(
                     f"{self.root} holds crops of photos that are not among these, such as {stranger['source']}; "

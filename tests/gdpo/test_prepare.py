@@ -173,6 +173,31 @@ def test_lost_and_damaged_crops_are_made_again(photos, tmp_path):
     assert content(out) == before
 
 
+def test_damaged_records_are_made_again_and_lost_settings_are_named(photos, tmp_path):
+    out = tmp_path / "out"
+    prepare([photos], out, SMALL)
+    before, settings = content(out), out / ".work" / "settings.json"
+    damages = [
+        "",
+        "[]",
+        "{}",
+        '{"source": "x", "bytes": 1, "mtime_ns": 1, "skipped": null, "broken": false, "crops": 3}',
+    ]
+    records = sorted(file for file in (out / ".work").glob("*.json") if file != settings)
+    for file, damage in zip(records, damages):
+        file.write_text(damage)
+    (out / ".work" / "finished").unlink()
+    prepare([photos], out, SMALL)
+    assert content(out) == before
+    (out / ".work" / "of-another-photo.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"of-another-photo\.json is damaged, and of a photo that is not among these"):
+        prepare([photos], out, SMALL)
+    for damage in ("nope", "[]"):
+        settings.write_text(damage)
+        with pytest.raises(ValueError, match=r"with which settings .*out was made is lost; use another --out"):
+            prepare([photos], out, SMALL)
+
+
 def test_new_photos_join_and_missing_ones_are_refused(photos, tmp_path):
     folder = tmp_path / "in" / "photos"
     shutil.copytree(photos, folder)
