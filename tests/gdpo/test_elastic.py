@@ -21,6 +21,7 @@ from tests.gdpo.test_train_invariants import distance, weights
 from tests.support.training import NAOSD, ROOT, environment, train_here
 
 STEPS = 40
+OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see docs/training.md
 
 
 def test_accumulation_follows_from_the_processes():
@@ -31,6 +32,50 @@ def test_accumulation_follows_from_the_processes():
     for processes in (3, 8):
         with pytest.raises(ValueError, match=rf"global_batch_size must be a multiple of {2 * processes} "):
             NAOSDConfig(train_batch_size=2, global_batch_size=8).accumulate(processes)
+
+
+RENDEZVOUS = """
+import os, sys, threading, time
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+
+def node(host):
+    given = RendezvousParameters("c10d", f"127.0.0.1:{sys.argv[1]}", "test", 1, 2, local_addr="127.0.0.1", is_host=host,
+                                 last_call_timeout=1)
+    backend, store = create_backend(given)
+    return create_handler(store, backend, given)
+
+def join(name, handler):
+    found[name] = handler.next_rendezvous()
+
+found, first, second = {}, node(True), node(False)
+join("alone", first)
+late = threading.Thread(target=join, args=("second", second))
+late.start()
+while not first.num_nodes_waiting():
+    time.sleep(0.05)
+join("first", first)
+late.join()
+print([found["alone"].world_size] + sorted({(found[n].world_size, found[n].bootstrap_store_info.master_port ==
+      found["first"].bootstrap_store_info.master_port) for n in ("first", "second")}), flush=True)
+os._exit(0)
+"""
+
+
+def test_a_machine_that_comes_later_finds_the_others():
+    """torch's rendezvous alone, as docs/training.md has it started: where the agents share their store, the first one
+    tells its address once, and who comes later waits for it in vain."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", RENDEZVOUS, str(port)]
+    done = subprocess.run(command, env=environment(**OWN_STORE), capture_output=True, text=True, timeout=300)
+    assert done.stdout == "[1, (2, True)]\n", done.stderr[-2000:]
+
+
+def test_the_manual_starts_it_so():
+    ((name, value),) = OWN_STORE.items()
+    assert f"export {name}={value}\ntorchrun --nnodes 1:4 " in (ROOT / "docs" / "training.md").read_text()
 
 
 def options(crops: Path, out: Path) -> list[str]:
@@ -71,7 +116,7 @@ class Node:
         with open(log, "w") as file:
             self.process = subprocess.Popen(
                 [sys.executable, *launch, "-m", "gdpo.train", *arguments],
-                cwd=ROOT, env=environment(), stdout=file, stderr=file, stdin=subprocess.DEVNULL,
+                cwd=ROOT, env=environment(**OWN_STORE), stdout=file, stderr=file, stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )  # fmt: skip
         self.log = log
