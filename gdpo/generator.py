@@ -222,6 +222,8 @@ class OneStepGenerator(nn.Module):
             for module, part in ((self.unet, "unet"), (self.vae, "vae")):
                 if module is not None and lora.adapters(module):
                     lora.save(module, root / f"{part}_lora", part=part if self.uses_text else None)
+            for part in ("unet", "vae"):
+                folders.without_origin(root / part / "config.json")
             (root / "scheduler").mkdir()
             folders.write_json(root / "scheduler" / "scheduler_config.json", self.schedule)
             remembered = {

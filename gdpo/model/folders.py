@@ -53,6 +53,12 @@ def write_json(file: Path, content: dict) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n")
 
 
+def without_origin(config: Path) -> None:
+    """Take out of a config.json of diffusers where its model was read: a path of this machine, in a file for others."""
+    if config.is_file() and (content := read_config(config)).pop("_name_or_path", None) is not None:
+        write_json(config, content)
+
+
 def load_unet(folder: Path, dtype: torch.dtype | None) -> Any:
     """The UNet of a `unet/` folder, of the class that its config.json names, in `dtype` (None: as stored).
 

@@ -295,3 +295,14 @@ def test_a_lora_is_written_as_the_same_bytes_every_time(tmp_path):
     assert len(set(files)) == 1
     read = load_file(tmp_path / "0" / lora_files.DIFFUSERS_WEIGHTS)
     assert {k.removeprefix("unet."): v.tolist() for k, v in read.items()} == {k: v.tolist() for k, v in tensors.items()}
+
+
+def test_no_file_says_where_on_this_machine_the_base_was_read(mini_sd, tmp_path):
+    base = tmp_path / "of-a-private-project"
+    shutil.copytree(mini_sd, base)
+    generator = adapted(base, alpha=8, whole=True)
+    assert generator.unet.config._name_or_path, "diffusers remembers it"
+    generator.save_pretrained(tmp_path / "out")
+    texts = [f for f in (tmp_path / "out").rglob("*") if f.suffix in (".json", ".py", ".md")]
+    assert texts and not [f for f in texts if base.name in f.read_text()]
+    assert UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet").config.in_channels == 4
