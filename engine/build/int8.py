@@ -21,6 +21,7 @@ from engine.io.files import sha256
 from engine.runtime.backends import Waiting
 from engine.runtime.backends.onnxruntime import open_session
 from engine.runtime.manifest import Graph, Manifest
+from engine.runtime.nodes import is_grouped
 from engine.runtime.resample import resize
 from engine.runtime.upscaler import Upscaler
 
@@ -144,7 +145,7 @@ def convolutions(file: Path) -> tuple[list[str], list[str]]:
 
     graph = onnx.load(str(file), load_external_data=False).graph
     every = [node for node in graph.node if node.op_type == "Conv"]
-    single = {node.name for node in every if any(a.name == "group" and a.i > 1 for a in node.attribute)}
+    single = {node.name for node in every if is_grouped(node)}
     nodes = [node for node in every if node.name not in single]
     maker = {out: node for node in graph.node for out in node.output}
 

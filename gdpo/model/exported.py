@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from engine.runtime import manifest
+from engine.runtime.nodes import is_grouped
 from gdpo.generator import OneStepGenerator
 from gdpo.model.compact import CompactUNet
 from gdpo.model.unets import PIXEL_UNETS
@@ -45,11 +46,7 @@ def from_export(folder: str | os.PathLike[str]) -> OneStepGenerator:
     # Reshaped, or equal to another's, a weight may have lost its name.
     slopes = [node.input[1] for node in graph.node if node.op_type == "PRelu"]
     weights |= {f"acts.{i}.weight": stored[name].flatten() for i, name in enumerate(slopes)}
-    alone = [
-        n.input[1]
-        for n in graph.node
-        if n.op_type == "Conv" and any(a.name == "group" and a.i > 1 for a in n.attribute)
-    ]
+    alone = [node.input[1] for node in graph.node if is_grouped(node)]
     for i, (rest, through) in enumerate(zip(alone[::2], alone[1::2])):
         weights |= {f"acts.{i}.rest.weight": stored[rest], f"acts.{i}.through.weight": stored[through]}
     try:
