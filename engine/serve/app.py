@@ -89,6 +89,10 @@ def create_app(
     @app.post("/v1/upscale", response_class=Response, responses=_answers())
     async def upscale(form: Annotated[Upscale, Form(media_type="multipart/form-data")], request: Request) -> Response:
         """Upscale one picture; the bytes are those of `python -m engine.upscale` with the same options."""
+        if request.query_params:
+            raise Refused(422, "options are fields of the form, beside the picture; the address has none (see /docs)")
+        if len((await request.form()).getlist("image")) > 1:
+            raise Refused(422, "image: one picture a request; send the others in requests of their own")
         options = form.model_dump(exclude={"image", "format"})
         try:
             settings = Settings.of(**options, max_pixels=limits.max_pixels)
@@ -104,11 +108,13 @@ def create_app(
         headers = {"Content-Disposition": f"attachment; filename*=UTF-8''{file}"}
         return Response(made, media_type=_MEDIA[SUFFIXES[f".{kind}"]], headers=headers)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", response_class=PlainTextResponse)
     async def health() -> str:
         """200 as long as the process answers."""
         return "ok"
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", response_class=PlainTextResponse, responses={503: {"description": "stopping"}})
     async def ready() -> Response:
         """200 while pictures are accepted."""
@@ -145,7 +151,9 @@ def _add_refusals(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         unread = error.status_code in (408, 413)
-        return refusal(error.status_code, str(error.detail), close=unread)
+        answer = refusal(error.status_code, str(error.detail), close=unread)
+        answer.headers.update(error.headers or {})  # such as which methods an address takes
+        return answer
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -153,7 +161,12 @@ def _add_refusals(app: FastAPI) -> None:
             "extra_forbidden": "there is no such field (see /docs)",
             "missing": "this field is missing (see /docs)",
         }
-        faults = [f"{f['loc'][-1]}: {words.get(f['type'], f['msg'])}" for f in error.errors()[:5]]
+        faults = [
+            f"{f['loc'][-1]}: "
+            + ("send the picture as a file, with a name" if f["loc"][-1] == "image" and f["type"] == "value_error"
+               else words.get(f["type"], f["msg"]))
+            for f in error.errors()[:5]
+        ]  # fmt: skip
         return refusal(422, "; ".join(faults))
 
     @app.exception_handler(Exception)

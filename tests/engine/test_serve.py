@@ -193,6 +193,24 @@ def bad_requests(service) -> list:
     return sent
 
 
+def test_what_would_be_passed_over_in_silence_is_refused(service):
+    good, url = encoded(cropped(5)), f"{service.url}/v1/upscale"
+    in_address = requests.post(url, params={"seed": 3}, files={"image": ("a.png", good)}, timeout=30)
+    assert in_address.status_code == 422 and "options are fields of the form" in in_address.json()["error"]
+    two = requests.post(url, files=[("image", ("a.png", good)), ("image", ("b.png", good))], timeout=30)
+    assert two.status_code == 422 and "one picture a request" in two.json()["error"]
+    text = requests.post(url, files={"image": (None, "3")}, timeout=30)
+    assert text.json() == {"error": "image: send the picture as a file, with a name"}
+
+
+def test_methods(service):
+    """Load balancers ask by HEAD; whoever takes a wrong method is told which are right."""
+    for address in ("/health", "/ready"):
+        assert requests.head(f"{service.url}{address}", timeout=30).status_code == 200
+    answer = requests.put(f"{service.url}/v1/upscale", timeout=30)
+    assert answer.status_code == 405 and answer.headers["Allow"] == "POST"
+
+
 def test_fifty_bad_requests_get_their_answers_while_good_ones_go_on(service):
     good = encoded(cropped(5))
     expected, stop, answers = service.post(good).content, threading.Event(), []
