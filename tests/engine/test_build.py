@@ -266,7 +266,7 @@ def test_only_exported_folders_are_built(tiny_engine, tiny_model, tmp_path):
     build.build(tiny_engine, tmp_path / "ort", "onnxruntime")
     with pytest.raises(FolderError, match="is built for onnxruntime already"):
         build.build(tmp_path / "ort", tmp_path / "again", "onnxruntime")
-    with pytest.raises(FolderError, match="this is a generator.s folder"):
+    with pytest.raises(FolderError, match="this is a generator's folder"):
         build.build(tiny_model, tmp_path / "x", "onnxruntime")
     with pytest.raises(ValueError, match="out must be another folder"):
         build.build(tiny_engine, tiny_engine, "onnxruntime")
