@@ -5,6 +5,8 @@ turn and one pixel shuffle, no skip but the picture itself. It fits a latent of 
 can start from the published weights: the LR, from which bicubic made the condition, is a linear function of it
 (`recover`), the upsampled LR that the network's picture is added to is one of the LR (`base`), and the noise of the
 latent reaches the network as noise of the LR (`grain`). All of these are convolutions and learn with the others.
+
+Beyond its border a picture goes on as in a mirror: zeros there would be grey, and dark pictures would get a pale line.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import nn
 
 from gdpo.model.tiny import UNetOutput
 
+MIRRORED = 2  # latent pixels beyond each border: more changes no picture
 GRAIN = 2 / 255  # of a picture in [0,1]: standard deviation of the noise that the network sees on the LR
 
 
@@ -188,13 +191,28 @@ class CompactUNet(nn.Module):
         """sample [B,in_channels,h,w], timestep unused -> .sample [B,out_channels,h,w]. No text is used."""
         if sample.shape[1] != self.config.in_channels:
             raise ValueError(f"sample must be [B,{self.config.in_channels},h,w]; got {tuple(sample.shape)}")
+        sample = mirrored(mirrored(sample, 2), 3)
         condition = sample[:, self.config.out_channels :]
         lr = self.recover(condition)
         x = 0.5 * torch.cat([lr + self.grain(sample), lr], dim=1) + 0.5  # the published network's range is [0,1]
         x = self.acts[0](self.conv_in(x))
         for conv, act in zip(self.convs, self.acts[1:]):
             x = act(conv(x))
-        return UNetOutput(2 * self.conv_out(x) + self.base(lr) - condition)
+        picture = 2 * self.conv_out(x) + self.base(lr) - condition
+        return UNetOutput(picture[:, :, MIRRORED:-MIRRORED, MIRRORED:-MIRRORED])
+
+
+def mirrored(x: torch.Tensor, axis: int) -> torch.Tensor:
+    """Unshuffled pictures [B,16*N,h,w] with MIRRORED more latent pixels at both ends of axis 2 or 3, edges repeated.
+
+    In slices of one and a permutation of channels, which every run time knows.
+    """
+    order = torch.arange(x.shape[1], device=x.device).view(-1, 4, 4).flip(axis - 1).flatten()
+    size = x.shape[axis]
+    places = [i if i < size else size - 1 for i in range(MIRRORED)]
+    first = [x.narrow(axis, i, 1)[:, order] for i in reversed(places)]
+    last = [x.narrow(axis, size - 1 - i, 1)[:, order] for i in places]
+    return torch.cat([*first, x, *last], dim=axis)
 
 
 @torch.no_grad()

@@ -48,3 +48,20 @@ def test_it_sharpens_clean_photos_and_cleans_noisy_ones(up, name, y, x):
     noisy = small_and_noisy(photo, 20)
     ours, bicubic = up.upscale(noisy, seed=0).astype(np.float32), resize(noisy, (256, 256)).astype(np.float32)
     assert np.square(ours - photo).mean() < np.square(bicubic - photo).mean()
+
+
+@pytest.mark.parametrize("model", ["tiny", "faithful"])
+@pytest.mark.parametrize("colour", [(255, 255, 255), (0, 0, 0), (255, 0, 0), (30, 30, 200)])
+def test_a_flat_picture_has_no_frame(model, colour):
+    """Zeros beyond the border made a white page's outermost row 10 levels dark, and corners of red 51."""
+    flat = np.full((24, 40, 3), colour, np.uint8)
+    drawn = Upscaler.load(model, threads=1).upscale(flat, seed=0).astype(int)
+    assert np.abs(drawn - colour).max() <= 4
+
+
+def test_the_border_of_a_photo_is_as_good_as_its_inside(up, photo):
+    """A part of a picture, upscaled alone, is the same part of the whole: nearly so in its outermost row."""
+    whole = up.upscale(photo[:96, :96].copy(), seed=0, color="none")[64:320, 64:320].astype(float)
+    part = up.upscale(photo[16:80, 16:80].copy(), seed=0, color="none").astype(float)
+    rows = [np.abs(part - whole)[[y, 255 - y]].mean() for y in (0, 8)]
+    assert rows[0] < 3 * rows[1]

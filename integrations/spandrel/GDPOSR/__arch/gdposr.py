@@ -86,12 +86,22 @@ class CompactUNet(nn.Module):
         self.conv_out = _conv(width, 48)
 
     def forward(self, sample: Tensor) -> Tensor:
+        sample = _mirrored(_mirrored(sample, 2), 3)
         condition = sample[:, 48:]
         lr = self.recover(condition)
         x = self.acts[0](self.conv_in(0.5 * torch.cat([lr + self.grain(sample), lr], 1) + 0.5))
         for conv, act in zip(self.convs, self.acts[1:]):
             x = act(conv(x))
-        return 2 * self.conv_out(x) + self.base(lr) - condition
+        return (2 * self.conv_out(x) + self.base(lr) - condition)[:, :, 2:-2, 2:-2]
+
+
+def _mirrored(x: Tensor, axis: int) -> Tensor:
+    """Two more latent pixels at both ends of an axis, as in a mirror at the picture's border."""
+    order = torch.arange(x.shape[1], device=x.device).view(-1, 4, 4).flip(axis - 1).flatten()
+    last = x.shape[axis] - 1
+    first, second = x.narrow(axis, 0, 1)[:, order], x.narrow(axis, min(1, last), 1)[:, order]
+    end, before = x.narrow(axis, last, 1)[:, order], x.narrow(axis, max(last - 1, 0), 1)[:, order]
+    return torch.cat([second, first, x, end, before], axis)
 
 
 class GDPOSR(nn.Module):
