@@ -70,9 +70,10 @@ def writers(work: Path) -> dict[str, tuple[str, list[str]]]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder but those with times in them."""
+    """Every file below a folder but those with times in them; the folder's own path, which a run's config names, is
+    left out."""
     files = (p for p in folder.rglob("*") if p.is_file() and p.name not in CHANGES)
-    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+    return {str(p.relative_to(folder)): p.read_bytes().replace(str(folder).encode(), b"") for p in files}
 
 
 class Disk:

@@ -117,10 +117,11 @@ def signalled(work: Path) -> Trial:
     write_folder(work / "model", model())
     bundled = str(ROOT / "engine" / "data" / "tiny")
     python = [sys.executable, "-m"]
+    cropping = ["--size", "64", "--stride", "1", "--halve", "false"]
     commands = [
         lambda out: upscale_command(work, out),
         lambda out: [*python, "engine.build", str(work / "model"), "--out", str(out), "--backend", "onnxruntime"],
-        lambda out: [*python, "gdpo.prepare", str(work / "in"), "--out", str(out), "--size", "64", "--stride", "1"],
+        lambda out: [*python, "gdpo.prepare", str(work / "in"), "--out", str(out), *cropping],
         lambda out: [*python, "gdpo.convert", bundled, "--out", str(out)],
         lambda out: command(*NAOSD, f"--data.folder={work / 'in'}", f"--output_dir={out}", "--max_train_steps=999"),
     ]
