@@ -248,6 +248,8 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an --out that holds a model")
     args = parser.parse_args()
     if Path(args.out).suffix == ".safetensors":
+        if args.blocks is not None:
+            raise ValueError("--blocks makes a model folder; --out must not end in .safetensors")
         name = to_network(args.released, args.out, seed=args.seed, overwrite=args.overwrite)
         print(f"{args.out}: {args.released} as a network of spandrel's architecture {name}")
         return

@@ -113,10 +113,11 @@ def quantize(
     reference = Upscaler(exported, {"generator": session}, "onnx")
     wanted = [reference.upscale(picture, color="none") for picture in seen]
     entry, tried = exported.graphs["generator"], []
+    half = exported.options.get("weights") == "fp16"
     outer, inner = convolutions(source / entry.file)
     for more in range(max(1, len(inner) // 2)):
         excluded = outer + inner[:more] + inner[len(inner) - more :]
-        made = _write(source / entry.file, folder / entry.file, recorder.feeds, excluded)
+        made = _write(source / entry.file, folder / entry.file, recorder.feeds, excluded, half)
         graph = replace(entry, sha256=sha256(made), data={})
         candidate = open_session(replace(exported, graphs={"generator": graph}), folder, "generator", "cpu")
         ours = Upscaler(exported, {"generator": candidate}, "onnx")
@@ -166,8 +167,8 @@ def convolutions(file: Path) -> tuple[list[str], list[str]]:
     return sorted(outer), [node.name for node in nodes if node.name not in outer]
 
 
-def _write(file: Path, out: Path, feeds: list[dict[str, np.ndarray]], excluded: list[str]) -> Path:
-    """The quantized graph of `file`, in one file."""
+def _write(file: Path, out: Path, feeds: list[dict[str, np.ndarray]], excluded: list[str], half: bool) -> Path:
+    """The quantized graph of `file`, in one file. `half`: its weights are stored in fp16."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
@@ -182,7 +183,7 @@ def _write(file: Path, out: Path, feeds: list[dict[str, np.ndarray]], excluded: 
     logging.getLogger().setLevel(logging.ERROR)  # advice to pre-process, which the export has done
     try:
         quantize_static(
-            with_wide_weights(onnx.load(str(file))),
+            with_wide_weights(onnx.load(str(file))) if half else str(file),
             str(out),
             Reader(),
             quant_format=QuantFormat.QDQ,

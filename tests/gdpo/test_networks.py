@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from gdpo.convert import convert
+from gdpo.convert import convert, main
 from gdpo.generator import OneStepGenerator
 from gdpo.merge import merge
 from gdpo.model.network_unet import Recovery
@@ -223,7 +223,10 @@ def test_some_blocks_of_a_network_are_a_network(tmp_path):
             convert(tmp_path / "net.safetensors", tmp_path / "other", blocks=blocks)
 
 
-def test_blocks_of_what_has_none_are_refused(tmp_path):
+def test_blocks_of_what_has_none_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["convert", "model", "--blocks=[0]", "--out", str(tmp_path / "n.safetensors")])
+    with pytest.raises(ValueError, match="--blocks makes a model folder"):
+        main()
     save_file(compact().state_dict(), tmp_path / "net.safetensors")
     with pytest.raises(ValueError, match=r"blocks can be chosen of an RRDBNet alone"):
         convert(tmp_path / "net.safetensors", tmp_path / "model", blocks=[0])

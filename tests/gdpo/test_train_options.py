@@ -69,10 +69,10 @@ def test_a_key_that_comes_twice_is_refused(text, tmp_path, refused):
 
 
 def test_paths_may_start_at_home_and_name_variables(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SCRATCH", "/scratch")
     config = NAOSDConfig(output_dir="~/runs/a")
-    assert config.output_dir == "/home/me/runs/a"
+    assert config.output_dir == f"{tmp_path}/runs/a"
     config.data.folder = ["$SCRATCH/crops", "${SCRATCH}/more-{000..012}.tar"]
     assert NAOSDConfig(data=config.data).data.folder == ["/scratch/crops", "/scratch/more-{000..012}.tar"]
     monkeypatch.delenv("SCRATCH")

@@ -44,10 +44,10 @@ def header(file: BinaryIO) -> Header:
 
 
 def read(data: bytes, known: Header, notice: Notice) -> Picture:
-    scans = sum(kind == _SCAN for kind, _, _ in _segments(data))
+    scans, refined = _scans(data)
     if scans > MAX_SCANS or scans * known.width * known.height > MAX_WORK:
         raise ImageError(f"a JPEG of {scans} scans; at most {MAX_SCANS} are read, fewer of a large picture")
-    if not _all_refined(data):
+    if not refined:
         raise ImageError("truncated JPEG: its last scans are missing")
     image = open_pillow(JpegImagePlugin.JpegImageFile, io.BytesIO(data))
     samples = _samples(data)
@@ -121,7 +121,7 @@ def _decoded(data: bytes) -> np.ndarray:
 def lacks_pixels(data: bytes, rows: int) -> bool:
     """Whether a JPEG that is a part of another file has fewer rows than that file says, or data of them are missing."""
     try:
-        return len(_decoded(data)) < rows or not _all_refined(data)
+        return len(_decoded(data)) < rows or not _scans(data)[1]
     except vips().Error as error:
         return "premature end" in str(error).lower()
 
@@ -163,15 +163,16 @@ def _without_end(data: bytes) -> Image.Image:
     return image
 
 
-def _all_refined(data: bytes) -> bool:
-    """Whether the scans of a JPEG bring every coefficient of every component to its last bit.
+def _scans(data: bytes) -> tuple[int, bool]:
+    """How many scans a JPEG has, and whether they bring every coefficient of every component to its last bit.
 
     Decoders have nothing to say about a progressive JPEG that was cut between two scans and closed with an end marker.
     """
+    scans, sequential = 0, False
     left: dict[int, list[int]] = {}  # component -> bits that each coefficient lacks
     for kind, _, content in _segments(data):
-        if kind in _SEQUENTIAL:
-            return True
+        scans += kind == _SCAN
+        sequential = sequential or kind in _SEQUENTIAL
         if kind in _PROGRESSIVE:
             left = {content[i]: [1] * 64 for i in range(6, len(content) - 2, 3)}
         elif kind == _SCAN and content and len(content) >= 4 + 2 * content[0]:
@@ -180,7 +181,7 @@ def _all_refined(data: bytes) -> bool:
             for component in content[1 : 1 + 2 * count : 2]:
                 if component in left:
                     left[component][first : last + 1] = [precision & 15] * (min(last, 63) + 1 - first)
-    return not any(bits for component in left.values() for bits in component)
+    return scans, sequential or not any(bits for component in left.values() for bits in component)
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, bytes]]:
