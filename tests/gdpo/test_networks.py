@@ -1,6 +1,7 @@
 """Published networks as generators: their own pixels at first, to the bit through the engine, and back; bad files."""
 
 import os
+import sys
 import warnings
 from pathlib import Path
 
