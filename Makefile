@@ -16,6 +16,8 @@ BIN    := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check -q install --no-compile -c constraints.txt
 
 export OMP_NUM_THREADS ?= 2
+# Modules are compiled once, by whoever imports them first, also where the environment forbids it.
+export PYTHONDONTWRITEBYTECODE :=
 NODE := $(if $(shell command -v npm),web/node_modules/.ready examples/programs/node_modules/.ready)
 
 .PHONY: help setup demo test test-all attack sbom audit bench-gpu lint docs clean
