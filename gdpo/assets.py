@@ -198,10 +198,13 @@ def _demo_photos(requirement: str) -> Callable[[Path], None]:
     return build
 
 
-def _drawn(target: Path) -> None:
-    from gdpo.photos.drawn import draw_pages
+def _drawn(patterns: bool) -> Callable[[Path], None]:
+    def build(target: Path) -> None:
+        from gdpo.photos.drawn import draw_pages
 
-    draw_pages(target)
+        draw_pages(target, patterns=patterns)
+
+    return build
 
 
 def _finish(target: Path, entries: list[dict]) -> None:
@@ -294,7 +297,8 @@ ASSETS = {
         168,
         _photos(*_LOMIRI, "mate-backgrounds", "plasma-workspace-wallpapers"),
     ),
-    "print": Asset("print", "2 pages of letters and line art, drawn here, for training", 0, _drawn),
+    "print": Asset("print", "2 pages of letters and line art, drawn here, for training", 0, _drawn(patterns=False)),
+    "patterns": Asset("patterns", "2 pages of stripes, bricks and windows, drawn here", 0, _drawn(patterns=True)),
     "photos-small": Asset(
         "photos-small", "14 of these, 128 MP, for the demo (CC0, CC-BY, CC-BY-SA)", 27, _photos(*_LOMIRI)
     ),

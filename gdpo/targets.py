@@ -44,7 +44,7 @@ def main() -> None:
     from gdpo.train.teacher import Targets
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    [folder] = several(config.data.folder)
+    folder = config.teacher.crops(several(config.data.folder))
     targets = Targets(config.teacher, folder, Degradation(config.degradation), config.seed, device)
     made, mine = 0, range(part - 1, config.teacher.count, parts)
     for number in tqdm(mine, desc="targets", file=sys.stderr):

@@ -1,4 +1,4 @@
-"""Pages of print and line art: photos of landscapes hold no letters, and what training lacks comes out rough."""
+"""Pages of print, line art and patterns: photos of landscapes hold few, and what training lacks comes out rough."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz" * 3 + "ABCDEFGHIJKLMNOPQRSTUVWXYZ" * 2 +
 Colour = tuple[int, int, int]
 
 
-def page(seed: int, columns: int = 8, rows: int = 6) -> Image.Image:
-    """A page of columns x rows panels of 512x512: text in many sizes and strokes, each panel in its own colours.
+def page(seed: int, columns: int = 8, rows: int = 6, patterns: bool = False) -> Image.Image:
+    """A page of columns x rows panels of 512x512, each in its own colours: text in many sizes and strokes, or patterns.
 
     Drawn at twice the size that crops are meant to have; `gdpo.prepare --halve true` gives smooth edges.
     """
     rng = random.Random(seed)
+    kinds = [_stripes, _stripes, _stripes, _bricks, _windows] if patterns else [_text, _text, _text, _strokes, _shapes]
     sheet = Image.new("RGB", (columns * PANEL, rows * PANEL))
     for row in range(rows):
         for column in range(columns):
-            kind = rng.choice([_text, _text, _text, _strokes, _shapes])
-            sheet.paste(kind(rng), (column * PANEL, row * PANEL))
+            sheet.paste(rng.choice(kinds)(rng), (column * PANEL, row * PANEL))
     return sheet
 
 
-def draw_pages(out: Path, count: int = 2) -> None:
+def draw_pages(out: Path, count: int = 2, patterns: bool = False) -> None:
     """Write `count` pages to the folder `out` as PNG."""
     out.mkdir(parents=True, exist_ok=True)
     for seed in range(1, count + 1):
-        page(seed).save(out / f"print-{seed}.png")
+        page(seed, patterns=patterns).save(out / f"{'patterns' if patterns else 'print'}-{seed}.png")
 
 
 def small_pictures(count: int, side: int = 64, seed: int = 0) -> torch.Tensor:
@@ -133,3 +133,65 @@ def _shapes(rng: random.Random) -> Image.Image:
             for offset in range(-r, r, gap):
                 draw.line((x + offset, y - r, x + offset + slope, y + r), colour, max(2, gap // 3))
     return panel
+
+
+def _stripes(rng: random.Random) -> Image.Image:
+    """Lines of one period: straight, waved, or around a point; 2 to 12 pixels of an LR from one to the next."""
+    panel, ink = _panel(rng)
+    y, x = np.mgrid[0:PANEL, 0:PANEL].astype(np.float64)
+    period = 16 * 2 ** (rng.random() * 2.6)
+    turn = rng.random() * math.pi
+    if rng.random() < 0.4:
+        phase = np.hypot(x - rng.uniform(-0.5, 1.5) * PANEL, y - rng.uniform(-0.5, 1.5) * PANEL)
+    else:
+        phase = math.cos(turn) * x + math.sin(turn) * y
+        if rng.random() < 0.4:  # folds, as of a curtain or a shirt
+            along = (math.cos(turn) * y - math.sin(turn) * x) / (PANEL * rng.uniform(0.1, 0.5))
+            phase += rng.uniform(0.2, 1.5) * period * np.sin(along + rng.random() * 6)
+    width = rng.uniform(0.25, 0.7)
+    soft = rng.choice([1.0, 1.0, rng.uniform(1, period / 4)])  # pixels from one colour to the other
+    cover = 0.5 + (width * period / 2 - np.abs((phase + rng.random() * period) % period - period / 2)) / soft
+    mask = Image.fromarray((cover.clip(0, 1) * 255 * rng.uniform(0.4, 1)).astype(np.uint8))
+    panel.paste(ink, (0, 0), mask)
+    return panel
+
+
+def _bricks(rng: random.Random) -> Image.Image:
+    """A wall or tiles: each brick a little different, joints lighter or darker, slightly turned."""
+    high = rng.randrange(24, 110)
+    wide, joint, shift = int(high * rng.uniform(1, 3.2)), rng.randrange(3, 9), rng.choice([0.0, 0.5, 0.33])
+    base = [rng.randrange(40, 216) for _ in range(3)]
+    mortar = tuple(min(255, max(0, c + rng.choice([-1, 1]) * rng.randrange(25, 80))) for c in base)
+    wall = Image.new("RGB", (2 * PANEL, 2 * PANEL), mortar)
+    draw = ImageDraw.Draw(wall)
+    spread = rng.randrange(2, 22)
+    for row, top in enumerate(range(0, 2 * PANEL, high + joint)):
+        for left in range(-wide, 2 * PANEL, wide + joint):
+            tone = rng.randint(-spread, spread)
+            colour = tuple(min(255, max(0, c + tone + rng.randint(-4, 4))) for c in base)
+            start = left + int((row * shift) % 1 * wide)
+            draw.rectangle((start, top, start + wide - 1, top + high - 1), fill=colour)
+    wall = wall.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC)
+    return wall.crop((PANEL // 2, PANEL // 2, 3 * PANEL // 2, 3 * PANEL // 2))
+
+
+def _windows(rng: random.Random) -> Image.Image:
+    """Rows of windows with frames and bars, on a wall that is lit from one side."""
+    panel, ink = _panel(rng)
+    draw = ImageDraw.Draw(panel)
+    wide, high = rng.randrange(50, 200), rng.randrange(50, 200)
+    gap, frame, bar = rng.randrange(16, 80), rng.randrange(3, 14), rng.randrange(2, 8)
+    columns, rows = rng.randint(1, 4), rng.randint(1, 4)
+    edge = tuple(rng.randrange(256) for _ in range(3))
+    left, top = rng.randrange(-wide, 0), rng.randrange(-high, 0)
+    for y in range(top, PANEL, high + gap):
+        for x in range(left, PANEL, wide + gap):
+            glass = tuple(min(255, max(0, c + rng.randint(-30, 30))) for c in ink)
+            draw.rectangle((x, y, x + wide, y + high), fill=glass, outline=edge, width=frame)
+            for i in range(1, columns):
+                at = x + i * wide // columns
+                draw.line((at, y, at, y + high), edge, bar)
+            for i in range(1, rows):
+                at = y + i * high // rows
+                draw.line((x, at, x + wide, at), edge, bar)
+    return panel.rotate(rng.choice([0, 90, 180, 270]))

@@ -249,9 +249,7 @@ class NAOSDConfig(TrainConfig):
         )
         require(0 <= self.vsd_t[0] < self.vsd_t[1] <= 1, "vsd_t", "an increasing pair in [0,1]", self.vsd_t)
         if self.teacher.name:
-            self.teacher.validate(self.data.crop_size)
-            folders = several(self.data.folder)
-            require(len(folders) == 1, "data.folder", "one folder with a teacher", folders)
+            self.teacher.validate(self.data.crop_size, several(self.data.folder))
             require(self.num_noises == 1, "num_noises", "1 with a teacher", self.num_noises)
         if self.vsd_weight and self.model.full:
             raise ValueError("vsd_weight must be 0 with model.full: VSD needs the pretrained UNet as its teacher")

@@ -49,14 +49,15 @@ class TeacherConfig:
         name: real-esrgan-x4plus, real-esrgan-animevideov3 or realsr-df2k (python -m gdpo.assets real-esrgan realsr), a
             path: STEM of an ncnn network (STEM.param, STEM.bin), or a .pth or .safetensors file of an
             architecture that the package spandrel knows. A model folder, or "self" for the model before training: the
-            teacher of every sample that `on` names; share, noise, count, crop_size and cache have no effect then.
-            Empty: no teacher.
+            teacher of every sample that `on` names; of the options below only weight and on have an effect then. Empty:
+            no teacher.
         share: share of the samples that are taken from the targets; the others have only the HR.
         weight: weight of the teacher's picture in the losses of such a sample, 0 to 1; the HR has the rest.
         on: presets of degradation.mix to make targets of: "degraded" (all but bicubic), "clean" (bicubic) or "all".
         noise: standard deviation of the noise on the teacher's LR, for pictures in [0,1]; 0 is none.
         count: number of targets.
         crop_size: side of a target's HR.
+        folder: crops that the targets are made of; empty: data.folder, which must be one folder then.
         cache: folder of the targets.
     """
 
@@ -67,6 +68,7 @@ class TeacherConfig:
     noise: float = 0.0
     count: int = 400
     crop_size: int = 256
+    folder: str = ""
     cache: str = "data/targets"
 
     @property
@@ -74,7 +76,11 @@ class TeacherConfig:
         """Whether the teacher is one of this project's generators and not a network."""
         return self.name == SELF or (Path(self.name) / "generator.json").is_file()
 
-    def validate(self, crop_size: int) -> None:
+    def crops(self, folders: list[str]) -> str:
+        """The folder of the targets' crops, in a run that trains on `folders`."""
+        return self.folder or folders[0]
+
+    def validate(self, crop_size: int, folders: list[str]) -> None:
         """Raise ValueError naming the option, what it must be, and what it is."""
         for name in ("share", "weight"):
             value = getattr(self, name)
@@ -84,6 +90,10 @@ class TeacherConfig:
             return
         if not 0 <= self.noise <= 0.2:
             raise ValueError(f"teacher.noise must be from 0 to 0.2 (of a picture in [0,1]); got {self.noise}")
+        if len(folders) > 1 and not self.folder:
+            raise ValueError(
+                f"teacher.folder must name the crops of the targets where data.folder is several; got {folders}"
+            )
         if self.count < 1:
             raise ValueError(f"teacher.count must be at least 1; got {self.count}")
         if self.crop_size % _SCALE or self.crop_size < crop_size:

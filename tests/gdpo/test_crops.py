@@ -110,10 +110,12 @@ def test_near_duplicates_are_found_by_distance():
     assert distances[0] <= 3 and min(distances[1:]) > 15
 
 
-def test_drawn_pages_are_a_function_of_their_seed_and_full_of_edges():
-    one = np.asarray(page(1, columns=3, rows=2))
-    assert one.shape == (2 * PANEL, 3 * PANEL, 3) and (one == np.asarray(page(1, columns=3, rows=2))).all()
-    assert (one != np.asarray(page(2, columns=3, rows=2))).mean() > 0.5
+@pytest.mark.parametrize("patterns", [False, True])
+def test_drawn_pages_are_a_function_of_their_seed_and_full_of_edges(patterns):
+    one = np.asarray(page(1, columns=3, rows=2, patterns=patterns))
+    assert one.shape == (2 * PANEL, 3 * PANEL, 3)
+    assert (one == np.asarray(page(1, columns=3, rows=2, patterns=patterns))).all()
+    assert (one != np.asarray(page(2, columns=3, rows=2, patterns=patterns))).mean() > 0.5
     steep = np.abs(np.diff(one.astype(int), axis=1)).max(2) > 60
     panels = steep[:, :-1].reshape(2, PANEL, -1)[..., : 3 * PANEL - 3]
     assert panels.mean() > 0.005  # letters, strokes and lines everywhere

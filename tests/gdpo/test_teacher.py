@@ -264,6 +264,11 @@ def test_the_command_makes_them_all_in_parts_and_again_none(world, tmp_path):
     assert first.returncode == 0 and "3 targets made" in first.stdout, first.stderr
     assert "2 targets made, 3 were there" in second.stdout
     assert len(list((tmp_path / "t").rglob("*.safetensors"))) == 5
+    several = ["--data.folder", f"[{tmp_path},{world / 'crops'}]"]
+    named = command(*several, "--teacher.folder", str(world / "crops"))
+    assert "0 targets made, 5 were there" in named.stdout, named.stderr
+    unnamed = command(*several)
+    assert unnamed.returncode == 2 and "teacher.folder must name the crops" in unnamed.stderr
     wrong = command("--part", "3/2")
     assert wrong.returncode == 2 and "--part must be K/N" in wrong.stderr
     own = command("--teacher.name", "self")

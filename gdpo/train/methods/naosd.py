@@ -59,9 +59,8 @@ class NAOSD(Method):
         if config.teacher.is_generator:
             self.own_teacher = self._own_teacher()
         elif config.teacher.name:
-            self.targets = Targets(
-                config.teacher, several(config.data.folder)[0], self.degrade, config.seed, accelerator.device
-            )
+            crops = config.teacher.crops(several(config.data.folder))
+            self.targets = Targets(config.teacher, crops, self.degrade, config.seed, accelerator.device)
             if self.generator.vae is not None and config.teacher.noise:
                 raise ValueError("teacher.noise must be 0 for a model with a VAE: its latents' noise is none of the LR")
         self._make_trainable()
