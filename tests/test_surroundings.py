@@ -67,6 +67,19 @@ def test_an_interrupt_during_imports_is_one_line(module, tmp_path):
     assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
 
 
+def test_an_interrupt_inside_exec_has_its_exit_code_too(tmp_path):
+    """Python would end itself by the signal, after the last line: dataclasses and others use exec."""
+    (tmp_path / "command.py").write_text(
+        "import os, signal, time\nfrom engine.io import cli, early\nearly.leave_on_signals()\n"
+        "cli.run(lambda: exec('os.kill(os.getpid(), signal.SIGINT); time.sleep(9)'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "command"], capture_output=True, text=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
+
+
 @pytest.mark.parametrize("module", COMMANDS)
 def test_help_into_a_closed_pipe_without_a_home_in_the_c_locale(module, tmp_path):
     text = f'unset HOME; ulimit -n 64; LANG=C LC_ALL=C "$0" -m {module} --help | head -n 1; exit ${{PIPESTATUS[0]}}'

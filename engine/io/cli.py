@@ -12,6 +12,7 @@ import signal
 import sys
 from argparse import Action
 from collections.abc import Callable
+from types import FrameType
 from typing import NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
@@ -22,8 +23,21 @@ from engine.io.version import version
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # no space left, none left for this user, broken
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C. After a plain KeyboardInterrupt inside exec() Python ends itself by SIGINT, whatever the exit code."""
+
+
 class Terminated(BaseException):
     """SIGTERM arrived. Like KeyboardInterrupt it unwinds the stack, so that clean-up runs."""
+
+
+asked = 0  # the signal that has asked this process to end: an import may swallow the exception, and the work begins
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    global asked
+    asked = number
+    raise Interrupted if number == signal.SIGINT else Terminated
 
 
 class Failed(RuntimeError):
@@ -74,14 +88,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     Set GDPO_TRACEBACK=1 to see where they came from.
     """
 
-    def terminate(signum, frame):
-        raise Terminated
-
     early.open_streams()
     loaded_early = signal.getsignal(signal.SIGINT) is early.leave
     if loaded_early:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, terminate)
+        signal.signal(signal.SIGINT, _end)
+    signal.signal(signal.SIGTERM, _end)
     try:
         code = main() or 0
         sys.stdout.flush()

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from engine.io.cli import Failed, Terminated
+from engine.io import cli
 from engine.io.files import atomic_write, lock
 from gdpo.photos.dataset import Batch, CropDataset, loader
 from gdpo.photos.mixture import Mixture
@@ -80,7 +80,7 @@ def train_loop(
         guard: what ends a run that is hacking its rewards, and keeps the best checkpoint.
 
     Raises:
-        KeyboardInterrupt, Terminated: Ctrl-C or SIGTERM, after the step under way and a checkpoint.
+        cli.Interrupted, cli.Terminated: Ctrl-C or SIGTERM, after the step under way and a checkpoint.
         Failed: a disk that is full or fails; the last checkpoint is kept and named.
         StepFailed: a picture, a score or the GPU's memory; the steps before are saved.
         NonFiniteLoss: the last checkpoint is kept.
@@ -252,7 +252,7 @@ def disk_failures(root: Path, state: State) -> Iterator[None]:
         raise
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        raise Failed(
+        raise cli.Failed(
             f"{reason} (at step {state.step}); {last_checkpoint(root)}. "
             "Mend that, then continue with --resume_from_checkpoint latest"
         ) from error
@@ -268,13 +268,16 @@ def last_checkpoint(root: Path) -> str:
 
 
 class Stop:
-    """Ctrl-C and SIGTERM end the run after the step under way; a second one ends it at once."""
+    """Ctrl-C and SIGTERM end the run after the step under way, also one that came before and that an import swallowed;
+    a second one ends it at once."""
 
     def __init__(self, say: Callable[[str], None]):
-        self.say, self.signal = say, 0
+        self.say, self.signal = say, cli.asked
 
     def __enter__(self) -> Stop:
         self._old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        if self.signal:
+            STOPPING.set()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -284,7 +287,7 @@ class Stop:
 
     def _note(self, number: int, frame: object) -> None:
         if self.signal:
-            raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+            raise cli.Interrupted if number == signal.SIGINT else cli.Terminated
         self.signal = number
         STOPPING.set()
         self.say("stopping after this step; a checkpoint will be saved (again to stop at once)")
@@ -298,4 +301,4 @@ class Stop:
 
     def leave(self) -> None:
         """Raise what ends the program."""
-        raise Terminated if self.signal == signal.SIGTERM else KeyboardInterrupt
+        raise cli.Terminated if self.signal == signal.SIGTERM else cli.Interrupted

@@ -16,9 +16,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from engine.io import cli
 from gdpo.photos.dataset import Batch
 from gdpo.train import checkpoint
 from gdpo.train.config import GDPOConfig
+from gdpo.train.loop import Stop
 from gdpo.train.step import StepFailed, optimizer_step
 from tests.support import faulty
 from tests.support.training import GDPO, NAOSD, ROOT, command, environment, train
@@ -110,6 +112,13 @@ def test_signal_saves_and_exits(crops, tmp_path, sent, code):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == code, stderr
     assert list((tmp_path / "run").glob("checkpoint-*/manifest.json")), stderr
+
+
+def test_a_signal_that_an_import_swallowed_ends_the_run_after_its_first_step(monkeypatch):
+    monkeypatch.setattr(cli, "asked", signal.SIGINT)
+    with Stop(print) as stop, pytest.raises(cli.Interrupted):
+        assert stop.agreed(SimpleNamespace(num_processes=1))
+        stop.leave()
 
 
 # ---- bad input, as a new user would give it: exit code 2, one line that says what and how to mend it
