@@ -2,6 +2,9 @@
 
 Served rewards have their own environment and device, so they may use packages that would break training (pyiqa's
 torchvision beside a CPU build of torch). A run names them as `http://HOST:PORT/score/musiq`.
+
+This is the command alone: what rewards there are says gdpo.scores.registry, gdpo.scores.rewards makes them from their
+names, and gdpo.scores.remote is what travels.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ def application(names: list[str], device: str) -> Any:
     """The ASGI application.
 
     Raises:
-        ValueError: a reward that is unknown, or that needs statistics of a training step.
+        ValueError: a reward that is unknown, or that training takes from statistics of its step.
     """
     import torch
     from starlette.applications import Starlette
@@ -45,8 +48,12 @@ def application(names: list[str], device: str) -> Any:
     from gdpo.scores.rewards import build_rewards
 
     for name in names:
-        if name in SCORES and SCORES[name].build is None:
-            raise ValueError(f"reward {name!r} comes from statistics of the training step, which has it at no cost")
+        if name in SCORES and SCORES[name].statistic is not None:
+            raise ValueError(
+                f"reward {name!r} is not served: training takes it from its step's own statistics, at no cost, so name "
+                f"it there without a URL; served are {', '.join(n for n, s in SCORES.items() if s.statistic is None)}, "
+                "and module:function"
+            )
     rewards = {reward.name: reward for reward in build_rewards(names, device)}
     one_at_a_time = threading.Lock()
 

@@ -34,7 +34,8 @@ class Score:
         better: +1 where more is better, -1 where less is.
         about: what it is, in a few words.
         build: device -> the score of pictures; None where it needs a group's statistics.
-        statistic: the field of gdpo.kernels.AttributeStatistics that holds it for a whole group, if one does.
+        statistic: the field of gdpo.kernels.AttributeStatistics that holds it for a whole group, if one does; then
+            the reward is taken from there, and `build` is for evaluations.
         weights: of a score of pyiqa, the files of its weights (PyiqaWeights); None for scores of this project.
     """
 
@@ -128,6 +129,8 @@ def _pyiqa(kind: Kind, better: int, about: str, *weights: str) -> Score:
 
 
 SCORES: dict[str, Score] = {
+    # psnr_y of gdpo.scores.metrics, of 8-bit pictures, is the evaluations' and the guards'; the reward of that name is
+    # AttributeStatistics.psnr_y, of the samples as they are.
     "psnr_y": Score("fidelity", 1, "PSNR of the luma, dB", _own("psnr_y", reference=True), "psnr_y"),
     "psnr_rgb": Score("fidelity", 1, "PSNR of the three channels, dB", _own("psnr_rgb", reference=True)),
     "region_fidelity": Score("fidelity", 1, "PSNR of the luma where the photo is smooth, dB", statistic="fidelity"),

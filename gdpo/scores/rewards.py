@@ -98,10 +98,10 @@ def _build(name: str, device: torch.device, patience: Patience) -> Reward:
 
 
 def _of_registry(name: str, entry: Score, device: torch.device) -> GroupScore:
-    if entry.statistic is not None:
+    if entry.statistic is not None:  # also where it has a `build`: training has the statistics anyway
         field = entry.statistic
         return lambda samples, target, statistics: getattr(statistics, field)
-    assert entry.build is not None  # an entry has one or the other
+    assert entry.build is not None  # an entry has one of the two, or both
     try:
         score = entry.build(device)
     except Unavailable as error:

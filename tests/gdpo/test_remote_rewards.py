@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save
 
 from engine.io.cli import Terminated
+from gdpo.scores.registry import SCORES
 from gdpo.scores.remote import STOPPING, Patience, RemoteReward, answer
 from gdpo.scores.rewards import build_rewards, require_finite
 from gdpo.train.methods.gdpo import GDPO as Method
@@ -107,6 +108,14 @@ def test_scores_are_those_of_this_process_to_the_bit(group):
         (refused,) = build_rewards([f"{url}/naturalness"])
         with pytest.raises(ValueError, match=r"reward 'naturalness': .* refuses: 422 .*sides of at least 64"):
             refused.score(group[0][..., :32, :32], group[1][..., :32, :32], None)
+
+
+@pytest.mark.parametrize("name", [name for name, score in SCORES.items() if score.statistic])
+def test_a_reward_that_training_takes_from_its_statistics_is_refused_at_start(name):
+    from gdpo.rewards import application
+
+    with pytest.raises(ValueError, match=f"reward '{name}' is not served: .* without a URL; served are .*naturalness"):
+        application(["ssim_y", name], "cpu")
 
 
 def test_a_body_that_is_none_is_refused():
