@@ -36,7 +36,6 @@ MAX_BYTES = 1 << 30  # of an input file
 _ROWS = 256  # converted at a time
 
 Put = Callable[[np.ndarray, np.ndarray | None], object]  # takes the next rows [n,W,3] and their mask [n,W]
-Convert = Callable[[np.ndarray], np.ndarray]
 
 
 def _warn(message: str) -> None:
@@ -270,7 +269,7 @@ def _tidy(picture: Picture, notice: Notice) -> Picture:
     return replace(picture, alpha=alpha, xmp=xmp, exif=metadata.upright_exif(picture.exif))
 
 
-def _as_held(picture: Picture, row: Format, size: tuple[int, int], notice: Notice) -> tuple[Picture, Convert]:
+def _as_held(picture: Picture, row: Format, size: tuple[int, int], notice: Notice) -> tuple[Picture, profiles.Convert]:
     """How a format holds a picture of this size, and what its pixels become: metadata that is true, the rest named.
 
     Returns:
@@ -281,7 +280,7 @@ def _as_held(picture: Picture, row: Format, size: tuple[int, int], notice: Notic
     if row.name != "PNG":
         picture = profiles.as_tagged_by_profile(picture)
     gray_profile = picture.icc is not None and profiles.space_of(picture.icc) == "GRAY"
-    convert: Convert = lambda pixels: pixels  # noqa: E731
+    convert: profiles.Convert = lambda pixels: pixels  # noqa: E731
     if (picture.icc and not row.icc) or (gray_profile and not (picture.gray and row.gray)):
         convert = profiles.to_srgb(picture)
         picture = profiles.as_srgb(picture)

@@ -5,6 +5,7 @@ Where a container cannot say what another one said, the meaning becomes an ICC p
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from PIL import Image, ImageCms
 from engine.io.picture import ImageError, Picture, to_8_bit
 
 TAGS = ("cICP", "sRGB", "gAMA", "cHRM")  # PNG's, the first that is there counts; cICP before and the others after iCCP
+Convert = Callable[[np.ndarray], np.ndarray]
 _D65 = (0.3127, 0.3290)
 _D50 = (0.9642, 1.0, 0.8249)  # XYZ
 _BT709 = ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06))
@@ -205,7 +207,7 @@ def as_srgb(picture: Picture) -> Picture:
     return replace(picture, pixels=to_srgb(picture)(picture.pixels), icc=None, alpha=alpha)
 
 
-def to_srgb(picture: Picture) -> Callable[[np.ndarray], np.ndarray]:
+def to_srgb(picture: Picture) -> Convert:
     """What turns [n,W,3] in the colours of a picture's profile into sRGB, uint8.
 
     lcms through Pillow takes 8 bit; where the numbers change anyway, and the target has 8 bit, nothing is lost.
@@ -214,9 +216,41 @@ def to_srgb(picture: Picture) -> Callable[[np.ndarray], np.ndarray]:
         ImageError: the profile cannot be used.
     """
     assert picture.icc is not None
-    gray = space_of(picture.icc) == "GRAY"
+    return _from_profile(picture.icc)
+
+
+def to_srgb_unless_it_is(picture: Picture) -> Convert | None:
+    """`to_srgb` by a picture's profile or colour tags; None where its numbers are sRGB as they stand.
+
+    Raises:
+        ImageError: the profile cannot be used, or the tags say what no profile can.
+    """
     try:
-        source, target = ImageCms.ImageCmsProfile(io.BytesIO(picture.icc)), ImageCms.createProfile("sRGB")
+        icc = as_tagged_by_profile(picture).icc
+    except ImageError as error:
+        raise ImageError("its tags name HDR, or colours that no profile has; convert the picture to sRGB") from error
+    return None if icc is None else _unless_srgb(icc)
+
+
+@functools.lru_cache(maxsize=16)  # asking takes as long as decoding a small photo, and those of a folder share a few
+def _unless_srgb(icc: bytes) -> Convert | None:
+    """What converts from a profile; None where that moves no colour by more than one level, so that it only rounds.
+
+    Asked of all grays and of a lattice of colours: the profile's name may be wrong either way.
+    """
+    convert = _from_profile(icc)
+    samples = np.arange(256).repeat(3).reshape(-1, 1, 3)
+    if space_of(icc) != "GRAY":
+        lattice = np.stack(np.meshgrid(*[np.arange(0, 256, 17)] * 3), axis=-1)
+        samples = np.concatenate([samples, lattice.reshape(-1, 1, 3)])
+    moved = np.abs(convert(samples.astype(np.uint8)) - samples)
+    return convert if moved.max() > 1 else None
+
+
+def _from_profile(icc: bytes) -> Convert:
+    gray = space_of(icc) == "GRAY"
+    try:
+        source, target = ImageCms.ImageCmsProfile(io.BytesIO(icc)), ImageCms.createProfile("sRGB")
         transform = ImageCms.buildTransform(source, target, "L" if gray else "RGB", "RGB")
     except (ImageCms.PyCMSError, OSError, ValueError) as error:
         raise ImageError(f"its colour profile cannot be used ({error}); convert the picture to sRGB") from error

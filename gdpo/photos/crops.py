@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,9 +9,10 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms
+from PIL import Image
 
-from engine.io.images import ImageError, Picture
+from engine.io.images import Picture
+from engine.io.profiles import to_srgb_unless_it_is
 from gdpo.kernels import attribute_ratios
 from gdpo.scores.luma import BT601
 
@@ -55,7 +55,7 @@ def convert(picture: Picture, halvings: int) -> Photo:
         halvings: 0 to 4.
 
     Raises:
-        ImageError: its colour profile cannot be used.
+        ImageError: its colour profile cannot be used, or its colours are HDR.
     """
     converted = []
     opaque = None
@@ -70,9 +70,9 @@ def convert(picture: Picture, halvings: int) -> Photo:
     full = int(np.iinfo(picture.pixels.dtype).max) * 4**halvings
     sums = _block_sums(picture.pixels, halvings).astype(np.float32)  # exact: below 2^24
     pixels = np.rint(sums * np.float32(255 / full)).astype(np.uint8)
-    if picture.icc and not picture.gray and (to_srgb := _srgb_transform(picture.icc)):
+    if to_srgb := to_srgb_unless_it_is(picture):
         converted.append("colour profile: to sRGB")
-        pixels = np.asarray(ImageCms.applyTransform(Image.fromarray(pixels), to_srgb))
+        pixels = to_srgb(pixels)
     return Photo(pixels, opaque, converted)
 
 
@@ -87,17 +87,6 @@ def _block_sums(pixels: np.ndarray, halvings: int) -> np.ndarray:
         for dx in range(side):
             total += pixels[dy:height:side, dx:width:side]
     return total
-
-
-def _srgb_transform(icc: bytes) -> ImageCms.ImageCmsTransform | None:
-    """The way from a colour profile to sRGB; None where it is sRGB already."""
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-        if "srgb" in ImageCms.getProfileDescription(profile).lower():
-            return None
-        return ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), "RGB", "RGB")
-    except (ImageCms.PyCMSError, OSError) as error:
-        raise ImageError(f"its colour profile cannot be used ({error}); convert the picture to sRGB") from error
 
 
 def positions(length: int, size: int, stride: int) -> list[int]:

@@ -1,5 +1,6 @@
 """From a photo to its crops: halved, converted, cut, filtered by texture; near-duplicates; drawn pages."""
 
+import io
 import time
 
 import numpy as np
@@ -8,8 +9,12 @@ from PIL import Image, ImageCms
 from skimage import data as samples
 
 from engine.io.images import Picture
+from engine.io.profiles import gray_profile, matrix_profile, profile_of
 from gdpo.photos.crops import convert, cut, difference_hash, near_duplicates, positions
 from gdpo.photos.drawn import PANEL, page
+
+NOISE = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+SRGB_PRIMARIES = ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06)), (0.3127, 0.3290)
 
 
 @pytest.mark.parametrize("halvings", [1, 2])
@@ -41,6 +46,42 @@ def test_colour_profiles_become_srgb():
     photo = convert(Picture(pixels, icc=other), 0)
     assert photo.converted == ["colour profile: to sRGB"]
     assert np.abs(photo.pixels.astype(int) - pixels[..., ::-1]).max() <= 2
+
+
+# (200, 100, 100) of Display P3 is (215, 92, 97) of sRGB, by hand through XYZ: see tests/engine/test_picture_colors.py.
+P3 = {"tags": {"color_tags": {"cICP": bytes([12, 13, 0, 1])}}, "profile": {"icc": profile_of({"cICP": b"\x0c\r\0\1"})}}
+
+
+@pytest.mark.parametrize("how", P3)
+@pytest.mark.parametrize("halvings", [0, 1])
+def test_display_p3_becomes_srgb_however_it_is_told(how, halvings):
+    photo = convert(Picture(np.full((8, 8, 3), (200, 100, 100), np.uint8), **P3[how]), halvings)
+    assert photo.converted == ["colour profile: to sRGB"]
+    assert np.abs(photo.pixels.astype(int) - [215, 92, 97]).max() <= 1
+
+
+def test_a_profile_is_srgb_by_what_it_does_and_not_by_its_name():
+    flat = np.full((8, 8, 3), 128, np.uint8)
+    linear = matrix_profile(*SRGB_PRIMARIES, 1.0)
+    named = linear.replace("RGB, as".encode("utf-16-be"), "sRGB,as".encode("utf-16-be"))
+    assert named != linear and "srgb" in ImageCms.getProfileDescription(io.BytesIO(named)).lower()
+    for icc in (linear, named):  # 128 of 255 linear is 188 of sRGB
+        assert np.abs(convert(Picture(flat, icc=icc), 0).pixels.astype(int) - 188).max() <= 1
+    unnamed = matrix_profile(*SRGB_PRIMARIES, "srgb")
+    assert "srgb" not in ImageCms.getProfileDescription(io.BytesIO(unnamed)).lower()
+    photo = convert(Picture(NOISE, icc=unnamed), 0)
+    assert photo.converted == [] and np.array_equal(photo.pixels, NOISE)
+
+
+def test_a_gray_picture_of_another_tone_curve_becomes_srgb():
+    photo = convert(Picture(np.full((8, 8, 3), 128, np.uint8), gray=True, icc=gray_profile(1.0)), 0)
+    assert photo.converted == ["gray: three equal channels", "colour profile: to sRGB"]
+    assert np.abs(photo.pixels.astype(int) - 188).max() <= 1
+
+
+def test_hdr_is_refused():
+    with pytest.raises(ValueError, match="its tags name HDR"):
+        convert(Picture(NOISE, color_tags={"cICP": bytes([9, 16, 0, 1])}), 0)
 
 
 @pytest.mark.parametrize("length", [64, 65, 100, 128, 1000, 1001])
