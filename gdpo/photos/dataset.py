@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from engine.io.images import ImageError
+from engine.io.images import ImageError, Picture
+from engine.io.profiles import to_srgb_unless_it_is
 from gdpo.photos.pairs import magnification, open_pairs
 from gdpo.photos.stores import Found, Store, hr_alone, open_store
 from gdpo.randomness import generator_for
@@ -34,7 +35,7 @@ class Batch(NamedTuple):
         names: of the pictures.
         captions: of the pictures, or None.
         samples: global numbers.
-        hr: [B,3,crop,crop] in [0,1].
+        hr: [B,3,crop,crop] in [0,1], sRGB.
         skipped: a line for each picture that could not be read and was replaced.
         real: position in the batch -> the pair's LR [3,crop,crop] in [0,1], upsampled as inference does it; the others
             are to be degraded.
@@ -181,13 +182,13 @@ class CropDataset:
         made). The part shown depends on (seed, sample).
 
         Raises:
-            ImageError: the picture is damaged; the message names it.
+            ImageError: the picture is damaged, or of colours that cannot become sRGB; the message names it.
         """
         found = self._kept[index]
-        pixels = self._store.read(found).pixels
-        small, scale = self._partner(found, pixels)
+        picture = self._store.read(found)
+        partner, scale = self._partner(found, picture)
         crop = self.crop_size // scale  # all in pixels of the LR; without one, of the HR
-        height, width = (side // scale - crop for side in pixels.shape[:2])
+        height, width = (side // scale - crop for side in picture.pixels.shape[:2])
         if min(height, width) < 0:
             raise ImageError(f"{self._store.label(found)}: smaller than the crop size {self.crop_size}")
         if self.split == "train":
@@ -195,17 +196,20 @@ class CropDataset:
             top, left, turns, flip = (int(torch.randint(n, (), generator=rng)) for n in (height + 1, width + 1, 4, 2))
         else:
             top, left, turns, flip = height // 2, width // 2, 0, 0
-        hr = _window(pixels, top * scale, left * scale, self.crop_size, turns, flip)
-        lr = None if small is None else _window(small, top, left, crop, turns, flip)
+        try:
+            hr = _window(picture, top * scale, left * scale, self.crop_size, turns, flip)
+            lr = None if partner is None else _window(partner, top, left, crop, turns, flip)
+        except ImageError as error:
+            raise ImageError(f"{self._store.label(found)}: {error}") from error
         return {"name": found.name, "hr": hr, "caption": self.captions and self.captions[index], "lr": lr}
 
-    def _partner(self, found: Found, pixels: np.ndarray) -> tuple[np.ndarray | None, int]:
+    def _partner(self, found: Found, picture: Picture) -> tuple[Picture | None, int]:
         """The LR of a pair, and how many times larger the HR is."""
         if self._lr is None:
             return None, 1
         partner = self._partners[found.name]
-        small = self._lr.read(partner).pixels
-        scale = magnification(pixels.shape[:2], small.shape[:2])
+        small = self._lr.read(partner)
+        scale = magnification(picture.pixels.shape[:2], small.pixels.shape[:2])
         if not scale or self.crop_size % scale:
             raise ImageError(
                 f"{self._store.label(found)}: its size is not that of its LR, {self._lr.label(partner)}, magnified"
@@ -220,11 +224,14 @@ class CropDataset:
         self._order = functools.lru_cache(maxsize=2)(self._permutation)
 
 
-def _window(pixels: np.ndarray, top: int, left: int, side: int, turns: int, flip: int) -> Tensor:
-    """[H,W,3] -> [3,side,side] float32 in [0,1], turned and mirrored."""
-    crop = np.rot90(pixels[top : top + side, left : left + side], turns)
+def _window(picture: Picture, top: int, left: int, side: int, turns: int, flip: int) -> Tensor:
+    """A part of a picture, in sRGB -> [3,side,side] float32 in [0,1], turned and mirrored."""
+    part = picture.pixels[top : top + side, left : left + side]
+    if to_srgb := to_srgb_unless_it_is(picture):
+        part = to_srgb(part)
+    crop = np.rot90(part, turns)
     crop = np.ascontiguousarray((crop[:, ::-1] if flip else crop).transpose(2, 0, 1), dtype=np.float32)
-    return torch.from_numpy(crop).div_(np.iinfo(pixels.dtype).max)
+    return torch.from_numpy(crop).div_(np.iinfo(part.dtype).max)
 
 
 class Samples(Protocol):

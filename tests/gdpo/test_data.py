@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 
 from engine.io.images import ImageError
+from engine.io.profiles import profile_of
 from gdpo.photos import folder as folder_of_pictures
 from gdpo.photos.dataset import CropDataset, loader
 from gdpo.photos.folder import listing, natural, picture_sizes
+from tests.support.pictures import SRGB, save
 
 NAMES = ["crop1.png", "crop2.png", "crop10.png", "wide.png", "deep/tall.png"]
 
@@ -102,6 +104,30 @@ def test_sixteen_bits_fill_the_same_range(tmp_path):
         str(tmp_path / "deep.png")
     )
     assert CropDataset(tmp_path, "val", 8).item(0, seed=0, sample=0)["hr"].unique().tolist() == [1.0]
+
+
+def test_pictures_of_other_colours_become_srgb(tmp_path):
+    """Display P3 by a profile or by PNG's tags, and an LR's too; what is sRGB by a profile keeps its numbers."""
+    p3, flat = {"cICP": bytes([12, 13, 0, 1])}, np.full((64, 64, 3), (200, 100, 100), np.uint8)
+    for folder, side in (("hr", 64), ("lr", 16)):
+        save(tmp_path / folder / "0.png", flat[:side, :side], icc=profile_of(p3))
+        save(tmp_path / folder / "1.png", flat[:side, :side], color_tags=p3)
+        save(tmp_path / folder / "2.png", flat[:side, :side], icc=SRGB)
+        save(tmp_path / folder / "3.png", flat[:side, :side])
+    expected = [[215, 92, 97]] * 2 + [[200, 100, 100]] * 2  # by hand: see tests/engine/test_picture_colors.py
+    pairs = CropDataset(tmp_path / "hr", "val", 32, lr=tmp_path / "lr", progress=False)
+    alone = CropDataset(tmp_path / "hr", "val", 32, progress=False)
+    for i, levels in enumerate(expected):
+        real = pairs.item(i, seed=0, sample=i)
+        for crop in (alone.item(i, seed=0, sample=i)["hr"], real["hr"], real["lr"]):
+            off = np.abs(values(crop).numpy() - np.array(levels)[:, None, None]).max()
+            assert off <= (1 if i < 2 else 0)
+
+
+def test_a_picture_in_hdr_is_named(tmp_path):
+    save(tmp_path / "a.png", np.zeros((32, 32, 3), np.uint8), color_tags={"cICP": bytes([9, 16, 0, 1])})
+    with pytest.raises(ImageError, match=r"a\.png: its tags name HDR"):
+        CropDataset(tmp_path, "train", 32, progress=False).item(0, seed=0, sample=0)
 
 
 def test_a_prepared_folder_has_splits_and_captions(tmp_path):
