@@ -9,6 +9,9 @@ Each is a module with the call signature of a diffusers UNet and
 
 Two are built of their config alone (`PIXEL_UNETS`), and have from_config(), its inverse, and config_of(weights): the
 config, read off the weights of an export. NetworkUNet is built of its weights (from_weights).
+
+To add one: a module in gdpo/model/, a row of PIXEL_UNETS (`load_unet` in folders.py reads its class by that name), and,
+where training is to make a fresh one, a branch in `pixel_unet`.
 """
 
 from __future__ import annotations

@@ -271,7 +271,7 @@ def load(kind: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:
 
 
 def report(folder: str) -> dict[str, Any]:
-    """What a GDPO step and inference in miniature do, for tests/gdpo/test_cuda_devices.py."""
+    """What a GDPO step and inference in miniature do, for tests/benchmarks/test_cuda_devices.py."""
     from accelerate import Accelerator
     from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401

@@ -309,7 +309,7 @@ class OnnxRuntimeBackend : public Backend {
     return found;
   }
 
-  /// The settings of every session in this project: engine/backends/onnxruntime.py has the reasons.
+  /// The settings of every session in this project: engine/runtime/backends/onnxruntime.py has the reasons.
   void configure(Owned<ort::SessionOptions>& settings) const {
     const auto& api = runtime_->api;
     runtime_->check(api.CreateSessionOptions(settings.out()));

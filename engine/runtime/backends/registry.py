@@ -1,4 +1,4 @@
-"""The backends: what each runs, where it is, which options it takes. csrc/src/backends/registry.cpp is the same table.
+"""The backends: what each runs, where it is, which options it takes. csrc/src/backends/registry.cpp has those of C++.
 
 A backend's module is imported when it is asked for. A new backend is a module with `open_session` and a
 row here.
