@@ -19,11 +19,13 @@ from tqdm import tqdm
 from engine.io.cli import Parser, run
 from engine.io.files import atomic_write
 from engine.io.images import Picture, write_image
+from engine.runtime import color
 from gdpo.evaluation import before_after, report
 from gdpo.evaluation.columns import NAMES, Metric, build_metrics
 from gdpo.evaluation.compare import bootstrap, compare
-from gdpo.evaluation.score import Rows, draw, first_line, score, tensor
+from gdpo.evaluation.score import Rows, draw, score, tensor
 from gdpo.evaluation.sources import Source, build_sources, check_pairs, list_pictures, parse_source, read_pair
+from gdpo.model.parts import first_line
 from gdpo.scores.registry import FID, Unavailable, load_pyiqa
 
 _MAX_CROP = 1024
@@ -67,7 +69,10 @@ def parser() -> Parser:
     p.add_argument("--seed-images", type=int, default=10, help="number of pictures to measure diversity on")
     p.add_argument("--every", type=int, default=1, help="use only every N-th picture")
     p.add_argument(
-        "--color", default="adain", choices=("adain", "wavelet", "none"), help="colour alignment of the models"
+        "--color",
+        default=color.DEFAULT,
+        choices=color.METHODS,
+        help="how models' colours are matched to the input's",
     )
     p.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda if available)")
     p.add_argument("--bootstrap", type=int, default=10000, help="number of bootstrap resamples")

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from engine.io.files import naming
 from gdpo.evaluation.columns import Metric
 from gdpo.evaluation.sources import Source
+from gdpo.model.parts import first_line
 
 
 class Rows:
@@ -110,7 +111,3 @@ def _values(metric: Metric, x: Tensor, y: Tensor, names: list[str], image: str, 
 def tensor(*pictures: np.ndarray, device: torch.device) -> Tensor:
     """[H,W,3] uint8 each -> [M,3,H,W] in [0,1]."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(device).float() / 255
-
-
-def first_line(error: Exception) -> str:
-    return " ".join((str(error).strip().splitlines() or [type(error).__name__])[0].split())[:300]

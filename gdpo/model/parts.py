@@ -1,4 +1,6 @@
-"""Reading the parts of a model folder. Whatever is wrong with one, the error names the file or the folder."""
+"""The parts of a model folder: read, where the error names the file or the folder whatever is wrong with it; and its
+index and pipeline.py, which are written.
+"""
 
 from __future__ import annotations
 
@@ -215,5 +217,5 @@ def write_pipeline(root: Path, t_noise: int, t_diffusion: int, vae_lora: bool, p
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a library says, without the advice that follows."""
-    return (str(error).strip().splitlines() or ["no reason given"])[0][:300]
+    """What an error of a library says, without the advice that follows; its type where it says nothing."""
+    return " ".join((str(error).strip().splitlines() or [type(error).__name__])[0].split())[:300]

@@ -34,6 +34,7 @@ from gdpo.model.networks import PUBLISHED, load_network
 from gdpo.model.parts import disk_errors
 from gdpo.photos.dataset import CropDataset
 from gdpo.randomness import generator_for, normal, uniform
+from gdpo.train.options import expanded
 
 _FORMAT, _SCALE = 1, 4
 _GRAIN = 32  # a grain of one standard deviation in the stored 8-bit numbers
@@ -70,6 +71,10 @@ class TeacherConfig:
     crop_size: int = 256
     folder: str = ""
     cache: str = "data/targets"
+
+    def __post_init__(self) -> None:
+        for name in ("name", "folder", "cache"):
+            setattr(self, name, expanded(f"teacher.{name}", getattr(self, name)))
 
     @property
     def is_generator(self) -> bool:

@@ -16,7 +16,7 @@ from engine.runtime import color
 from engine.runtime.resample import resize_window
 
 FOLDER = "gdpo_sr"  # under ComfyUI's models/: engine folders, as engine.export and engine.build write them
-BUNDLED = "bundled"
+BUNDLED = {"bundled": None, "faithful": "faithful"}  # as Upscaler.load takes them
 FULL = 65535
 
 folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
@@ -33,17 +33,17 @@ def engine_folders() -> dict[str, Path]:
     return found
 
 
-def folder_of(model: str) -> Path | None:
-    """The folder that a model's name stands for; None is the bundled one.
+def folder_of(model: str) -> Path | str | None:
+    """What Upscaler.load takes for a model's name: a folder, or which of the bundled models.
 
     Raises:
         ValueError: there is none of this name.
     """
-    if model == BUNDLED:
-        return None
+    if model in BUNDLED:
+        return BUNDLED[model]
     folders = engine_folders()
     if model not in folders:
-        known = ", ".join([BUNDLED, *folders])
+        known = ", ".join([*BUNDLED, *folders])
         raise ValueError(f"no engine folder {model!r} in models/{FOLDER}; there are {known}")
     return folders[model]
 
@@ -61,9 +61,10 @@ class LoadUpscaler(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model",
-                    options=[BUNDLED, *engine_folders()],
-                    default=BUNDLED,
-                    tooltip=f"The small model that comes with GDPO-SR, or an engine folder in models/{FOLDER}.",
+                    options=[*BUNDLED, *engine_folders()],
+                    default="bundled",
+                    tooltip=f"bundled: the small model that comes with GDPO-SR; faithful: its twin for clean pictures; "
+                    f"or an engine folder in models/{FOLDER}.",
                 ),
                 io.Combo.Input(
                     "device",
@@ -79,7 +80,7 @@ class LoadUpscaler(io.ComfyNode):
     def fingerprint_inputs(cls, model: str, device: str) -> str:
         """A folder that was built anew is loaded anew."""
         folder = folder_of(model)
-        manifest = b"" if folder is None else (folder / "manifest.json").read_bytes()
+        manifest = (folder / "manifest.json").read_bytes() if isinstance(folder, Path) else b""
         return f"{model} {device} {hashlib.sha256(manifest).hexdigest()}"
 
     @classmethod
