@@ -47,7 +47,7 @@ def main() -> None:
 
     say("3/5 GDPO: the bundled model, tuned by comparing its own samples")
     gdpo = RUNS / "gdpo"
-    run("gdpo.convert", "engine/data/tiny", "--out", RUNS / "bundled", "--overwrite")
+    run("gdpo.convert", "tiny", "--out", RUNS / "bundled", "--overwrite")
     run("gdpo.train", "gdpo", "--config", "configs/demo-gdpo.yaml", "--resume_from_checkpoint", "auto")
 
     say("4/5 what GDPO changed, on crops of photos that it was not tuned on")

@@ -6,7 +6,7 @@ RELEASED is either of the authors' two released forms, or this project's:
   stage-two (GDPO) file on the NAOSD model that it was trained from; OSEDiff's file, on Stable Diffusion 2.1-base,
   remembers that no noise is added (t_noise -1) and that the UNet is called at timestep 999;
 - the merged folder (unet/, vae/): the folder is these two with schedule and text encoder of --base;
-- an exported tiny model, such as the bundled one (engine/data/tiny): no --base.
+- an exported tiny model, also by the name of a bundled one (tiny, faithful): no --base.
 
 It may also be a published super-resolution network, x4 or x2, of an architecture that spandrel knows, or an ncnn file
 of Real-ESRGAN's: the folder is a generator that gives the network's own pixels, and learns to use the noise in NAOSD.
@@ -27,6 +27,7 @@ from jsonargparse.typing import PositiveInt
 
 from engine.io.cli import Parser, run
 from engine.io.folders import check_target
+from engine.runtime.upscaler import BUNDLED
 from gdpo.generator import NO_NOISE, OneStepGenerator
 from gdpo.model import lora
 from gdpo.model.codecs import load_codec
@@ -55,8 +56,8 @@ def convert(
     """Write the model folder `out` of released weights, whole or not at all. No pickle is executed.
 
     Args:
-        released: the LoRA file, a diffusers folder with unet/ and perhaps vae/, an exported tiny model, or a network:
-            a file of weights or a name of gdpo.model.networks.PUBLISHED.
+        released: the LoRA file, a diffusers folder with unet/ and perhaps vae/, an exported tiny model or the name of a
+            bundled one, or a network: a file of weights or a name of gdpo.model.networks.PUBLISHED.
         out: the folder to make.
         base: the diffusers folder to complete them from; a released folder that is complete needs none.
         lora_alpha: the LoRA's scale is lora_alpha / rank.
@@ -68,6 +69,8 @@ def convert(
         FileNotFoundError, FileExistsError, ValueError: naming what was wrong, expected, and what to do.
     """
     released = Path(released)
+    if not released.exists() and released.name == str(released) and (BUNDLED / released / "manifest.json").is_file():
+        released = BUNDLED / released
     target = check_target(out, overwrite, released, *([] if base is None else [base]))
     if blocks is not None and not (base is None and not released.is_dir() and is_network(str(released))):
         raise ValueError(f"{released} is not a network; --blocks chooses blocks of a network")
@@ -222,7 +225,8 @@ def main() -> None:
     parser.add_argument(
         "released",
         type=str,
-        help="the LoRA file (.pkl), the merged folder, an exported tiny model, or a super-resolution network: a file "
+        help="the LoRA file (.pkl), the merged folder, an exported tiny model (tiny and faithful are bundled), or a "
+        "super-resolution network: a file "
         f"(.pth, .safetensors, .param) or one of {', '.join(PUBLISHED)}",
     )
     parser.add_argument("--base", type=str | None, help="diffusers folder of the base model")

@@ -334,8 +334,8 @@ class GDPOConfig(TrainConfig):
         if self.rho != "auto":
             require(0 <= float(self.rho) <= 1, "rho", "'auto' or a number in [0,1]", self.rho)
         require(not self.model.full, "model.full", "false for gdpo (the reference is the UNet with its LoRA off)", True)
-        fresh = self.model.pretrained in ("tiny", "compact")
-        require(not fresh, "model.pretrained", "the folder of a trained generator", self.model.pretrained)
+        expected = "the folder of a trained generator (gdpo.train naosd, or: python -m gdpo.convert tiny --out FOLDER)"
+        require(self.model.pretrained not in ("tiny", "compact"), "model.pretrained", expected, self.model.pretrained)
 
     def identity(self) -> dict[str, Any]:
         """A reward over HTTP may move to another host and port."""

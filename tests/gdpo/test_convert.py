@@ -369,6 +369,11 @@ def test_an_exported_tiny_model_comes_back(exported, tmp_path):
     assert torch.count_nonzero(generator.unet.encoder[0][0].time.weight) > 0, "else nothing had been folded"
 
 
+def test_a_bundled_model_by_its_name(tmp_path):
+    convert("tiny", tmp_path / "model")
+    assert OneStepGenerator.from_pretrained(tmp_path / "model").t_noise == 60
+
+
 def test_exports_that_cannot_come_back_are_refused(exported, tmp_path):
     _, folder = exported
     with pytest.raises(ValueError, match="is an exported model, whole as it is: no --base"):
