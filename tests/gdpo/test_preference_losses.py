@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from gdpo.scores.group import Judged
 from gdpo.train.config import GDPOConfig
 from gdpo.train.losses import preference
+from gdpo.train.methods.gdpo import GDPO, Predictions
 
 B, G, SHAPE, BETA = 3, 6, (4, 5, 7), 500.0
 
@@ -181,6 +183,15 @@ def test_planted_faults_are_seen(fault):
         seen = [x[torch.arange(B)[:, None], keep] for x in tensors[:3]]
         wrong = preference.dp2o_loss(*seen, tensors[3].gather(1, keep), biased, beta=BETA, mean_spread=0.25)[0]
     assert abs(float(wrong) - right) > 1e-6 * abs(right)
+
+
+def test_an_algorithm_without_a_loss_is_not_taken_for_another():
+    judged = Judged({}, *[torch.zeros(B, G)] * 2, *[torch.zeros(B)] * 2, torch.zeros(B, 8, 8), None)
+    method = GDPO.__new__(GDPO)
+    method.config = GDPOConfig(algorithm="other")
+    assert method._kept(judged.reward) is None
+    with pytest.raises(AssertionError, match="other"):
+        method._compare(Predictions(*[torch.zeros(B, G, 1, 2, 2)] * 3), judged, None)
 
 
 def test_each_algorithm_of_the_options_has_its_loss():

@@ -1,13 +1,14 @@
 """GDPO: group direct preference optimisation of a trained one-step generator (paper, section 3.2 and 3.3).
 
-Other algorithms (`algorithm`) learn from the same groups, for comparison: gdpo.train.losses.preference.
+Other algorithms (`algorithm`) learn from the same groups, for comparison: gdpo.train.losses.preference. To add one: its
+name in gdpo.train.config, its loss there, a branch in `_compare`, and, where it compares pairs, a row in `_pairs`.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -162,13 +163,17 @@ class GDPO(Method):
 
     def _compares_all(self) -> bool:
         """Whether the whole group is compared, whatever its rewards are."""
-        return self.config.algorithm not in ("diffusion_dpo", "dp2o")
+        return self._pairs() is None
+
+    def _pairs(self) -> int | None:
+        """How many of the best samples are compared with as many of the worst; None: the whole group is compared."""
+        return {"diffusion_dpo": 1, "dp2o": self.config.num_pairs}.get(self.config.algorithm)
 
     def _kept(self, reward: Tensor) -> Tensor | None:
         """Which samples are compared: the numbers of the best and the worst, best first, [B,K]; None for all."""
-        if self._compares_all():
+        n = self._pairs()
+        if n is None:
             return None
-        n = 1 if self.config.algorithm == "diffusion_dpo" else self.config.num_pairs
         order = reward.argsort(dim=1, descending=True, stable=True)
         return torch.cat([order[:, :n], order[:, -n:]], dim=1)
 
@@ -202,8 +207,10 @@ class GDPO(Method):
             return nft_loss(*seen, advantage, beta=beta, strength=config.nft_strength, weight=weight)
         if config.algorithm == "diffusion_dpo":
             return diffusion_dpo_loss(*seen, reward, beta=beta, weight=weight)
-        spread = judged.reward.std(dim=1)
-        return dp2o_loss(*seen, reward, spread, beta=beta, mean_spread=config.mean_reward_std, weight=weight)
+        if config.algorithm == "dp2o":
+            spread = judged.reward.std(dim=1)
+            return dp2o_loss(*seen, reward, spread, beta=beta, mean_spread=config.mean_reward_std, weight=weight)
+        assert_never(config.algorithm)
 
     @torch.no_grad()
     def _log(self, judged: Judged) -> Metrics:
