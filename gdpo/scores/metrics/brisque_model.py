@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from gdpo.scores.luma import RGB2GRAY, weighted
-from gdpo.scores.metrics.common import check_images, gaussian, in_slices, smooth, to_8bit
+from gdpo.scores.metrics.common import SCENE_WINDOW, check_images, in_slices, smooth, to_8bit
 from gdpo.scores.metrics.niqe_model import fit, half, shape_of, spread_of
 
 SMALLEST = 32
 FEATURES = 36
-_WINDOW = gaussian(7 / 6, 3)
 _NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (-1, 1))
 _HARMLESS = {"PROTO", "FRAME", "MEMOIZE", "MARK", "STOP"}
 _HARMLESS |= {"EMPTY_DICT", "EMPTY_LIST", "APPEND", "APPENDS", "SETITEM", "SETITEMS"}
@@ -66,8 +65,8 @@ def features(x: Tensor) -> Tensor:
     y = weighted(to_8bit(x.double()), RGB2GRAY)
     out = []
     for luma in (y, half(y)):
-        mean = smooth(luma, _WINDOW, "constant")  # MATLAB's filter2 pads with zeros
-        deviation = (smooth(luma * luma, _WINDOW, "constant") - mean * mean).abs().sqrt()
+        mean = smooth(luma, SCENE_WINDOW, "constant")  # MATLAB's filter2 pads with zeros
+        deviation = (smooth(luma * luma, SCENE_WINDOW, "constant") - mean * mean).abs().sqrt()
         mscn = ((luma - mean) / (deviation + 1))[:, None]
         square = (mscn * mscn).mean((2, 3))
         out += [shape_of(mscn.abs().mean((2, 3)).square() / square), square]

@@ -40,6 +40,9 @@ def gaussian(sigma: float, radius: int) -> Tensor:
     return k / k.sum()
 
 
+SCENE_WINDOW = gaussian(7 / 6, 3)  # of the scene statistics of BRISQUE, NIQE and PIQE: 7x7, as their authors have it
+
+
 def convolve(x: Tensor, taps: Tensor) -> Tensor:
     """[N,H,W] with a symmetric 1-D filter along both axes, "valid": sides shrink by len(taps) - 1.
 

@@ -23,11 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gdpo.scores.luma import luma_255
-from gdpo.scores.metrics.common import check_images, gaussian, halve, in_slices, smooth
+from gdpo.scores.metrics.common import SCENE_WINDOW, check_images, halve, in_slices, smooth
 
 PARAMETERS = Path(__file__).resolve().parents[2] / "resources" / "naturalness.safetensors"
 BLOCK = 64
-_WINDOW = gaussian(7 / 6, 3)
 _AXIS = ((0, 1), (1, 0))
 _DIAGONAL = ((1, 1), (1, -1))
 _LAGS = [(dy * k, dx * k) for k in (1, 2, 3, 4, 5, 6, 8) for dy, dx in _AXIS] + [*_DIAGONAL, (2, 2)]
@@ -71,8 +70,8 @@ def features(x: Tensor) -> Tensor:
 
 def _structure(y: Tensor, blocks: tuple[int, int], lags: list[tuple[int, int]]) -> list[Tensor]:
     """Energy, peakedness and autocorrelation of the MSCN map; mean and spread of the local log deviation."""
-    mean = smooth(y, _WINDOW)
-    deviation = (smooth(y * y, _WINDOW) - mean * mean).clamp_min(0).sqrt()
+    mean = smooth(y, SCENE_WINDOW)
+    deviation = (smooth(y * y, SCENE_WINDOW) - mean * mean).clamp_min(0).sqrt()
     mscn = (y - mean) / (deviation + 1)
     energy = _pool(mscn * mscn, blocks) + 1e-4
     out = [energy.log(), (_pool(mscn.abs(), blocks) + 1e-4).log() - energy.log() / 2]

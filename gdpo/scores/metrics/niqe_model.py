@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from gdpo.scores.luma import luma_255
-from gdpo.scores.metrics.common import check_images, convolve, gaussian, in_slices, smooth, to_8bit
+from gdpo.scores.metrics.common import SCENE_WINDOW, check_images, convolve, in_slices, smooth, to_8bit
 
 DATA = Path(__file__).resolve().parents[2] / "resources"
-_WINDOW = gaussian(7 / 6, 3)
 _NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1))
 _SHAPES = torch.arange(0.2, 10.0005, 0.001, dtype=torch.float64)
 _RATIOS = torch.exp(2 * torch.lgamma(2 / _SHAPES) - torch.lgamma(1 / _SHAPES) - torch.lgamma(3 / _SHAPES))
@@ -126,8 +125,8 @@ def sharpness(x: Tensor, block: int) -> Tensor:
 
 
 def _mscn(y: Tensor) -> tuple[Tensor, Tensor]:
-    mean = smooth(y, _WINDOW)
-    deviation = (smooth(y * y, _WINDOW) - mean * mean).abs().sqrt()
+    mean = smooth(y, SCENE_WINDOW)
+    deviation = (smooth(y * y, SCENE_WINDOW) - mean * mean).abs().sqrt()
     return (y - mean) / (deviation + 1), deviation
 
 

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gdpo.scores.luma import RGB2GRAY
-from gdpo.scores.metrics.common import check_images, gaussian, in_slices, smooth, to_8bit
+from gdpo.scores.metrics.common import SCENE_WINDOW, check_images, in_slices, smooth, to_8bit
 
-_WINDOW = gaussian(7 / 6, 3)
 _BLOCK, _SEGMENT, _ACTIVE, _IMPAIRED = 16, 6, 0.1, 0.1
 
 
@@ -30,8 +29,8 @@ def _piqe(x: Tensor) -> Tensor:
     gray = torch.einsum("nchw,c->nhw", to_8bit(x.double()), x.new_tensor(RGB2GRAY, dtype=torch.float64)).round()
     h, w = gray.shape[1:]
     gray = F.pad(gray[:, None], (0, -w % _BLOCK, 0, -h % _BLOCK), mode="replicate")[:, 0]
-    mean = smooth(gray, _WINDOW)
-    deviation = (smooth(gray * gray, _WINDOW) - mean * mean).abs().sqrt()
+    mean = smooth(gray, SCENE_WINDOW)
+    deviation = (smooth(gray * gray, SCENE_WINDOW) - mean * mean).abs().sqrt()
     blocks = ((gray - mean) / (deviation + 1)).unfold(1, _BLOCK, _BLOCK).unfold(2, _BLOCK, _BLOCK).flatten(1, 2)
 
     variance = blocks.var((2, 3))
