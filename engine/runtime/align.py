@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from engine.io.picture import to_8_bit
 from engine.runtime import color as colors
 from engine.runtime.resample import resize_bands, resize_window
 from engine.runtime.restore import ROWS, Band
@@ -32,7 +33,7 @@ def finish(bands: Iterable[Band], rgb: np.ndarray, native: tuple[int, int], size
     aligned = align(bands, rgb, native, color)
     for first, rows in resize_bands(aligned, native, size) if size != native else aligned:
         if rgb.dtype == np.uint8:
-            rows = _to_8_bit(rows)
+            rows = to_8_bit(rows)
         yield first, colors.make_neutral(rows) if neutral else rows
 
 
@@ -77,7 +78,3 @@ def _upsampled(rgb: np.ndarray, size: tuple[int, int], first: int, last: int) ->
     unit = np.float32(colors.FULL / np.iinfo(rgb.dtype).max)
     window = resize_window(rgb, size, (first, last), (0, size[1])) * unit + np.float32(0.5)
     return np.clip(window, 0, colors.FULL).astype(np.uint16)
-
-
-def _to_8_bit(samples: np.ndarray) -> np.ndarray:
-    return ((samples.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
