@@ -24,6 +24,7 @@ from engine.io.profiles import as_srgb
 from engine.runtime import color
 from engine.runtime.upscaler import Upscaler
 from engine.settings import Settings
+from engine.worker import OF_ONE_PICTURE
 
 if TYPE_CHECKING:
     import gradio
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 AS_INPUT = "as the input"
 _PREVIEW = 2048  # longest side of what the slider shows; downloads have every pixel
 _KEPT = 3600  # seconds for which results of a window are kept
-_FAILURES = (ValueError, OSError, RuntimeError, FloatingPointError, MemoryError)  # of one picture; the others go on
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -142,7 +142,7 @@ def page(models: list[str], limits: Limits, root: Path, *, at_once: int = 2, any
                                    strip_metadata=strip, max_pixels=limits.max_pixels)  # fmt: skip
             up = load(model)
             up.check_tiling(settings.tile)
-        except _FAILURES as error:
+        except OF_ONE_PICTURE as error:
             raise gr.Error(_sentence(error), print_exception=False) from None
         results = Results(Path(tempfile.mkdtemp(dir=root)))
         assert results.folder is not None
@@ -164,7 +164,7 @@ def page(models: list[str], limits: Limits, root: Path, *, at_once: int = 2, any
                 file, *pair = make(source, settings, kind, up, folder, tiles)
                 made.append(file)
                 results.pairs[name] = (pair[0], pair[1])
-            except _FAILURES as error:
+            except OF_ONE_PICTURE as error:
                 failed.append(_sentence(error, source))
             shown = name if name in results.pairs else next(iter(results.pairs), None)
             yield (

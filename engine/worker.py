@@ -24,7 +24,7 @@ from engine.jobs import Job, numbered
 from engine.runtime.upscaler import Upscaler
 from engine.settings import Settings, lossless_of
 
-_FAILURES = (ValueError, OSError, RuntimeError, FloatingPointError, MemoryError)  # of one picture; the others go on
+OF_ONE_PICTURE = (ValueError, OSError, RuntimeError, FloatingPointError, MemoryError)  # the others go on
 _MEMORY = ("bad_alloc", "failed to allocate", "out of memory", "unable to allocate", "cannot allocate")
 
 
@@ -81,7 +81,7 @@ class Worker:
                 try:
                     finding = Finding("finished") if done else self._look(job)
                     row |= self._one(job, finding, slider, progress)
-                except _FAILURES as error:
+                except OF_ONE_PICTURE as error:
                     reason = self._reason(job, error)
                     self.failed.append(reason)
                     row |= {"status": "failed", "error": reason}

@@ -20,10 +20,9 @@ from engine.io.images import MAX_BYTES, read_image
 from engine.io.journal import FileState
 from engine.runtime.upscaler import Upscaler, model_folder
 from engine.settings import Settings
-from engine.worker import model_identity
+from engine.worker import OF_ONE_PICTURE, model_identity
 
 DEATHS = 3  # of processes that were making a picture, after which it is not tried again
-_OF_A_PICTURE = (ValueError, OSError, RuntimeError, FloatingPointError, MemoryError)
 _OF_A_NAME = {errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 
@@ -127,7 +126,7 @@ class Enlarger:
                 return self._through_files(row, Path(source), Path(scratch), begin)
             except Stop:
                 raise
-            except _OF_A_PICTURE as error:
+            except OF_ONE_PICTURE as error:
                 names = (f"{source}: ", f"{self._source.url}/{key}: ")  # the row has it
                 reason = _reason(error)
                 row |= {"status": "failed", "error": reason.removeprefix(names[0]).removeprefix(names[1])}
