@@ -67,6 +67,25 @@ def test_an_interrupt_during_imports_is_one_line(module, tmp_path):
     assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
 
 
+@pytest.mark.parametrize("module", [name for name in COMMANDS if name.startswith("gdpo") or name == "engine.export"])
+def test_without_the_packages_of_an_extra_a_line_says_which(module, tmp_path):
+    """As after `pip install .` alone."""
+    for extra in ("torch", "onnx"):
+        missing = f"raise ModuleNotFoundError({f'No module named {extra}'!r}, name={extra!r})"
+        (tmp_path / f"{extra}.py").write_text(missing)
+    (tmp_path / "photos").mkdir()
+    line = f'"$0" -m {module} {WORK.get(module, "photos --out out")}'
+    done = subprocess.run(
+        ["bash", "-c", line, sys.executable], capture_output=True, text=True, cwd=tmp_path, timeout=60,
+        env={**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    )  # fmt: skip
+    said = done.stderr.splitlines()
+    assert done.returncode == 2 and len(said) == 1 and said[0].startswith("error: "), done.stderr
+    assert (
+        "torch" not in said[0] or "needs torch, which is not installed; pip install 'gdpo-sr[train,export]'" in said[0]
+    )
+
+
 def test_an_interrupt_inside_exec_has_its_exit_code_too(tmp_path):
     """Python would end itself by the signal, after the last line: dataclasses and others use exec."""
     (tmp_path / "command.py").write_text(

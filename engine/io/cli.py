@@ -106,7 +106,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except (ValueError, TypeError, RuntimeError, MemoryError, OSError, ImportError) as error:
         if os.environ.get("GDPO_TRACEBACK"):
             raise
-        text = str(error) or type(error).__name__
+        text = (
+            early.why_not_imported(error)
+            if isinstance(error, ModuleNotFoundError)
+            else str(error) or type(error).__name__
+        )
         if isinstance(error, OSError) and error.strerror and error.filename:
             text = f"{error.filename}: {error.strerror}"
         disk = isinstance(error, OSError) and error.errno in _DISK

@@ -1,14 +1,15 @@
 """What a command does before anything heavy is imported.
 
 Imports take up to seconds. Ctrl-C or SIGTERM meanwhile ends the process with one line, as it does later on: there is
-nothing to clean up yet. A standard stream that is closed becomes the null device, else the next file opened would get
-its number, and what is printed would end up in that file.
+nothing to clean up yet. So does an import that fails, for want of an extra's packages or of memory. A standard stream
+that is closed becomes the null device, else the next file opened would get its number, and what is printed would end up
+in that file.
 """
 
 import os
 import signal
 import sys
-from types import FrameType
+from types import FrameType, TracebackType
 
 CODES = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
 
@@ -22,6 +23,7 @@ def prepare_command() -> None:
     if name == "-m" or name.startswith("gdpo-"):
         open_streams()
         leave_on_signals()
+        sys.excepthook = leave_on_import_error
 
 
 def open_streams() -> None:
@@ -40,6 +42,22 @@ def leave_on_signals() -> None:
     for number in CODES:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, leave)
+
+
+def leave_on_import_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """One line in place of a traceback, as engine.io.cli.run does it later on."""
+    if os.environ.get("GDPO_TRACEBACK") or not isinstance(error, (ImportError, MemoryError, OSError)):
+        return sys.__excepthook__(kind, error, trace)
+    os.write(2, f"error: {why_not_imported(error)}\n".encode(errors="replace"))
+    os._exit(2)
+
+
+def why_not_imported(error: BaseException) -> str:
+    """What to say of an error that an import has met."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        return f"this command needs {package}, which is not installed; pip install 'gdpo-sr[train,export]'"
+    return f"what this command needs could not be loaded: {' '.join(str(error).split()) or type(error).__name__}"
 
 
 def leave(number: int, frame: FrameType | None) -> None:
