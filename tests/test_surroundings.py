@@ -37,7 +37,7 @@ WORK = {  # what each is asked to do, in a folder with photos/, small/ and folde
     "engine.app": "--model nowhere",
     "engine.bulk": "photos out --model nowhere",
     "gdpo.rewards": "serve no-such-reward",
-    "gdpo.hub": "model --overwrite",
+    "gdpo.hub": "model --overwrite --license apache-2.0",
     "gdpo.degradation": "--in photos --pairs out",
 }
 REFUSE = ("gdpo.assets", "gdpo.targets", "gdpo.merge", "engine.serve", "engine.app", "engine.bulk", "gdpo.rewards")
