@@ -54,7 +54,7 @@ def application(names: list[str], device: str) -> Any:
                 f"it there without a URL; served are {', '.join(n for n, s in SCORES.items() if s.statistic is None)}, "
                 "and module:function"
             )
-    rewards = {reward.name: reward for reward in build_rewards(names, device)}
+    rewards = dict(zip(names, build_rewards(names, device), strict=True))  # an old name is an address too
     one_at_a_time = threading.Lock()
 
     def scored(name: str, content: bytes) -> bytes:
@@ -67,7 +67,7 @@ def application(names: list[str], device: str) -> Any:
             there = ", ".join(f"/score/{known}" for known in rewards)
             return JSONResponse({"detail": f"no such reward here; there is {there}"}, 404)
         if request.method == "GET":
-            return JSONResponse({"name": name, "kind": rewards[name].kind})
+            return JSONResponse({"name": rewards[name].name, "kind": rewards[name].kind})
         try:
             content = await run_in_threadpool(scored, name, await request.body())
         except ValueError as error:
