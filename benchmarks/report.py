@@ -29,8 +29,13 @@ _COLUMNS = {  # key -> (heading, digits)
     "flat_hatch": ("hatch", 1),
     "oversharpening": ("oversharpening", 2),
 }
-_OURS = "faithful"
-_LABELS = {_OURS: f"**{_OURS}**", "hr": "HR", "Real-ESRGAN-anime": "animevideov3", "GDPO": "the first model"}
+_OURS = ("tiny", "faithful")
+_LABELS = {
+    **{model: f"**{model}**" for model in _OURS},
+    "hr": "HR",
+    "Real-ESRGAN-anime": "animevideov3",
+    "GDPO": "the first model",
+}
 _FORGOTTEN = {"NAOSD"}  # an earlier model's first stage
 
 
@@ -76,27 +81,28 @@ def quality(name: str) -> str:
 
 
 def targets() -> str:
-    """The targets of the bundled models, and what the one that was measured reaches."""
-    real, clean = quality_rows("realsr"), quality_rows("bicubic")
-    ours, took = real[_OURS], times("realsr")
-    seconds, ratio = took[_OURS], took[_OURS] / took["Real-ESRGAN-anime"]
-    checks = [
-        ("VGG distance", ours["vgg"], -1, "at most", 1.86),
-        ("NIQE*", ours["niqe"], -1, "at most", 8.2),
-        ("PIQE", ours["piqe"], -1, "at most", 62.0),
-        ("PIQE", ours["piqe"], 1, "at least", 37.0),
-        ("PSNR-Y", ours["psnr_y"], 1, "at least", 26.6),
-        ("dots, dB", ours["lattice_artefact"], -1, "at most", 0.6),
-        ("clean input, PSNR-Y", clean[_OURS]["psnr_y"], 1, "bicubic - 0.3", clean["bicubic"]["psnr_y"] - 0.3),
-        ("clean input, VGG distance", clean[_OURS]["vgg"], -1, "below bicubic", clean["bicubic"]["vgg"]),
-        ("seconds, 128 -> 512", seconds, -1, "at most", 0.10),
-        ("time against animevideov3", ratio, -1, "at most", 1.0),
+    """The targets, and what each of the bundled models reaches: they are one network, so one of them was timed."""
+    real, clean, took = quality_rows("realsr"), quality_rows("bicubic"), times("realsr")
+    bicubic, seconds = clean["bicubic"], next(took[model] for model in _OURS if model in took)
+    checks: list[tuple[str, Callable[[str], float], int, str, float]] = [
+        ("VGG distance", lambda m: real[m]["vgg"], -1, "at most", 1.86),
+        ("NIQE*", lambda m: real[m]["niqe"], -1, "at most", 8.2),
+        ("PIQE", lambda m: real[m]["piqe"], -1, "at most", 62.0),
+        ("PIQE", lambda m: real[m]["piqe"], 1, "at least", 37.0),
+        ("PSNR-Y", lambda m: real[m]["psnr_y"], 1, "at least", 26.6),
+        ("dots, dB", lambda m: real[m]["lattice_artefact"], -1, "at most", 0.6),
+        ("clean input, PSNR-Y", lambda m: clean[m]["psnr_y"], 1, "bicubic - 0.3", bicubic["psnr_y"] - 0.3),
+        ("clean input, VGG distance", lambda m: clean[m]["vgg"], -1, "below bicubic", bicubic["vgg"]),
+        ("seconds, 128 -> 512", lambda m: seconds, -1, "at most", 0.10),
+        ("time against animevideov3", lambda m: seconds / took["Real-ESRGAN-anime"], -1, "at most", 1.0),
     ]
-    lines = ["| | ours | target | |", "|---|---|---|---|"]
-    for name, value, sign, words, limit in checks:
-        lacking = sign * (limit - value)
-        verdict = "met" if lacking <= 0 else f"missed by {lacking:.3g}"
-        lines.append(f"| {name} | {value:.4g} | {words}: {limit:.4g} | {verdict} |")
+    lines = ["| | " + " | ".join(f"{model} |" for model in _OURS) + " target |", "|---" * (2 * len(_OURS) + 2) + "|"]
+    for name, of, sign, words, limit in checks:
+        cells = []
+        for value in map(of, _OURS):
+            lacking = sign * (limit - value)
+            cells += [f"{value:.4g}", "met" if lacking <= 0 else f"missed by {lacking:.3g}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {words}: {limit:.4g} |")
     return "\n".join(lines)
 
 
