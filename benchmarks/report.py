@@ -81,9 +81,9 @@ def quality(name: str) -> str:
 
 
 def targets() -> str:
-    """The targets, and what each of the bundled models reaches: they are one network, so one of them was timed."""
+    """The targets, and what each of the bundled models reaches."""
     real, clean, took = quality_rows("realsr"), quality_rows("bicubic"), times("realsr")
-    bicubic, seconds = clean["bicubic"], next(took[model] for model in _OURS if model in took)
+    bicubic, anime = clean["bicubic"], took["Real-ESRGAN-anime"]
     checks: list[tuple[str, Callable[[str], float], int, str, float]] = [
         ("VGG distance", lambda m: real[m]["vgg"], -1, "at most", 1.86),
         ("NIQE*", lambda m: real[m]["niqe"], -1, "at most", 8.2),
@@ -93,8 +93,8 @@ def targets() -> str:
         ("dots, dB", lambda m: real[m]["lattice_artefact"], -1, "at most", 0.6),
         ("clean input, PSNR-Y", lambda m: clean[m]["psnr_y"], 1, "bicubic - 0.3", bicubic["psnr_y"] - 0.3),
         ("clean input, VGG distance", lambda m: clean[m]["vgg"], -1, "below bicubic", bicubic["vgg"]),
-        ("seconds, 128 -> 512", lambda m: seconds, -1, "at most", 0.10),
-        ("time against animevideov3", lambda m: seconds / took["Real-ESRGAN-anime"], -1, "at most", 1.0),
+        ("seconds, 128 -> 512", lambda m: took[m], -1, "at most", 0.10),
+        ("time against animevideov3", lambda m: took[m] / anime, -1, "at most", 1.0),
     ]
     lines = ["| | " + " | ".join(f"{model} |" for model in _OURS) + " target |", "|---" * (2 * len(_OURS) + 2) + "|"]
     for name, of, sign, words, limit in checks:
