@@ -27,6 +27,7 @@ from jsonargparse.typing import PositiveInt
 
 from engine.io.cli import Parser, run
 from engine.io.folders import check_target
+from engine.runtime.foreign import is_engine
 from engine.runtime.upscaler import BUNDLED
 from gdpo.generator import NO_NOISE, OneStepGenerator
 from gdpo.model import lora
@@ -69,7 +70,7 @@ def convert(
         FileNotFoundError, FileExistsError, ValueError: naming what was wrong, expected, and what to do.
     """
     released = Path(released)
-    if not released.exists() and released.name == str(released) and (BUNDLED / released / "manifest.json").is_file():
+    if not released.exists() and released.name == str(released) and is_engine(BUNDLED / released):
         released = BUNDLED / released
     target = check_target(out, overwrite, released, *([] if base is None else [base]))
     if blocks is not None and not (base is None and not released.is_dir() and is_network(str(released))):
