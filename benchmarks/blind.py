@@ -19,7 +19,7 @@ from benchmarks.sheet import most_detail
 from engine.io import rows
 from engine.io.cli import Parser, run
 from engine.io.files import atomic_write
-from engine.io.images import Picture, read_image, write_image
+from engine.io.images import Picture, read_srgb, write_image
 from engine.runtime.resample import resize
 from gdpo.evaluation.sources import parse_source
 
@@ -41,7 +41,7 @@ def make(realsr: Path, model: str, against: str, out: Path, every: int, seed: in
     folder = out / f"{ours}-{other}"
     rng, key = np.random.default_rng(seed), {}
     for number, file in enumerate(sorted((realsr / "LR").glob("*.png"))[::every], start=1):
-        lr, hr = read_image(file).pixels, read_image(realsr / "HR" / file.name).pixels
+        lr, hr = read_srgb(file), read_srgb(realsr / "HR" / file.name)
         y, x = most_detail(hr, _SIDE)
         pair = {ours: nets[ours](lr), other: nets[other](lr) if other in nets else resize(lr, hr.shape[:2])}
         order = [ours, other] if rng.random() < 0.5 else [other, ours]

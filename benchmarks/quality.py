@@ -29,7 +29,7 @@ from engine import Upscaler
 from engine.io import rows
 from engine.io.cli import Parser, run
 from engine.io.files import atomic_write
-from engine.io.images import Picture, read_image, write_image
+from engine.io.images import Picture, read_srgb, write_image
 from engine.runtime.resample import resize
 from gdpo.degradation import Degradation, DegradationConfig
 from gdpo.evaluation.columns import OFFLINE
@@ -93,9 +93,9 @@ def upscale_all(nets: dict[str, Network], lr: Path, out: Path, every: int) -> di
         raise ValueError(f"{lr} holds no PNG pictures")
     seconds: dict[str, list[float]] = {name: [] for name in nets}
     for net in nets.values():  # warm up
-        net(read_image(files[0]).pixels)
+        net(read_srgb(files[0]))
     for file in tqdm(files, desc=out.parent.name):
-        pixels = read_image(file).pixels
+        pixels = read_srgb(file)
         for name, net in nets.items():
             started = time.perf_counter()
             picture = net(pixels)
@@ -109,11 +109,11 @@ def hatch(sr: Path, lr: Path, names: list[str]) -> dict[str, float]:
     """The mean of flat_hatch over a set's pictures, against their bicubic, for each network."""
     found: dict[str, list[float]] = {name: [] for name in names}
     for file in sorted(lr.glob("*.png")):
-        pixels = read_image(file).pixels
+        pixels = read_srgb(file)
         smooth = _tensor(resize(pixels, (pixels.shape[0] * 4, pixels.shape[1] * 4)))
         for name in names:
             if (picture := sr / name / file.name).is_file():
-                found[name].append(float(flat_hatch(_tensor(read_image(picture).pixels), smooth)))
+                found[name].append(float(flat_hatch(_tensor(read_srgb(picture)), smooth)))
     return {name: float(np.mean(values)) for name, values in found.items() if values}
 
 

@@ -17,7 +17,7 @@ from benchmarks.peers import PEERS
 from benchmarks.quality import networks
 from engine.io.cli import Parser, run
 from engine.io.files import atomic_path
-from engine.io.images import read_image
+from engine.io.images import read_srgb
 from engine.runtime.resample import resize
 
 _BORDER, _TITLE = 4, 16
@@ -48,7 +48,7 @@ def main() -> None:
         files = sorted((Path(args.realsr) / "LR").glob(f"{start}*.png"))
         if not files:
             raise ValueError(f"{args.realsr}/LR holds no picture whose name begins with {start}")
-        lr, hr = read_image(files[0]).pixels, read_image(Path(args.realsr) / "HR" / files[0].name).pixels
+        lr, hr = read_srgb(files[0]), read_srgb(Path(args.realsr) / "HR" / files[0].name)
         y, x = most_detail(hr, args.side)
         pictures = [resize(lr, hr.shape[:2]), *(net(lr) for net in nets.values()), hr]
         cuts = [picture[y : y + args.side, x : x + args.side] for picture in pictures]

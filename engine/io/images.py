@@ -28,7 +28,7 @@ from engine.io.picture import Header, ImageError, Notice, Picture, to_8_bit, upr
 from engine.io.sink import Sink
 
 __all__ = ["MAX_BYTES", "MAX_PIXELS", "MAX_SIDE", "READABLE", "SUFFIXES", "ImageError", "Picture", "Put",
-           "check_writable", "image_writer", "picture_size", "read_image", "write_image"]  # fmt: skip
+           "check_writable", "image_writer", "picture_size", "read_image", "read_srgb", "write_image"]  # fmt: skip
 
 MAX_PIXELS = 100_000_000  # of an input picture
 MAX_SIDE = 65_500  # decoders take seconds for pictures of a few columns and millions of rows
@@ -90,6 +90,23 @@ def read_image(
     except Exception as error:  # decoders raise nearly everything on damaged files: SyntaxError, struct.error, ...
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"{path}: damaged or truncated picture ({reason[:200]})") from error
+
+
+def read_srgb(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The pixels of one picture as sRGB, for what computes with them. Transparency is dropped.
+
+    Returns:
+        [H,W,3] uint8 or uint16; uint8 where a profile or colour tags said that the numbers are not sRGB.
+
+    Raises:
+        ImageError: as `read_image`, or its colours cannot become sRGB.
+    """
+    picture = read_image(path, max_pixels=max_pixels)
+    try:
+        convert = profiles.to_srgb_unless_it_is(picture)
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from error
+    return picture.pixels if convert is None else convert(picture.pixels)
 
 
 def picture_size(file: str | os.PathLike[str] | BinaryIO) -> tuple[int, int] | None:

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from engine.io.cli import Parser, run
-from engine.io.images import READABLE, Picture, check_writable, read_image, write_image
+from engine.io.images import READABLE, Picture, check_writable, read_srgb, write_image
 from gdpo.degradation.config import DegradationConfig
 from gdpo.degradation.pipeline import Degradation
 
@@ -57,8 +57,8 @@ def _photos(source: Path) -> list[Path]:
 
 
 def _read(path: Path) -> torch.Tensor:
-    """fp32 [1,3,H,W] in [0,1]."""
-    pixels = read_image(path, max_pixels=_MAX_PIXELS).pixels
+    """fp32 [1,3,H,W] in [0,1], sRGB."""
+    pixels = read_srgb(path, max_pixels=_MAX_PIXELS)
     values = pixels.astype(np.float32) / np.iinfo(pixels.dtype).max
     return torch.from_numpy(values).permute(2, 0, 1)[None]
 

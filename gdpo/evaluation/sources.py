@@ -9,15 +9,15 @@ from typing import Protocol
 
 import numpy as np
 
-from engine.io.images import READABLE, read_image
+from engine.io.images import READABLE, read_srgb
 from engine.runtime.foreign import is_engine
 from engine.runtime.resample import resize
 from gdpo.model.parts import refuse_checkpoint
 
 
 def read_rgb(path: Path) -> np.ndarray:
-    """[H,W,3] uint8; transparency is dropped. ValueError for 16 bit, which the papers' metrics do not define."""
-    pixels = read_image(path).pixels
+    """[H,W,3] uint8, sRGB; transparency is dropped. ValueError for 16 bit, which the papers' metrics do not define."""
+    pixels = read_srgb(path)
     if pixels.dtype != np.uint8:
         raise ValueError(f"{path}: metrics are defined on 8-bit pictures; this one has 16 bit")
     return pixels

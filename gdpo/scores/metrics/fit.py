@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 from engine.io.cli import Parser, run
 from engine.io.files import atomic_write
+from engine.io.images import read_srgb
+from engine.io.picture import to_8_bit
 from gdpo.scores.metrics import natural_scene, niqe_model
 from gdpo.scores.metrics.common import gaussian, smooth
 
@@ -61,8 +63,7 @@ def read_photos(folder: Path) -> list[np.ndarray]:
         raise ValueError(f"{folder} holds no .jpg or .png; fetch photos with: python -m gdpo.assets photos")
     out = []
     for path in tqdm(paths, desc="photos"):
-        with Image.open(path, formats=("JPEG", "PNG")) as image:
-            out.append(np.asarray(image.convert("RGB").reduce(2)))
+        out.append(np.asarray(Image.fromarray(to_8_bit(read_srgb(path))).reduce(2)))
     return out
 
 
