@@ -12,13 +12,14 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from argparse import ArgumentParser
 from collections import defaultdict
 
 import cv2
 import numpy as np
 import torch
+from jsonargparse.typing import PositiveInt
 
+from engine.io import cli
 from engine.io.rows import append_row, require_clean
 from gdpo.degradation import Degradation, DegradationConfig
 from gdpo.degradation.draw import draw_sample
@@ -56,12 +57,12 @@ def measure(size: int, batch: int, repeats: int, device: str) -> dict[str, float
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m benchmarks.degradation", description=__doc__)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256, 512])
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--device", default="cpu")
+    parser = cli.Parser(prog="python -m benchmarks.degradation", description=__doc__.split("\n")[0])
+    parser.add_argument("--sizes", type=PositiveInt, nargs="+", default=[128, 256, 512], help="sides of the crops")
+    parser.add_argument("--batch", type=PositiveInt, default=16, help="crops at once")
+    parser.add_argument("--threads", type=PositiveInt, default=2, help="threads of both ways")
+    parser.add_argument("--repeats", type=PositiveInt, default=15, help="batches of each way")
+    parser.add_argument("--device", default="cpu", help="device of the batched way")
     parser.add_argument("--dry-run", action="store_true", help="print only; the tree may have changes")
     args = parser.parse_args()
     if not args.dry_run:
@@ -86,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -30,8 +30,7 @@ wheels: diffusers and jsonargparse (both pure Python), and the two of TensorRT-R
 
 from __future__ import annotations
 
-import argparse  # nothing but the standard library here: what is not installed is for the parts to say
-import contextlib
+import contextlib  # beside the command line, the standard library alone: the parts say what is not installed
 import importlib.util
 import json
 import os
@@ -45,6 +44,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.io import cli
 from engine.io.files import atomic_write
 from engine.io.rows import RESULTS, ROOT, commit, environment, require_clean
 
@@ -357,15 +357,15 @@ def say(line: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="default: all")
+    parser = cli.Parser(prog="python -m benchmarks.gpu", description="Take every figure that needs a GPU.")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, metavar="PART", help="some of it (default: all)")
     parser.add_argument("--again", nargs="+", choices=PARTS, default=[], metavar="PART", help="even if done before")
     parser.add_argument(
         "--minutes", type=float, default=MINUTES, help="what is not reached by then waits for the next call"
     )
     parser.add_argument("--out", type=Path, help="logs and state (default: runs/gpu, dry: runs/gpu-dry)")
     parser.add_argument("--cache", type=Path, help="the random model, compiled kernels (default: OUT/cache)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="rows and plots (default: benchmarks/results)")
+    parser.add_argument("--results", type=Path, help="rows and plots (default: benchmarks/results)")
     parser.add_argument("--dry", action="store_true", help="miniature, on the CPU; no rows")
     parser.add_argument("--list", action="store_true", help="name the parts and what they need, and end")
     options = parser.parse_args()
@@ -375,41 +375,27 @@ def main() -> int:
     if not options.minutes > 0:
         parser.error(f"--minutes must be above 0; got {options.minutes:g}")
     gpu = None if options.dry else environment()["machine"]["gpu"]
+    if not options.dry:
+        require_clean()
+        if gpu is None:
+            raise RuntimeError("there is no NVIDIA GPU here (nvidia-smi finds none); --dry runs on the CPU")
+    out = (options.out or ROOT / "runs" / ("gpu-dry" if options.dry else "gpu")).resolve()
+    cache = (options.cache or out / "cache").resolve()
+    for folder in (out, cache):
+        folder.mkdir(parents=True, exist_ok=True)
+    scale = scale_of(options.minutes, options.dry)
+    run = Run(options.dry, out, cache, (options.results or RESULTS).resolve(), commit()[0], gpu, scale=scale)
+    asked = {*(options.parts or PARTS), *options.again}
+    asked |= {before for name in asked for before in PARTS[name].after}
+    wanted = [name for name in PARTS if name in asked]
     try:
-        if not options.dry:
-            require_clean()
-            if gpu is None:
-                raise RuntimeError("there is no NVIDIA GPU here (nvidia-smi finds none); --dry runs on the CPU")
-        out = (options.out or ROOT / "runs" / ("gpu-dry" if options.dry else "gpu")).resolve()
-        cache = (options.cache or out / "cache").resolve()
-        for folder in (out, cache):
-            folder.mkdir(parents=True, exist_ok=True)
-        scale = scale_of(options.minutes, options.dry)
-        run = Run(options.dry, out, cache, options.results.resolve(), commit()[0], gpu, scale=scale)
-        asked = {*options.parts, *options.again}
-        asked |= {before for name in asked for before in PARTS[name].after}
-        wanted = [name for name in PARTS if name in asked]
-        try:
-            problems = run_parts(wanted, options.again, run, options.minutes)
-        finally:
-            say(f"packed: {pack(run)}")
-    except (RuntimeError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        problems = run_parts(wanted, options.again, run, options.minutes)
+    finally:  # also where it is interrupted
+        say(f"packed: {pack(run)}")
     for problem in problems:
         print(f"not done: {problem}", file=sys.stderr)
     return 1 if problems else 0
 
 
-def _terminate(signum: int, frame: object) -> None:
-    sys.exit(143)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        code = main()
-    except KeyboardInterrupt:
-        print("interrupted; what is done is kept", file=sys.stderr)
-        code = 130
-    sys.exit(code)
+    cli.run(main)

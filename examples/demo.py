@@ -14,6 +14,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from engine.io.cli import run as run_command
+
 RUNS = Path("runs/demo")
 # A held-out photo, and what of it is upscaled.
 PHOTO, WINDOW = "coffee", (150, 60, 406, 316)
@@ -75,6 +77,6 @@ Minutes of training show that everything works, not what the method can do: docs
 
 if __name__ == "__main__":
     try:
-        main()
+        run_command(main)
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)
