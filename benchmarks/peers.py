@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from engine.io.files import atomic_write, sha256
 from gdpo.assets import fetch
 from gdpo.model.ncnn import load_ncnn, network
-from gdpo.model.networks import load_network
+from gdpo.model.spandrel_networks import load_network
 
 _PACKAGES = {  # file -> (command that downloads it into the current folder, sha256)
     "upscalerjs-esrgan-thick-1.0.0.tgz": (

@@ -33,11 +33,11 @@ from gdpo.generator import NO_NOISE, OneStepGenerator
 from gdpo.model import lora
 from gdpo.model.codecs import load_codec
 from gdpo.model.exported import from_export
-from gdpo.model.networks import PUBLISHED, is_network
 from gdpo.model.parts import load_pretrained, read_json
 from gdpo.model.prompts import PromptEncoder
 from gdpo.model.released import ReleasedLora, read_released
 from gdpo.model.single_file import save_single_file
+from gdpo.model.spandrel_networks import PUBLISHED, is_network
 
 RELEASED_ALPHA = 8  # peft's default, which the authors' code left: the scale is 8 / rank
 OSEDIFF_TIMESTEPS = (NO_NOISE, 999)  # (t_noise, t_diffusion) of its released code
@@ -58,7 +58,7 @@ def convert(
 
     Args:
         released: the LoRA file, a diffusers folder with unet/ and perhaps vae/, an exported tiny model or the name of a
-            bundled one, or a network: a file of weights or a name of gdpo.model.networks.PUBLISHED.
+            bundled one, or a network: a file of weights or a name of gdpo.model.spandrel_networks.PUBLISHED.
         out: the folder to make.
         base: the diffusers folder to complete them from; a released folder that is complete needs none.
         lora_alpha: the LoRA's scale is lora_alpha / rank.

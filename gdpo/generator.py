@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from gdpo.model import folders, hub, lora, lora_files, lora_layers
+from gdpo.model.architectures import fresh_unet, works_on_pixels
 from gdpo.model.codecs import PixelCodec, load_codec, save_codec
 from gdpo.model.compact import CompactUNetConfig
 from gdpo.model.network_unet import NetworkUNet
-from gdpo.model.networks import PUBLISHED, load_network
 from gdpo.model.parts import (
     disk_errors,
     read_json,
@@ -29,8 +29,8 @@ from gdpo.model.parts import (
     write_pipeline,
 )
 from gdpo.model.prompts import POSITIVE_PROMPT, PromptEncoder
+from gdpo.model.spandrel_networks import PUBLISHED, load_network
 from gdpo.model.tiny import TinyUNetConfig
-from gdpo.model.unets import pixel_unet, works_on_pixels
 
 DEFAULT_SCHEDULE = {
     "_class_name": "DDPMScheduler",
@@ -125,21 +125,21 @@ class OneStepGenerator(nn.Module):
     def tiny(
         cls, config: TinyUNetConfig | CompactUNetConfig | None = None, *, seed: int = 0, **kwargs
     ) -> OneStepGenerator:
-        """A fresh generator of the tiny preset (VAE-free), initialised by `seed` alone."""
+        """A fresh generator without a VAE, of this shape (None: the tiny preset's), initialised by `seed` alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(pixel_unet(config), PixelCodec(4), parametrization="residual", **kwargs)
+            return cls(fresh_unet(config or TinyUNetConfig()), PixelCodec(4), parametrization="residual", **kwargs)
 
     @classmethod
     def of_network(cls, name: str, blocks: Sequence[int] | None = None, **kwargs) -> OneStepGenerator:
         """A generator that gives a published x4 or x2 network's own picture, whatever the noise, until it is trained.
 
         Args:
-            name: a file of weights, or a name of gdpo.model.networks.PUBLISHED, which gdpo.assets has fetched.
+            name: a file of weights, or a name of gdpo.model.spandrel_networks.PUBLISHED, which gdpo.assets has fetched.
             blocks: keep these of an RRDBNet's residual blocks alone; None: all.
 
         Raises:
-            FileNotFoundError, ValueError, RuntimeError: see gdpo.model.networks.load_network.
+            FileNotFoundError, ValueError, RuntimeError: see gdpo.model.spandrel_networks.load_network.
         """
         file = Path(name)
         if name in PUBLISHED:

@@ -83,9 +83,9 @@ def interpolate(trained: OneStepGenerator, base: OneStepGenerator, strength: flo
 def base_of(name: str | os.PathLike[str]) -> OneStepGenerator:
     """The generator that training would start from; what makes it needs the packages of training."""
     from gdpo.train.options import ModelConfig
-    from gdpo.train.setup import base_of
+    from gdpo.train.start import starting_generator
 
-    return base_of(ModelConfig(pretrained=os.fspath(name)), seed=0)
+    return starting_generator(ModelConfig(pretrained=os.fspath(name)), seed=0)
 
 
 def generator_of(checkpoint: Path) -> OneStepGenerator:

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from gdpo.generator import OneStepGenerator
+from gdpo.model.architectures import works_on_pixels
 from gdpo.model.diffusers_patches import fold_constants, fold_upsampling, skip_divisions
-from gdpo.model.unets import works_on_pixels
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -14,8 +14,8 @@ import torch
 from engine.runtime import manifest
 from engine.runtime.nodes import is_grouped
 from gdpo.generator import OneStepGenerator
+from gdpo.model.architectures import ARCHITECTURES
 from gdpo.model.compact import CompactUNet
-from gdpo.model.unets import PIXEL_UNETS
 
 _PREFIX = "step.unet."
 
@@ -53,7 +53,7 @@ def from_export(folder: str | os.PathLike[str]) -> OneStepGenerator:
         kind_of_unet = "CompactUNet" if "recover.weight" in weights else "TinyUNet"
         if not slopes and kind_of_unet == "CompactUNet":
             weights = CompactUNet.join_slopes(weights)
-        config = PIXEL_UNETS[kind_of_unet].config_of(weights)
+        config = ARCHITECTURES[kind_of_unet].unet.config_of(weights)
         timesteps = {t: int(about.model[t]) for t in ("t_noise", "t_diffusion")}
         generator = OneStepGenerator.tiny(config, **timesteps)
         kept = {k: v for k, v in generator.unet.state_dict().items() if "time" in k}

@@ -11,9 +11,8 @@ import torch
 
 from engine.runtime.foreign import is_engine
 from gdpo.model import hub, lora
-from gdpo.model.network_unet import NetworkUNet
-from gdpo.model.parts import first_line, load_pretrained, read_config, read_tensors, refuse_checkpoint
-from gdpo.model.unets import PIXEL_UNETS, works_on_pixels
+from gdpo.model.architectures import ARCHITECTURES, stored_unet, works_on_pixels
+from gdpo.model.parts import load_pretrained, read_config, read_tensors, refuse_checkpoint
 
 
 def resolve(folder: str | os.PathLike[str]) -> Path:
@@ -69,24 +68,11 @@ def load_unet(folder: Path, dtype: torch.dtype | None) -> Any:
         raise FileNotFoundError(f"{folder / 'config.json'}: no such file; a model folder needs unet/config.json")
     config = read_config(folder / "config.json")
     kind = config.get("_class_name")
-    weights = folder / "diffusion_pytorch_model.safetensors"
-    if kind == "NetworkUNet":
-        network = NetworkUNet.from_weights(config, read_tensors(weights), str(folder))
-        return network.to(dtype) if dtype else network
-    if kind in PIXEL_UNETS:
-        state = read_tensors(weights)
-        with torch.device("meta"):  # judged before anything of its size is made
-            needed = sum(p.numel() for p in PIXEL_UNETS[kind].from_config(config).parameters())
-        if needed > 2 * sum(value.numel() for value in state.values()):
-            raise ValueError(f"{folder / 'config.json'} asks for {needed} parameters, which {weights.name} has not")
-        unet = PIXEL_UNETS[kind].from_config(config)
-        try:
-            unet.load_state_dict(state)
-        except RuntimeError as error:
-            raise ValueError(f"{weights} does not fit unet/config.json: {first_line(error)}") from None
+    if kind in ARCHITECTURES:
+        unet = stored_unet(config, read_tensors(folder / "diffusion_pytorch_model.safetensors"), str(folder))
         return unet.to(dtype) if dtype else unet
     if kind != "UNet2DConditionModel":
-        known = ", ".join(["UNet2DConditionModel", *PIXEL_UNETS, "NetworkUNet"])
+        known = ", ".join(["UNet2DConditionModel", *ARCHITECTURES])
         raise ValueError(f"{folder / 'config.json'}: _class_name is {kind!r}; known are {known}")
     from diffusers import UNet2DConditionModel
 

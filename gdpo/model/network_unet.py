@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gdpo.model.compact import bicubic
-from gdpo.model.networks import Network, network_of
+from gdpo.model.spandrel_networks import Network, network_of
 from gdpo.model.tiny import UNetOutput
 
 CHANNELS = 48  # of a latent: 3 colours, unshuffled by 4
@@ -73,7 +73,7 @@ class NetworkUNet(nn.Module):
     """A published network with the call signature of a diffusers UNet. The timestep is not used.
 
     Args:
-        network: as gdpo.model.networks reads it.
+        network: as gdpo.model.spandrel_networks reads it.
         source: "file" and "sha256" of where it is from.
         signal: the factor of the picture in the noisy latent, sqrt(alpha_bar) of the generator's t_noise.
 

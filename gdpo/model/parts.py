@@ -128,6 +128,8 @@ def read_config(file: Path) -> dict:
 
     for key, value in content.items():
         judge(key, value, 1)
+    if not isinstance(content.get("_class_name", ""), str):
+        raise ValueError(f"{file}: _class_name must be a text; got {content['_class_name']!r:.40}")
     return content
 
 

@@ -12,7 +12,7 @@ from gdpo.generator import OneStepGenerator
 from gdpo.model import lora, lora_files
 from gdpo.train import checkpoint as checkpoints
 from gdpo.train.options import ModelConfig
-from gdpo.train.setup import base_of
+from gdpo.train.start import starting_generator
 
 _ADAPTED = re.compile(r"(?P<name>.+\.(lora_A|lora_B|lora_magnitude_vector))\.default(?P<leaf>\.weight|\.bias)?")
 _WHOLE = ".modules_to_save.default."
@@ -34,7 +34,7 @@ def generator_at(folder: Path) -> OneStepGenerator:
         )
     options = {k: v for k, v in identity["model"].items() if k in ModelConfig.__dataclass_fields__}
     model = ModelConfig(**options)
-    generator = base_of(model, int(identity.get("seed", 0)))
+    generator = starting_generator(model, int(identity.get("seed", 0)))
     trained = found.tensors["ema"] if found.tensors.get("ema") else found.tensors["trainable"]
     for part, module in (("unet", generator.unet), ("vae", generator.vae)):
         tensors = _of_part(trained, part)

@@ -23,6 +23,7 @@ from gdpo.train.options import (
     resumable,
     several,
 )
+from gdpo.train.start import FRESH
 from gdpo.train.teacher import TeacherConfig
 
 # Options that are a path, or several.
@@ -335,7 +336,7 @@ class GDPOConfig(TrainConfig):
             require(0 <= float(self.rho) <= 1, "rho", "'auto' or a number in [0,1]", self.rho)
         require(not self.model.full, "model.full", "false for gdpo (the reference is the UNet with its LoRA off)", True)
         expected = "the folder of a trained generator (gdpo.train naosd, or: python -m gdpo.convert tiny --out FOLDER)"
-        require(self.model.pretrained not in ("tiny", "compact"), "model.pretrained", expected, self.model.pretrained)
+        require(self.model.pretrained not in FRESH, "model.pretrained", expected, self.model.pretrained)
 
     def identity(self) -> dict[str, Any]:
         """A reward over HTTP may move to another host and port."""

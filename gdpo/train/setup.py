@@ -17,16 +17,16 @@ from torch import nn
 
 from gdpo.generator import OneStepGenerator
 from gdpo.model import lora
+from gdpo.model.architectures import works_on_pixels
 from gdpo.model.diffusers_patches import norms_in_own_precision, skip_divisions
 from gdpo.model.prompts import PromptEncoder
-from gdpo.model.tiny import TinyUNetConfig
 from gdpo.model.training_patches import keep_and_fold_upsampling, undivided_attention
-from gdpo.model.unets import works_on_pixels
 from gdpo.photos.dataset import Batch, CropDataset, loader
 from gdpo.photos.mixture import HeldOut, Mixture
 from gdpo.randomness import normal
 from gdpo.train.config import TrainConfig
 from gdpo.train.options import ModelConfig, several
+from gdpo.train.start import starting_generator
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -71,52 +71,13 @@ def tracker(config: TrainConfig) -> str | None:
     return config.report_to
 
 
-def read_base(config: TrainConfig) -> OneStepGenerator:
-    """The generator that training starts from, in the precision of its files, with earlier LoRA weights merged."""
-    return base_of(config.model, config.seed)
-
-
-def base_of(model: ModelConfig, seed: int) -> OneStepGenerator:
-    """`read_base`, of what it depends on."""
-    if model.pretrained == "tiny":
-        shape = TinyUNetConfig(block_out_channels=model.block_out_channels, layers_per_block=model.layers_per_block)
-        generator = OneStepGenerator.tiny(
-            shape, seed=seed, t_noise=model.t_noise, t_diffusion=model.t_diffusion
-        ).requires_grad_(False)
-    elif model.pretrained == "compact":
-        generator = _compact(model.t_noise, model.t_diffusion)
-    else:
-        generator = OneStepGenerator.from_pretrained(model.pretrained, model.t_noise, model.t_diffusion).merge_lora()
-    if model.prompt is not None and generator.uses_text:
-        generator.prompt, generator.prompt_embeds = model.prompt, None
-    return generator
-
-
-def _compact(t_noise: int | None, t_diffusion: int | None) -> OneStepGenerator:
-    """The compact network with a published one's weights.
-
-    Raises:
-        FileNotFoundError: they have not been fetched; the message names the command that does.
-    """
-    from gdpo.assets import asset
-    from gdpo.model.compact import CompactUNetConfig, rebase, start_from
-    from gdpo.model.ncnn import load_ncnn
-    from gdpo.photos.drawn import small_pictures
-
-    generator = OneStepGenerator.tiny(CompactUNetConfig(), t_noise=t_noise, t_diffusion=t_diffusion)
-    layers = load_ncnn(asset("real-esrgan") / "REALESRGAN_ANIMAVIDEOV3_UP4X")
-    start_from(generator.unet, layers, a_noise=generator.a_n)
-    rebase(generator.unet, small_pictures(16))
-    return generator.requires_grad_(False)
-
-
 def base_generator(config: TrainConfig, accelerator: Accelerator) -> OneStepGenerator:
     """The frozen base on its device, held once, in the training precision when only a LoRA is trained on it.
 
     Raises:
         ValueError: crops that this model cannot take.
     """
-    model, generator = config.model, read_base(config)
+    model, generator = config.model, starting_generator(config.model, config.seed)
     if config.data.crop_size % generator.multiple:
         raise ValueError(
             f"data.crop_size must be a multiple of {generator.multiple} for this model; got {config.data.crop_size}"
@@ -149,7 +110,7 @@ def save_trained(generator: OneStepGenerator, config: TrainConfig, folder: Path)
     """
     if config.model.full:
         return generator.save_pretrained(folder)
-    base = read_base(config)
+    base = starting_generator(config.model, config.seed)
     with tempfile.TemporaryDirectory() as work:
         for name, trained, own in (("unet", generator.unet, base.unet), ("vae", generator.vae, base.vae)):
             if trained is None:

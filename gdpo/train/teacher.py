@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from engine.io.files import atomic_path, atomic_write, sha256
 from gdpo.degradation import Degradation
 from gdpo.model.ncnn import load_ncnn, network
-from gdpo.model.networks import PUBLISHED, load_network
 from gdpo.model.parts import disk_errors
+from gdpo.model.spandrel_networks import PUBLISHED, load_network
 from gdpo.photos.dataset import CropDataset
 from gdpo.randomness import generator_for, normal, uniform
 from gdpo.train.options import expanded

@@ -304,7 +304,7 @@ def report(folder: str) -> dict[str, Any]:
         options: dict[str, Any] = {"algorithm": "diffusion_dpo", "reward_weights": [1.0, 2.0]}
         for preset in ("dpo", "tiny"):
             if preset == "tiny":
-                setup.read_base = lambda config: generator.OneStepGenerator.tiny(TinyUNetConfig())
+                setup.starting_generator = lambda *_: generator.OneStepGenerator.tiny(TinyUNetConfig())
             method = gdpo_step._method(folder, accelerator, 64, 3, **options)
             small = batch._replace(hr=torch.rand(1, 3, 64, 64).to("cuda"))
             watch.waits.clear()

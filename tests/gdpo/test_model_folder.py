@@ -102,6 +102,8 @@ STRANGE = {
     "schedule": ("sd", "scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}, "must be a whole number"),
     "tiny width": ("tiny", "unet/config.json", {"block_out_channels": [1 << 19, 16]}, "asks for"),
     "tiny text": ("tiny", "unet/config.json", {"block_out_channels": "wide"}, "unet/config.json"),
+    "tiny class": ("tiny", "unet/config.json", {"_class_name": ["TinyUNet"]}, "_class_name must be a text"),
+    "codec class": ("tiny", "vae/config.json", {"_class_name": {}}, "_class_name must be a text"),
     "factor": ("tiny", "vae/config.json", {"factor": 10**5}, "factor must be a whole number from 1 to 64"),
     "timestep": ("tiny", "generator.json", {"t_noise": [1]}, "t_noise must be int"),
 }

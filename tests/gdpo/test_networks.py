@@ -15,7 +15,7 @@ from gdpo.convert import convert, main
 from gdpo.generator import OneStepGenerator
 from gdpo.merge import merge
 from gdpo.model.network_unet import Recovery
-from gdpo.model.networks import import_spandrel, read_state, state_of_ncnn
+from gdpo.model.spandrel_networks import import_spandrel, read_state, state_of_ncnn
 from tests.support import commands
 
 try:

@@ -15,7 +15,7 @@ from gdpo.convert import convert, to_network
 from gdpo.generator import OneStepGenerator
 from gdpo.model import lora
 from gdpo.model.compact import CompactUNetConfig
-from gdpo.model.networks import import_spandrel
+from gdpo.model.spandrel_networks import import_spandrel
 from gdpo.model.tiny import TinyUNetConfig
 
 try:
