@@ -44,15 +44,18 @@ def upload(folder: Path, repo: str, *, private: bool = False, message: str = "Up
     from huggingface_hub import HfApi
 
     api = HfApi()
-    with hub_errors(f"{PREFIX}{repo}"):
+    with hub_errors(f"{PREFIX}{repo}", "so nothing was pushed; try again"):
         made = api.create_repo(repo, private=private or None, exist_ok=True)
         api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=message)
     return str(made)
 
 
+_NO_COPY = "and there is no complete copy in the cache; name a local folder, or try again"
+
+
 @contextmanager
-def hub_errors(name: str) -> Iterator[None]:
-    """Inside, what huggingface_hub raises becomes one sentence."""
+def hub_errors(name: str, without: str = _NO_COPY) -> Iterator[None]:
+    """Inside, what huggingface_hub raises becomes one sentence; `without` ends that of a Hub that cannot be reached."""
     from huggingface_hub import errors
 
     unreachable = (errors.HTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)
@@ -73,8 +76,7 @@ def hub_errors(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: the Hub refused ({first_line(error)}){remedy}") from None
     except unreachable:
         raise ConnectionError(
-            f"{name}: the Hub cannot be reached, and there is no complete copy in the cache; name a local folder, or "
-            "try again with a network (HF_HUB_OFFLINE must not be 1)"
+            f"{name}: the Hub cannot be reached, {without} with a network (HF_HUB_OFFLINE must not be 1)"
         ) from None
 
 

@@ -65,7 +65,7 @@ def test_a_push_that_must_be_offline_is_one_sentence(model, tmp_path):
     command = ["gdpo.hub", tmp_path / "model", "--license=apache-2.0", "--push=org/name"]
     done = run(*command, HF_TOKEN="hf_x", HF_HUB_OFFLINE="1")
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "hub:org/name: the Hub cannot be reached" in done.stderr
+    assert "hub:org/name: the Hub cannot be reached, so nothing was pushed; try again with a network" in done.stderr
 
 
 def test_nothing_but_a_hub_name_touches_the_network(monkeypatch):
