@@ -6,7 +6,6 @@ Leaf names follow diffusers' training scripts, the RL names follow TRL.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass
-from operator import attrgetter
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -16,7 +15,7 @@ from gdpo.train.options import (
     ModelConfig,
     above_0,
     at_least,
-    expanded,
+    expand_paths,
     future,
     require,
     require_values,
@@ -25,10 +24,6 @@ from gdpo.train.options import (
 )
 from gdpo.train.start import FRESH
 from gdpo.train.teacher import TeacherConfig
-
-# Options that are a path, or several.
-PATHS = ("output_dir", "resume_from_checkpoint", "model.pretrained", "data.folder", "data.pairs.lr", "data.pairs.hr",
-         "data.validation.lr", "data.validation.hr")  # fmt: skip
 
 
 @dataclass
@@ -71,7 +66,7 @@ class TrainConfig:
         backend: implementation of gdpo.kernels.
     """
 
-    output_dir: str = resumable("runs/train")
+    output_dir: str = resumable("runs/train", path=True)
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -92,7 +87,7 @@ class TrainConfig:
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     checkpointing_steps: int = resumable(500)
     checkpoints_total_limit: int = resumable(3)
-    resume_from_checkpoint: str | None = resumable(None)
+    resume_from_checkpoint: str | None = resumable(None, path=True)
     allow_data_change: bool = resumable(False)
     validation_steps: int = resumable(500)
     validation_images: int = resumable(4)
@@ -106,14 +101,7 @@ class TrainConfig:
     backend: Literal["auto", "torch", "triton"] = resumable("auto")
 
     def __post_init__(self) -> None:
-        for name in PATHS:
-            part, _, leaf = name.rpartition(".")
-            options = attrgetter(part)(self) if part else self
-            value = getattr(options, leaf)
-            if isinstance(value, str):
-                setattr(options, leaf, expanded(name, value))
-            elif value is not None:
-                setattr(options, leaf, [expanded(name, one) for one in value])
+        expand_paths(self)
 
     def validate(self) -> None:
         """Raise ValueError naming the option, what it must be, and what it is."""

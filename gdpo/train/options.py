@@ -10,14 +10,19 @@ from operator import attrgetter
 from typing import Any, Literal, get_args, get_type_hints
 
 
-def resumable(default: Any) -> Any:
-    """An option that a resumed run may set anew, because the trained weights do not depend on it."""
-    return field(default=default, metadata={"resumable": True})
+def resumable(default: Any, *, path: bool = False) -> Any:
+    """An option that a resumed run may set anew, because the trained weights do not depend on it; perhaps a path."""
+    return field(default=default, metadata={"resumable": True, "path": path})
 
 
 def future(default: Any) -> Any:
     """An option that a resumed run may change, which is said: only the steps to come depend on it."""
     return field(default=default, metadata={"future": True})
+
+
+def path_option(default: str) -> Any:
+    """An option that is a path; see `expand_paths`."""
+    return field(default=default, metadata={"path": True})
 
 
 def several(value: list[str] | str | None) -> list[str]:
@@ -59,12 +64,22 @@ def require_values(options: Any, prefix: str = "") -> None:
             require(finite, name, "finite", value)
 
 
-def expanded(name: str, path: str) -> str:
-    """A path with ~ and environment variables ($NAME, ${NAME}) filled in, as a shell does; a YAML file has no shell.
+def expand_paths(options: Any, prefix: str = "") -> None:
+    """Fill in ~ and environment variables ($NAME, ${NAME}) in every path, as a shell does; a YAML file has no shell.
 
     Raises:
-        ValueError: a variable that is not set; `name` is the option's.
+        ValueError: a variable that is not set, naming the option.
     """
+    for f in fields(options):
+        name, value = f"{prefix}{f.name}", getattr(options, f.name)
+        if is_dataclass(value):
+            expand_paths(value, f"{name}.")
+        elif f.metadata.get("path") and value is not None:
+            paths = [_expanded(name, one) for one in several(value)]
+            setattr(options, f.name, paths[0] if isinstance(value, str) else paths)
+
+
+def _expanded(name: str, path: str) -> str:
     if os.path.exists(path):
         return path
     filled = os.path.expanduser(os.path.expandvars(path))
@@ -96,7 +111,7 @@ class ModelConfig:
         layers_per_block: residual blocks per width of a fresh tiny UNet.
     """
 
-    pretrained: str = "tiny"
+    pretrained: str = path_option("tiny")
     t_noise: int | None = None
     t_diffusion: int | None = None
     full: bool = False
@@ -124,8 +139,8 @@ class PairsConfig:
         weights: with several, how often each is drawn relative to the others; None: in proportion to its pictures.
     """
 
-    lr: list[str] | str | None = resumable(None)  # noqa: RUF009
-    hr: list[str] | str | None = resumable(None)  # noqa: RUF009
+    lr: list[str] | str | None = resumable(None, path=True)  # noqa: RUF009
+    hr: list[str] | str | None = resumable(None, path=True)  # noqa: RUF009
     ratio: float = 0.5
     weights: list[float] | None = None
 
@@ -139,8 +154,8 @@ class ValidationConfig:
         hr: HR pictures, as in data.pairs.
     """
 
-    lr: str | None = resumable(None)
-    hr: str | None = resumable(None)
+    lr: str | None = resumable(None, path=True)
+    hr: str | None = resumable(None, path=True)
 
 
 @dataclass
@@ -161,7 +176,7 @@ class DataConfig:
         captions: use the captions.jsonl of the folder as prompts instead of the fixed prompt.
     """
 
-    folder: list[str] | str = resumable("data/crops")  # noqa: RUF009
+    folder: list[str] | str = resumable("data/crops", path=True)  # noqa: RUF009
     weights: list[float] | None = None
     pairs: PairsConfig = field(default_factory=PairsConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)

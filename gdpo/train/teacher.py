@@ -34,7 +34,7 @@ from gdpo.model.parts import disk_errors
 from gdpo.model.spandrel_networks import PUBLISHED, load_network
 from gdpo.photos.dataset import CropDataset
 from gdpo.randomness import generator_for, normal, uniform
-from gdpo.train.options import expanded
+from gdpo.train.options import path_option
 
 _FORMAT, _SCALE = 1, 4
 _GRAIN = 32  # a grain of one standard deviation in the stored 8-bit numbers
@@ -62,19 +62,15 @@ class TeacherConfig:
         cache: folder of the targets.
     """
 
-    name: str = ""
+    name: str = path_option("")
     share: float = 0.5
     weight: float = 0.7
     on: Literal["degraded", "clean", "all"] = "degraded"
     noise: float = 0.0
     count: int = 400
     crop_size: int = 256
-    folder: str = ""
-    cache: str = "data/targets"
-
-    def __post_init__(self) -> None:
-        for name in ("name", "folder", "cache"):
-            setattr(self, name, expanded(f"teacher.{name}", getattr(self, name)))
+    folder: str = path_option("")
+    cache: str = path_option("data/targets")
 
     @property
     def is_generator(self) -> bool:

@@ -275,14 +275,6 @@ def test_the_command_makes_them_all_in_parts_and_again_none(world, tmp_path):
     assert own.returncode == 2 and "teacher.name is self" in own.stderr
 
 
-def test_paths_are_filled_in_as_a_shell_does(monkeypatch):
-    monkeypatch.setenv("CROPS", "/data")
-    config = TeacherConfig(name="~/x4", folder="$CROPS/a", cache="${CROPS}/b")
-    assert (config.name, config.folder, config.cache) == (str(Path("~/x4").expanduser()), "/data/a", "/data/b")
-    with pytest.raises(ValueError, match=r"teacher.cache must name .* that are set; \$NOT_SET is not"):
-        TeacherConfig(cache="$NOT_SET/t")
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"weight": 1.5}, "teacher.weight must be from 0 to 1"), ({"crop_size": 32}, "at least data.crop_size 64")],

@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
+from operator import attrgetter
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -66,6 +68,23 @@ def test_a_key_that_comes_twice_is_refused(text, tmp_path, refused):
     (tmp_path / "c.yaml").write_text(text)
     line = refused("naosd", f"--config={tmp_path / 'c.yaml'}")
     assert "comes twice" in line and text.split()[-2].rstrip(":") in line
+
+
+PATHS = ("output_dir", "resume_from_checkpoint", "model.pretrained", "data.folder", "data.pairs.lr", "data.pairs.hr",
+         "data.validation.lr", "data.validation.hr", "teacher.name", "teacher.folder", "teacher.cache")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_every_path_is_filled_in_as_a_shell_does(name, monkeypatch):
+    monkeypatch.setenv("CROPS", "/data")
+    config = NAOSDConfig()
+    part, _, leaf = name.rpartition(".")
+    for text, filled in (("${CROPS}/a", "/data/a"), ("~/a", os.path.expanduser("~/a"))):
+        setattr(attrgetter(part)(config) if part else config, leaf, text)
+        assert attrgetter(name)(replace(config)) == filled
+    setattr(attrgetter(part)(config) if part else config, leaf, "$NOT_SET/a")
+    with pytest.raises(ValueError, match=rf"^{name} must name environment variables that are set; \$NOT_SET is not"):
+        replace(config)
 
 
 def test_paths_may_start_at_home_and_name_variables(monkeypatch, tmp_path):
