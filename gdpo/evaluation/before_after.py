@@ -65,9 +65,9 @@ class Options:
     noises: int = 4
     reward_funcs: tuple[str, ...] = ("psnr_y", "naturalness")
     reward_weights: tuple[float, ...] | None = None
-    reward_normalization: Normalization = "group"
-    rho: float | Literal["auto"] = "auto"
-    texture_threshold: float = 50.0
+    reward_normalization: Normalization = GroupReward.normalization
+    rho: float | Literal["auto"] = GroupReward.rho
+    texture_threshold: float = GroupReward.threshold
     preset: str = "realesrgan"
     metrics: tuple[str, ...] = ("auto",)
     seed: int = 20_000

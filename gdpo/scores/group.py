@@ -13,6 +13,7 @@ inside the group:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -28,6 +29,17 @@ from gdpo.scores.rewards import Reward, require_finite
 
 Normalization = Literal["group", "weighted", "none"]
 KINDS: tuple[Kind, Kind] = ("fidelity", "perceptual")
+
+
+def check_options(rewards: int, weights: Sequence[float] | None, rho: float | Literal["auto"]) -> None:
+    """Raise ValueError naming an option of GroupReward with so many rewards, as training and evaluation call it."""
+    if weights is not None:
+        if len(weights) != rewards:
+            raise ValueError(f"reward_weights must have one number per reward function ({rewards}); got {len(weights)}")
+        if not all(0 < weight < math.inf for weight in weights):
+            raise ValueError(f"reward_weights must be finite and above 0; got {list(weights)}")
+    if rho != "auto" and not 0 <= rho <= 1:
+        raise ValueError(f"rho must be 'auto' or a number in [0,1]; got {rho}")
 
 
 class Judged(NamedTuple):
@@ -62,6 +74,8 @@ class GroupReward:
         rho: the smooth share, in [0,1]; "auto" takes the picture's own (the paper).
         threshold: complexity above which a patch counts as texture.
         backend: of gdpo.kernels.
+
+    The options of training and evaluation take their defaults from here.
     """
 
     rewards: Sequence[Reward]
@@ -76,11 +90,7 @@ class GroupReward:
             raise ValueError(
                 f"reward_normalization must be {', '.join(get_args(Normalization))}; got {self.normalization!r}"
             )
-        if self.weights is not None and len(self.weights) != len(self.rewards):
-            raise ValueError(
-                f"reward_weights must have one number per reward function ({len(self.rewards)}); "
-                f"got {len(self.weights)}"
-            )
+        check_options(len(self.rewards), self.weights, self.rho)
 
     def start(self, samples: Tensor, target: Tensor) -> dict[str, Callable[[], Tensor]]:
         """Send the samples to the rewards that other processes compute; by name, functions that wait for them."""

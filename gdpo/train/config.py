@@ -10,6 +10,8 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from gdpo.degradation import DegradationConfig
+from gdpo.scores.group import GroupReward, Normalization, check_options
+from gdpo.scores.remote import Patience
 from gdpo.train.options import (
     DataConfig,
     ModelConfig,
@@ -291,11 +293,11 @@ class GDPOConfig(TrainConfig):
     mean_reward_std: float = 0.3
     reward_funcs: list[str] = field(default_factory=lambda: ["psnr_y", "maniqa", "musiq"])
     reward_weights: list[float] | None = None
-    reward_timeout: float = resumable(60.0)
-    reward_patience: float = resumable(600.0)
-    reward_normalization: Literal["group", "weighted", "none"] = "group"
-    rho: float | Literal["auto"] = "auto"
-    texture_threshold: float = 50.0
+    reward_timeout: float = resumable(Patience.timeout)
+    reward_patience: float = resumable(Patience.wait)
+    reward_normalization: Normalization = GroupReward.normalization
+    rho: float | Literal["auto"] = GroupReward.rho
+    texture_threshold: float = GroupReward.threshold
     texture_weighted_loss: bool = False
     shared_noise: bool = False
     reuse_latents: bool = False
@@ -313,15 +315,7 @@ class GDPOConfig(TrainConfig):
         above_0(self, "reward_timeout")
         at_least(0, self, "reward_patience")
         require(bool(self.reward_funcs), "reward_funcs", "at least one name", self.reward_funcs)
-        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
-            raise ValueError(
-                f"reward_weights must have one number per reward function ({len(self.reward_funcs)}); "
-                f"got {len(self.reward_weights)}"
-            )
-        if self.reward_weights is not None:
-            require(min(self.reward_weights) > 0, "reward_weights", "above 0", self.reward_weights)
-        if self.rho != "auto":
-            require(0 <= float(self.rho) <= 1, "rho", "'auto' or a number in [0,1]", self.rho)
+        check_options(len(self.reward_funcs), self.reward_weights, self.rho)
         require(not self.model.full, "model.full", "false for gdpo (the reference is the UNet with its LoRA off)", True)
         expected = "the folder of a trained generator (gdpo.train naosd, or: python -m gdpo.convert tiny --out FOLDER)"
         require(self.model.pretrained not in FRESH, "model.pretrained", expected, self.model.pretrained)
