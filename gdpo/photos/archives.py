@@ -64,12 +64,13 @@ class Shards(Archive):
 
     def __init__(self, where: Path, shards: list[Path], skip_broken: bool, progress: bool) -> None:
         super().__init__(where, [], [])
-        self.shards = shards
+        self.shards, self.stems, self.first = shards, _stems(shards), ""
         self.texts: dict[str, _Part] = {}  # by SHARD/KEY
         for number, shard in enumerate(shards):
             self._index(number, shard, skip_broken, progress)
         if not self.found:
-            raise ValueError(f"{where}: its shards hold no pictures ({' '.join(sorted(READABLE))})")
+            instead = f", but {self.first} and the like" if self.first else ""
+            raise ValueError(f"{where}: its shards hold no pictures ({' '.join(sorted(READABLE))}){instead}")
 
     def _index(self, number: int, shard: Path, skip_broken: bool, progress: bool) -> None:
         """Where each picture of a shard is and how large; remembered until the shard changes."""
@@ -98,12 +99,13 @@ class Shards(Archive):
 
             stats = [(parts[n].bytes, parts[n].offset) for n in pictures]
             sizes = remembered_sizes(f"sizes\0{what}", pictures, stats, look, progress)
-        stem = shard.stem
+        stem, self.first = self.stems[number], self.first or next(iter(parts), "")
         self.found += [Found(f"{stem}/{n}", parts[n].bytes, x, parts[n]) for n, x in zip(pictures, sizes)]
         self.texts |= {f"{stem}/{n[:-4]}": part for n, part in parts.items() if n.endswith(".txt")}
 
     def label(self, picture: Found) -> str:
-        return f"{self.shards[picture.place.shard]}: {picture.name.partition('/')[2]}"
+        number = picture.place.shard
+        return f"{self.shards[number]}: {picture.name[len(self.stems[number]) + 1 :]}"
 
     def read(self, picture: Found) -> Picture:
         label = self.label(picture)
@@ -128,11 +130,23 @@ class Shards(Archive):
                 for key, part in self.texts.items():
                     if part.shard == number:
                         file.seek(part.offset)
-                        texts[key] = file.read(part.bytes).decode("utf-8", "replace").strip()
+                        try:
+                            texts[key] = file.read(part.bytes).decode("utf-8-sig").strip()
+                        except UnicodeDecodeError as error:
+                            raise ValueError(f"{shard}: {key}.txt is not UTF-8 text ({error})") from None
         keys = {
             p.name: f"{p.name.rpartition('/')[0]}/{p.name.rpartition('/')[2].partition('.')[0]}" for p in self.found
         }
         return {name: texts[key] for name, key in keys.items() if key in texts}
+
+
+def _stems(shards: list[Path]) -> list[str]:
+    """What names in each shard begin with: its file's name, with the folders above it where two have the same name."""
+    stems = [shard.stem for shard in shards]
+    if len(set(stems)) == len(stems):
+        return stems
+    above = os.path.commonpath([os.path.abspath(shard.parent) for shard in shards])
+    return [os.path.relpath(os.path.abspath(shard.with_suffix("")), above) for shard in shards]
 
 
 def _members(shard: Path) -> tuple[dict[str, tuple[int, ...]], str]:
@@ -199,7 +213,11 @@ class Arrow(Archive):
             self._index(split, len(part), columns, fingerprint, progress)
             self.identity += fingerprint
         if not self.found:
-            raise ValueError(f"{where} has no column of the type Image with pictures in it")
+            columns = ", ".join(dict.fromkeys(c for part in splits.values() for c in part.column_names))
+            raise ValueError(
+                f"{where} has no column of the type Image with pictures in it; its columns are {columns} "
+                "(dataset.cast_column(NAME, datasets.Image()) makes one of encoded pictures)"
+            )
 
     def _index(self, split: str, rows: int, columns: list[str], fingerprint: str, progress: bool) -> None:
         places = [(split, row, column) for row in range(rows) for column in columns]
@@ -232,5 +250,6 @@ class Arrow(Archive):
             column = next((c for c in ("caption", "text") if c in part.column_names), None)
             if column:
                 texts = part[column][:]
-                found |= {p.name: str(texts[p.place[1]]) for p in self.found if p.place[0] == split}
+                rows = ((p.name, texts[p.place[1]]) for p in self.found if p.place[0] == split)
+                found |= {name: text for name, text in rows if isinstance(text, str)}
         return found or None

@@ -62,10 +62,11 @@ class CropDataset:
         lr: where the LR pictures lie (`open_pairs`); None: there are none, the HR is to be degraded.
         skip_small: leave out pictures smaller than the crop.
         skip_broken: leave out files that are no pictures, and pictures without partner.
+        captions: read the captions, of which each picture must then have one.
         progress: show a bar while many headers are read.
 
     Attributes:
-        names: of the pictures, relative to `folder`. `captions`: one for each, or None.
+        names: of the pictures, relative to `folder`. `captions`: one for each; None where there are none, or unread.
         fingerprint: a hash of names and file sizes; two datasets with the same one give the same samples.
         notes: what was left out, a line each.
 
@@ -83,22 +84,22 @@ class CropDataset:
         lr: str | Path | None = None,
         skip_small: bool = False,
         skip_broken: bool = False,
+        captions: bool = True,
         progress: bool = True,
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
         if crop_size < 1:
             raise ValueError(f"crop_size must be positive; got {crop_size}")
-        self.folder, self.split, self.crop_size = Path(folder), split, crop_size
+        self.folder, self.split, self.crop_size, self._captioned = Path(folder), split, crop_size, captions
         self._lr: Store | None = None
-        self._partners: dict[str, Found] = {}
         if lr is None:
             self._store = open_store(folder, skip_broken=skip_broken, progress=progress)
             self._found = hr_alone(self._store)
             self.notes = self._store.notes
         else:
             pairs = open_pairs(str(lr), str(folder), skip_broken=skip_broken, progress=progress)
-            self._store, self._lr, self._found, self._partners, self.notes = pairs
+            self._store, self._lr, self._found, self.notes = pairs
         self._take(skip_small, skip_broken)
 
     def held_out(self) -> CropDataset:
@@ -135,17 +136,17 @@ class CropDataset:
         digest = hashlib.blake2b(self._store.identity.encode(), digest_size=16)
         for picture in self._kept:
             digest.update(f"{picture.name}\0{picture.bytes}\0".encode("utf-8", "surrogateescape"))
-            if partner := self._partners.get(picture.name):
+            if partner := picture.partner:
                 digest.update(f"{partner.name}\0{partner.bytes}\0".encode("utf-8", "surrogateescape"))
         self.fingerprint = digest.hexdigest()
-        self.captions = _captions(self._store, self.names)
+        self.captions = _captions(self._store, self.names) if self._captioned else None
         self._order = functools.lru_cache(maxsize=2)(self._permutation)
 
     def _check_scales(self) -> None:
         """A crop must start and end at a pixel of the LR."""
         for picture in self._kept if self._lr is not None else ():
-            partner = self._partners[picture.name]
-            scale = picture.size[0] // partner.size[0]  # type: ignore[operator]
+            assert picture.partner is not None  # of every pair
+            scale = picture.size[0] // picture.partner.size[0]  # type: ignore[operator]
             if self.crop_size % scale:
                 raise ValueError(
                     f"crop_size must be a multiple of {scale}: {self._store.label(picture)} is {scale} times as large "
@@ -205,9 +206,9 @@ class CropDataset:
 
     def _partner(self, found: Found, picture: Picture) -> tuple[Picture | None, int]:
         """The LR of a pair, and how many times larger the HR is."""
-        if self._lr is None:
+        partner = found.partner
+        if self._lr is None or partner is None:
             return None, 1
-        partner = self._partners[found.name]
         small = self._lr.read(partner)
         scale = magnification(picture.pixels.shape[:2], small.pixels.shape[:2])
         if not scale or self.crop_size % scale:

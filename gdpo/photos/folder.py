@@ -297,6 +297,28 @@ def write_cache(file: Path, rows: Sequence[tuple[str, tuple[int, ...]]]) -> None
         pass
 
 
+def read_text(path: Path) -> str:
+    """A text file, without the mark with which some editors begin it.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error})") from None
+
+
+def captions_of(path: Path) -> dict[str, str]:
+    """file -> caption of a captions.jsonl. What is no text (null, a list) is no caption.
+
+    Raises:
+        ValueError: names file and line.
+    """
+    rows = read_jsonl(path, "file", "caption")
+    return {str(row["file"]): row["caption"] for row in rows if isinstance(row["caption"], str)}
+
+
 def read_jsonl(path: Path, *keys: str) -> list[dict]:
     """The objects of a JSON-lines file, each of which must have these keys.
 
@@ -304,11 +326,7 @@ def read_jsonl(path: Path, *keys: str) -> list[dict]:
         ValueError: names file and line.
     """
     rows = []
-    try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error})") from None
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         try:

@@ -22,7 +22,7 @@ class Mixture:
 
     def __init__(self, parts: Sequence[CropDataset], shares: Sequence[float]) -> None:
         self.parts = list(parts)
-        weights = [Fraction(share).limit_denominator(1_000_000) for share in shares]
+        weights = [Fraction(share).limit_denominator(1_000_000) or Fraction(share) for share in shares]
         left = [sum(weights[i:], Fraction()) for i in range(len(weights))]
         self._of_rest = [weight / rest for weight, rest in zip(weights, left)]
         fingerprints = "".join(part.fingerprint for part in self.parts)

@@ -15,15 +15,13 @@ class Pairs(NamedTuple):
 
     Attributes:
         hr, lr: where they lie.
-        found: the HR pictures; `size` is the part that the LR shows, or says why the pair cannot be used.
-        partners: name of the HR -> its LR.
+        found: the HR pictures with their partners; `size` is what the LR shows, or why the pair cannot be used.
         notes: what was left out, a line each.
     """
 
     hr: Store
     lr: Store
     found: list[Found]
-    partners: dict[str, Found]
     notes: list[str]
 
 
@@ -51,8 +49,8 @@ def open_pairs(lr: str, hr: str, *, skip_broken: bool = False, progress: bool = 
         matched = list(zip(of_hr.found, of_lr.found))
     else:
         matched = _by_name(of_hr, of_lr, skip_broken, notes)
-    found = [h._replace(size=_shown(of_hr, of_lr, h, l)) for h, l in matched]
-    return Pairs(of_hr, of_lr, found, {h.name: l for h, l in matched}, notes)
+    found = [h._replace(size=_shown(of_hr, of_lr, h, l), partner=l) for h, l in matched]
+    return Pairs(of_hr, of_lr, found, notes)
 
 
 def _by_name(hr: Store, lr: Store, skip_broken: bool, notes: list[str]) -> list[tuple[Found, Found]]:
@@ -81,7 +79,8 @@ def _of_side(store: Store, side: str, both: bool) -> list[Found]:
     kept = [picture for picture, own in zip(store.found, sides) if own == side or (own is None and side == "HR")]
     if not kept:
         raise ValueError(
-            f"{store.where} holds no {side} pictures by their names, such as x_{'HR' if side == 'HR' else 'LR4'}.png"
+            f"{store.where} holds no {side} pictures by their names, such as x_{'HR' if side == 'HR' else 'LR4'}.png "
+            f"or {side.lower()}/x.png; its first is called {store.found[0].name}"
         )
     return kept
 

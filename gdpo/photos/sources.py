@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gdpo.photos.folder import listing, natural, read_jsonl, refuse_pairs
+from gdpo.photos.folder import captions_of, listing, natural, refuse_pairs
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,11 @@ def find_sources(photos: list[Path], out: Path) -> Sources:
                 raise ValueError(f"{sources[name].path} and {path} would both be called {name}; rename a folder")
             sources[name] = Source(path, name)
         if beside.is_file():
-            rows = read_jsonl(beside, "file", "caption")
-            mine = {n: str(r["caption"]) for r in rows if (n := f"{prefix}{r['file']}") in names}
-            if rows and not mine and root.is_dir():
+            captions = captions_of(beside)
+            mine = {n: caption for file, caption in captions.items() if (n := f"{prefix}{file}") in names}
+            if captions and not mine and root.is_dir():
                 raise ValueError(
-                    f"{beside} names {rows[0]['file']} and others, none of which is a photo in {given}; "
+                    f"{beside} names {next(iter(captions))} and others, none of which is a photo in {given}; "
                     "its names must be paths below that folder"
                 )
             found.captions |= mine

@@ -5,20 +5,40 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.io.images import READABLE, Picture, read_image
-from gdpo.photos.folder import Listing, Size, listing, picture_sizes, read_jsonl, refuse_pairs, side_of
+from gdpo.photos.folder import (
+    Listing,
+    Size,
+    captions_of,
+    listing,
+    picture_sizes,
+    read_jsonl,
+    read_text,
+    refuse_pairs,
+    side_of,
+)
 
 
 class Found(NamedTuple):
-    """A picture of a store: its name there, bytes, (width, height) or why it cannot be read, and where it lies."""
+    """A picture of a store.
+
+    Attributes:
+        name: in the store.
+        bytes: of its file.
+        size: (width, height), or why it cannot be read.
+        place: where the store has it.
+        partner: of an HR picture, its LR.
+    """
 
     name: str
     bytes: int
     size: Size
     place: Any = None
+    partner: Found | None = None
 
 
 class Store:
@@ -56,7 +76,7 @@ class Store:
         file = self.captions_at
         if not file.is_file():
             return None
-        return {str(row["file"]): str(row["caption"]) for row in read_jsonl(file, "file", "caption")}
+        return captions_of(file)
 
     def __getstate__(self) -> dict:  # what a worker that is not forked gets; each of its pictures names itself
         return self.__dict__ | {"found": []}
@@ -86,7 +106,7 @@ def open_store(where: str | Path, *, pairs: bool = False, skip_broken: bool = Fa
             raise ValueError(
                 f"{where} is a file; name a folder of pictures, a list of them (.txt), or tar shards (.tar)"
             )
-        return _listed(path, progress)
+        return _listed(path, skip_broken, progress)
     if not path.is_dir():
         remedy = "" if pairs else "; make one of crops with: python -m gdpo.prepare"
         raise ValueError(f"{where} is not a folder{remedy}")
@@ -107,24 +127,27 @@ def _shards(where: str) -> list[Path]:
         raise ValueError(f"{where}: pictures are read at any place of a shard, so it must be a plain .tar; unpack it")
     if not where.lower().endswith(".tar"):
         return []
-    found = []
+    found: list[Path] = []
     for name in _braces(where):
         names = sorted(glob.glob(name)) if re.search(r"[*?\[]", name) else [name]
-        found += [Path(n) for n in names]
-    missing = [str(path) for path in found if not path.is_file()]
-    if missing or not found:
-        raise ValueError(f"{missing[0] if missing else where}: no such shard")
+        for path in map(Path, names):
+            if not path.is_file():
+                raise ValueError(f"{path}: no such shard")
+            found.append(path)
+    if not found:
+        raise ValueError(f"{where}: no such shard")
     return found
 
 
-def _braces(name: str) -> list[str]:
+def _braces(name: str) -> Iterator[str]:
     """ "F-{000..012}.tar" -> F-000.tar, F-001.tar, ..., as WebDataset writes it."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", name)
     if not match:
-        return [name]
+        yield name
+        return
     first, last = match.groups()
-    numbers = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
-    return [all_of for n in numbers for all_of in _braces(f"{name[: match.start()]}{n}{name[match.end() :]}")]
+    for n in range(int(first), int(last) + 1):
+        yield from _braces(f"{name[: match.start()]}{str(n).zfill(len(first))}{name[match.end() :]}")
 
 
 def _prepared(folder: Path) -> list[Found]:
@@ -174,27 +197,31 @@ class FileList(Store):
         return None
 
 
-def _listed(file: Path, progress: bool) -> Store:
+def _listed(file: Path, skip_broken: bool, progress: bool) -> Store:
     """A file's pictures: a line each, relative to the list's folder; what follows in brackets (BasicSR) is dropped."""
     found = Listing(file.parent)
-    try:
-        lines = file.read_text("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text ({error})") from None
-    for number, line in enumerate(lines, 1):
+    missing: dict[int, str] = {}  # position in the list -> why
+    for number, line in enumerate(read_text(file).splitlines(), 1):
         name = re.sub(r"\s+\([\d, ]+\)$", "", line.strip())
         if not name or name.startswith("#"):
             continue
         try:
             status = os.stat(file.parent / name)
-        except OSError:
-            raise ValueError(f"{file}, line {number}: {name!r:.200} is not there; a line is a picture's path") from None
+            stats = (status.st_size, status.st_mtime_ns)
+        except (OSError, ValueError):  # a name with a zero byte
+            reason = f"{file}, line {number}: {name!r:.200} is not there"
+            if not skip_broken:
+                raise ValueError(f"{reason}; a line is a picture's path") from None
+            missing[len(found.names)], stats = reason, (0, 0)
         found.names.append(name)
-        found.stats.append((status.st_size, status.st_mtime_ns))
+        found.stats.append(stats)
     if not found.names:
         raise ValueError(f"{file} lists no pictures; write a path on each line")
-    sizes = picture_sizes(found, progress=progress, what=os.path.realpath(file))
-    entries = [Found(n, s[0], x) for n, s, x in zip(found.names, found.stats, sizes)]
+    here = [i for i in range(len(found.names)) if i not in missing]
+    there = Listing(file.parent, [found.names[i] for i in here], [found.stats[i] for i in here])
+    sizes = iter(picture_sizes(there, progress=progress, what=os.path.realpath(file)))
+    listed = enumerate(zip(found.names, found.stats))
+    entries = [Found(n, s[0], missing[i] if i in missing else next(sizes)) for i, (n, s) in listed]
     return FileList(file.parent, entries, [])
 
 

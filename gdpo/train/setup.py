@@ -153,6 +153,7 @@ def dataset_of(config: TrainConfig, accelerator: Accelerator) -> CropDataset | M
                 lr=lr,
                 skip_small=data.skip_small,
                 skip_broken=data.on_error == "skip",
+                captions=data.captions,
                 progress=accelerator.is_local_main_process,
             )
             for folder, lr in sources
@@ -181,7 +182,7 @@ def validation_batch(config: TrainConfig, dataset: CropDataset | Mixture, count:
     if data.validation.hr is not None:
         lr, skip = data.validation.lr, data.on_error == "skip"
         held: CropDataset | HeldOut = CropDataset(
-            data.validation.hr, "val", data.crop_size, lr=lr, skip_small=True, skip_broken=skip
+            data.validation.hr, "val", data.crop_size, lr=lr, skip_small=True, skip_broken=skip, captions=data.captions
         )
     elif isinstance(dataset, Mixture):
         held = HeldOut([part.held_out() for part in dataset.parts])

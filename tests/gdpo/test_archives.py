@@ -119,12 +119,34 @@ def test_broken_shards_are_named_and_what_is_whole_of_them_can_be_used(tmp_path)
     for name, line in (
         ("x.tar", "no such shard"),
         ("x-{0..1}.tar", "x-0.tar: no such shard"),
+        ("x-{0..999999999}.tar", "x-0.tar: no such shard"),
         ("x.tar.gz", "plain .tar"),
     ):
         with pytest.raises(ValueError, match=line):
             CropDataset(tmp_path / name, "train", 32)
-    with pytest.raises(ValueError, match="hold no pictures"):
+    with pytest.raises(ValueError, match=r"hold no pictures \(.*\), but a\.txt and the like"):
         CropDataset(shard(tmp_path / "e.tar", {"a.txt": b"text"}), "train", 32)
+
+
+def test_shards_of_one_name_are_told_apart(tmp_path):
+    """x/0.tar and y/0.tar hold other pictures of the same names, with other captions."""
+    for n, folder in enumerate("xy"):
+        (tmp_path / folder).mkdir()
+        shard(tmp_path / folder / "0.tar", {"a.png": png(n), "a.txt": f"of {folder}".encode()})
+    data = CropDataset(tmp_path / "*" / "0.tar", "val", 48)
+    assert data.names == ["x/0/a.png", "y/0/a.png"] and data.captions == ["of x", "of y"]
+    assert torch.equal(data.item(1, seed=0, sample=0)["hr"], pixels(png(1)))
+    damaged = png(2)[:2000]
+    shard(tmp_path / "y" / "0.tar", {"a.png": damaged, "a.txt": b"cut"})
+    with pytest.raises(ImageError, match=rf"{tmp_path}/y/0\.tar: a\.png: damaged"):
+        CropDataset(tmp_path / "*" / "0.tar", "val", 48).item(1, seed=0, sample=0)
+
+
+def test_captions_count_only_where_they_are_asked_for(tmp_path):
+    path = shard(tmp_path / "a.tar", {"0.png": png(0), "0.txt": b"caf\xe9", "1.png": png(1)})
+    assert CropDataset(path, "val", 48, captions=False).captions is None
+    with pytest.raises(ValueError, match=r"a\.tar: a/0\.txt is not UTF-8 text"):
+        CropDataset(path, "val", 48)
 
 
 def test_a_damaged_picture_of_a_shard_is_named(tmp_path):
@@ -170,6 +192,17 @@ def test_hugging_face_datasets_on_disk(tmp_path):
     pairs = CropDataset(tmp_path / "pairs", "val", 32, lr=tmp_path / "pairs")
     item = pairs.item(1, seed=0, sample=0)
     assert len(pairs) == 2 and torch.equal(item["hr"][:, ::4, ::4], item["lr"])
+
+    with pytest.raises(ValueError, match=r"both holds no HR|both holds no LR pictures .*; its first is called train/"):
+        CropDataset(tmp_path / "both", "val", 32, lr=tmp_path / "both")
+    datasets.Dataset.from_dict({"picture": [png(0)]}).save_to_disk(tmp_path / "bytes")
+    with pytest.raises(ValueError, match=r"bytes has no column of the type Image .*; its columns are picture"):
+        CropDataset(tmp_path / "bytes", "train", 48)
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    rows = {"image": [{"bytes": png(i), "path": None} for i in range(2)], "text": ["a picture", None]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "null")
+    with pytest.raises(ValueError, match=r"null has no caption for 1 of 2 pictures, the first 00000001/image"):
+        CropDataset(tmp_path / "null", "train", 48)
 
     [arrow] = (tmp_path / "one").glob("*.arrow")
     arrow.write_bytes(arrow.read_bytes()[:300])

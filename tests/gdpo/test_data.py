@@ -205,6 +205,19 @@ def test_a_captions_file_that_is_no_text_is_named(tmp_path):
         CropDataset(tmp_path, "train", 32)
 
 
+def test_a_caption_is_text(tmp_path):
+    """Null is none, and a mark at the file's beginning belongs to no line."""
+    for name in "ab":
+        Image.effect_noise((64, 64), 50).save(tmp_path / f"{name}.png")
+    rows = '{"file": "a.png", "caption": "noise"}\n{"file": "b.png", "caption": null}\n'
+    (tmp_path / "captions.jsonl").write_text(rows, "utf-8-sig")
+    with pytest.raises(ValueError, match=r"has no caption for 1 of 2 pictures, the first b\.png"):
+        CropDataset(tmp_path, "train", 32)
+    assert CropDataset(tmp_path, "train", 32, captions=False).captions is None
+    (tmp_path / "captions.jsonl").write_text(rows.replace("null", '"more"'), "utf-8-sig")
+    assert CropDataset(tmp_path, "train", 32).captions == ["noise", "more"]
+
+
 @pytest.fixture
 def store(tmp_path):
     """A store of three pictures, and a folder of links."""

@@ -133,6 +133,41 @@ def test_list_files_name_pictures_and_pairs_line_by_line(tmp_path):
         CropDataset(tmp_path / "hr.txt", "train", 32)
 
 
+def test_lists_as_other_programs_write_them(tmp_path):
+    """A byte order mark, Windows' line ends, lines that come twice (each with its own LR), absolute paths."""
+    pairs(tmp_path, [("a/1.png", "b/x.png"), ("a/2.png", "b/y.png")])
+    shrink(tmp_path / "a/1.png", tmp_path / "b/half.png", 2)
+    hr, lr = tmp_path / "hr.txt", tmp_path / "lr.txt"
+    hr.write_bytes(f"\ufeffa/1.png\r\n{tmp_path}/a/2.png\r\na/1.png\r\n".encode())
+    lr.write_bytes("\ufeffb/x.png\r\nb/y.png\r\nb/half.png\r\n".encode())
+    data = CropDataset(hr, "val", 32, lr=lr)
+    assert data.names == ["a/1.png", f"{tmp_path}/a/2.png", "a/1.png"]
+    for index, scale in enumerate((4, 4, 2)):
+        item = data.item(index, seed=0, sample=0)
+        assert torch.equal(item["hr"][:, ::scale, ::scale], item["lr"])
+    hr.write_bytes("a/1.png\n".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"hr\.txt is not UTF-8 text"):
+        CropDataset(hr, "train", 32)
+
+
+def test_what_a_list_names_in_vain_is_left_out_when_asked(tmp_path):
+    """Line by line, so that the other pairs stay pairs."""
+    pairs(tmp_path, [("a/1.png", "b/x.png"), ("a/2.png", "b/y.png"), ("a/3.png", "b/z.png")])
+    hr, lr = tmp_path / "hr.txt", tmp_path / "lr.txt"
+    hr.write_text("a/1.png\na/2.png\na/3.png\n")
+    lr.write_text("b/lost\0.png\nb/y.png\nb/z.png\n")
+    with pytest.raises(ValueError, match=r"lr\.txt, line 1: 'b/lost\\x00\.png' is not there"):
+        CropDataset(hr, "val", 32, lr=lr)
+    data = CropDataset(hr, "val", 32, lr=lr, skip_broken=True)
+    assert data.names == ["a/2.png", "a/3.png"] and "lr.txt, line 1" in data.notes[0]
+    for index in (0, 1):
+        item = data.item(index, seed=0, sample=0)
+        assert torch.equal(item["hr"][:, ::4, ::4], item["lr"])
+    hr.write_text("a/9.png\n")
+    with pytest.raises(ValueError, match=r"hr\.txt, line 1: 'a/9\.png' is not there"):
+        CropDataset(hr, "train", 32, skip_broken=True)
+
+
 def test_a_mixture_keeps_its_shares_and_every_picture_comes_once_an_epoch(tmp_path):
     for name, count in (("a", 3), ("b", 5), ("c", 2)):
         for i in range(count):
@@ -152,3 +187,14 @@ def test_a_mixture_keeps_its_shares_and_every_picture_comes_once_an_epoch(tmp_pa
         ("0.png", "a"), ("1.png", "a"), ("0.png", "b"), ("2.png", "b"), ("0.png", "c"),
     ]  # fmt: skip
     assert len(held.spread(2)) == 2 and len(held.spread(100)) == 10
+
+
+def test_a_share_may_be_as_small_as_one_likes(tmp_path):
+    for name in "ab":
+        draw(tmp_path / name / "0.png", 32, 32)
+    parts = [CropDataset(tmp_path / name, "train", 32) for name in "ab"]
+    for shares in ([1, 1e-9], [1e-9, 1]):
+        mixture = Mixture(parts, shares)
+        rare = parts[shares.index(1e-9)]
+        assert sum(mixture.part_of(sample)[0] is rare for sample in range(1000)) <= 1
+        assert sum(mixture.part_of(10**9 + k)[0] is rare for k in range(-9, 9)) == 1
