@@ -6,10 +6,11 @@ import hashlib
 from pathlib import Path
 
 import comfy.model_management
+import comfy.utils
 import folder_paths
 import numpy as np
 import torch
-from comfy_api.v0_0_2 import ComfyAPISync, ComfyExtension, io
+from comfy_api.v0_0_2 import ComfyExtension, io
 
 from engine import Upscaler
 from engine.runtime import color
@@ -154,13 +155,13 @@ class Upscale(io.ComfyNode):
         tile: int,
         color: str,
     ) -> io.NodeOutput:
-        execution = ComfyAPISync().execution
+        bar = comfy.utils.ProgressBar(len(image))  # ComfyAPISync().execution is missing in ComfyUI 0.3.68
         results = []
         for number, picture in enumerate(image):
 
             def progress(done: int, total: int, number: int = number) -> None:
                 comfy.model_management.throw_exception_if_processing_interrupted()  # it ends the picture
-                execution.set_progress(value=number * total + done, max_value=len(image) * total)
+                bar.update_absolute(number * total + done, len(image) * total)
 
             options = {"seed": seed, "scale": scale, "tile": tile or None, "color": color, "progress": progress}
             results.append(enlarge(upscaler, picture.cpu().numpy(), strength, **options))

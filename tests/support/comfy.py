@@ -92,12 +92,12 @@ def install(monkeypatch: Any, io: Any, models: Path) -> State:
     """ComfyUI's modules with this `io`, for one test."""
     state = State(models)
 
-    class Execution:
-        def set_progress(self, value: float, max_value: float, node_id: str | None = None, preview_image: Any = None):
-            state.progress.append((value, max_value))
+    class ProgressBar:
+        def __init__(self, total: int, node_id: str | None = None):
+            self.total = total
 
-    class ComfyAPISync:
-        execution = Execution()
+        def update_absolute(self, value: int, total: int | None = None, preview: Any = None) -> None:
+            state.progress.append((value, total or self.total))
 
     def check() -> None:
         if state.interrupted:
@@ -106,14 +106,17 @@ def install(monkeypatch: Any, io: Any, models: Path) -> State:
     def add(name: str, path: str, is_default: bool = False) -> None:
         state.paths.setdefault(name, []).append(path)
 
-    modules: dict[str, Any] = {n: types.ModuleType(n) for n in ("comfy", "comfy.model_management", "folder_paths")}
+    names = ("comfy", "comfy.model_management", "comfy.utils", "folder_paths")
+    modules: dict[str, Any] = {n: types.ModuleType(n) for n in names}
     modules["comfy"].model_management = modules["comfy.model_management"]
+    modules["comfy"].utils = modules["comfy.utils"]
+    modules["comfy.utils"].ProgressBar = ProgressBar
     modules["comfy.model_management"].throw_exception_if_processing_interrupted = check
     modules["folder_paths"].models_dir = str(models)
     modules["folder_paths"].add_model_folder_path = add
     modules["folder_paths"].get_folder_paths = lambda name: state.paths[name]
     api: Any = types.ModuleType("comfy_api.v0_0_2")
-    api.io, api.ComfyAPISync, api.ComfyExtension = io, ComfyAPISync, type("ComfyExtension", (), {})
+    api.io, api.ComfyExtension = io, type("ComfyExtension", (), {})
     modules |= {"comfy_api": types.ModuleType("comfy_api"), "comfy_api.v0_0_2": api}
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
