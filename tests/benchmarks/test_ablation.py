@@ -19,6 +19,7 @@ from gdpo.train import checkpoint as checkpoints
 from tests.support import commands
 
 
+@pytest.mark.slow
 def test_variants_are_trained_measured_and_resumed(tmp_path, crops, trained, monkeypatch, capsys):
     config = tmp_path / "config.yaml"
     config.write_text(

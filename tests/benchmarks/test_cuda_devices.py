@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow  # minutes: a step and a picture, operation by operation
+
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ["attribute_reward_fwd", "attribute_statistics_fwd", "attribute_statistics_reduce", "complexity_fwd",
            "gdpo_loss_bwd", "gdpo_loss_fwd", "gdpo_loss_reduce", "geglu_bwd", "geglu_fwd", "group_norm_apply",

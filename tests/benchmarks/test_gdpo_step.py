@@ -13,6 +13,8 @@ import torch
 from benchmarks import gdpo_step
 from engine.io import rows
 
+pytestmark = pytest.mark.slow  # minutes: the benchmark in miniature, many times
+
 
 @pytest.fixture
 def accelerator():

@@ -14,6 +14,8 @@ from gdpo.model.codecs import KLCodec
 from gdpo.model.diffusers_patches import FusedGroupNorm
 from gdpo.model.random_folder import architecture
 
+pytestmark = pytest.mark.slow  # minutes: the benchmark in miniature, many times
+
 
 def steps_shown(text):
     return [line[:16].strip() for line in text.splitlines() if re.search(r"e-\d\d$", line)]

@@ -75,6 +75,7 @@ def test_a_tensorrt_rtx_plan_of_stable_diffusions_shape_fp32_dynamic(mini_engine
 
 
 @rtx
+@pytest.mark.slow
 def test_a_tensorrt_rtx_plan_of_stable_diffusions_shape_fp16_static(mini_model, tmp_path):
     generator = OneStepGenerator.from_pretrained(mini_model)
     export_generator(generator, tmp_path / "onnx", precision="fp16", profile=SMALL)

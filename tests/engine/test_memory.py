@@ -147,7 +147,7 @@ def test_nothing_is_held_after_a_picture(plain, tmp_path, early, last, growth):
 @pytest.mark.parametrize(
     "width, height, limit", [(600, 500, 400), pytest.param(2000, 1500, 1500, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("color", ["adain", "wavelet"])
+@pytest.mark.parametrize("color", [pytest.param("adain", marks=pytest.mark.slow), "wavelet"])
 def test_a_large_picture_takes_bounded_memory(tiny_engine, tmp_path, width, height, limit, color):
     from engine.io.images import Picture, read_image, write_image
 

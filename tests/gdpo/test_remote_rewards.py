@@ -318,6 +318,7 @@ def kills_of_both_sides(crops: Path, trained: Path, tmp_path: Path, kills: int, 
     return hit
 
 
+@pytest.mark.slow
 def test_kills_of_run_and_server_change_no_byte(crops, trained, tmp_path):
     assert kills_of_both_sides(crops, trained, tmp_path, kills=1, steps=6) == 1
 

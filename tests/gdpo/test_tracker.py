@@ -90,6 +90,7 @@ def wandb_rows(folder: Path) -> list[tuple[str, int, list[str]]]:
     return found
 
 
+@pytest.mark.slow
 def test_wandb_goes_on_in_the_same_run(crops, tmp_path):
     pytest.importorskip("wandb", reason="the extra cluster")
     run = tmp_path / "run"
@@ -105,3 +106,41 @@ def test_wandb_goes_on_in_the_same_run(crops, tmp_path):
     steps = [step for _, step, keys in records if "loss" in keys]
     assert steps == list(range(1, 9))
     assert [step for _, step, keys in records if any(key.startswith("sheet") for key in keys)] == [2, 4, 6, 8]
+
+
+def test_a_tracker_that_does_not_start_is_one_line_that_says_what_to_do(crops, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "gdpo").touch()  # where tensorboard's folder goes
+    common = [*NAOSD, f"--data.folder={crops}", "--max_train_steps=1"]
+    with pytest.raises(ValueError, match=r"^report_to tensorboard does not start \(.*\); its folder, RUN/gdpo"):
+        train_here(monkeypatch, *common, f"--output_dir={tmp_path / 'run'}", "--report_to=tensorboard")
+
+    class UsageError(Exception):
+        """What wandb raises; neither a ValueError nor a RuntimeError."""
+
+    def init(*_, **__):
+        raise UsageError("No API key configured.\nUse `wandb login` to log in.")
+
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", init)
+    monkeypatch.setattr("gdpo.train.setup.tracker", lambda config: None)
+    line = r"^report_to wandb does not start \(No API key configured\.\); log in with: wandb login, or set WANDB_MODE="
+    with pytest.raises(ValueError, match=line) as error:
+        train_here(monkeypatch, *common, f"--output_dir={tmp_path / 'other'}", "--report_to=wandb")
+    assert "\n" not in str(error.value) and "metrics.jsonl is written all the same" in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["log", "log_images", "finish"])
+def test_a_run_goes_on_without_a_tracker_that_fails(method, crops, tmp_path, monkeypatch, capfd):
+    from accelerate.tracking import TensorBoardTracker
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TensorBoardTracker, method, fail)
+    run = tmp_path / "run"
+    common = [*NAOSD, f"--data.folder={crops}", f"--output_dir={run}", "--report_to=tensorboard"]
+    train_here(monkeypatch, *common, "--max_train_steps=3", "--validation_steps=1")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3] and (run / "model").is_dir()
+    said = [line for line in capfd.readouterr().err.splitlines() if "nothing more goes there" in line]
+    assert len(said) == 1 and said[0].strip().startswith("tensorboard failed ([Errno 28] No space left on device);")

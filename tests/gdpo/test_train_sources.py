@@ -65,6 +65,7 @@ def rows(run: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "step_time"} for row in lines]
 
 
+@pytest.mark.slow
 def test_resume_and_two_processes_equal_a_straight_run(world, tmp_path, monkeypatch):
     straight, stopped, two = (tmp_path / name for name in ("straight", "stopped", "two"))
     train_here(monkeypatch, *options(world, straight))

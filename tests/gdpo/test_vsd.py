@@ -194,6 +194,7 @@ def test_planted_faults_of_the_fake_are_seen(fault, made, mini_sd):
 # ---- The way of a pretrained model through the command line
 
 
+@pytest.mark.slow
 def test_naosd_resumed_then_gdpo_then_merged(mini_sd, crops, tmp_path, monkeypatch):
     data = (f"--data.folder={crops}", "--data.crop_size=64", "--validation_images=0", "--model.lora_rank=2")
     naosd, gdpo, merged = (tmp_path / name for name in ("naosd", "gdpo", "merged"))

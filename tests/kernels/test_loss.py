@@ -201,7 +201,7 @@ def test_under_autocast():
     assert relative_error(fused[3], plain[3]) < 1e-2  # the gradient is rounded to bf16
 
 
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiles_to_one_graph(weighted):
     args = problem(2, 3, 4, 8, 6, weighted=weighted)
 
