@@ -213,9 +213,9 @@ class Arrow(Archive):
             self._index(split, len(part), columns, fingerprint, progress)
             self.identity += fingerprint
         if not self.found:
-            columns = ", ".join(dict.fromkeys(c for part in splits.values() for c in part.column_names))
+            there = ", ".join(dict.fromkeys(c for part in splits.values() for c in part.column_names))
             raise ValueError(
-                f"{where} has no column of the type Image with pictures in it; its columns are {columns} "
+                f"{where} has no column of the type Image with pictures in it; its columns are {there} "
                 "(dataset.cast_column(NAME, datasets.Image()) makes one of encoded pictures)"
             )
 

@@ -81,6 +81,7 @@ class Record:
     def end(self) -> None:
         """Draw the curves and name what there is."""
         if self.main:
+            self.tracker.end()
             pictures.curves(self.root / "metrics.jsonl", self.root / "curves.png")
             self.say(f"trained model: {self.root}/model; curves: {self.root}/curves.png; sheets: {self.root}/sheets")
 

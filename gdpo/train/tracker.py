@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -9,14 +12,22 @@ from uuid import uuid4
 import numpy as np
 from accelerate import Accelerator
 from PIL import Image
+from tqdm import tqdm
 
 from engine.io.files import atomic_write
+from gdpo.model.parts import first_line
 
 _PROJECT = "gdpo"
+_REMEDIES = {
+    "wandb": "log in with: wandb login, or set WANDB_MODE=offline",
+    "tensorboard": f"its folder, RUN/{_PROJECT}, must be one that can be written",
+}
 
 
 class Tracker:
     """Rows and pictures of a run. Used on the main process alone; `kind` "none" takes them and does nothing.
+
+    A tracker that fails after its start is named and left alone: the run goes on, and metrics.jsonl has everything.
 
     Args:
         accelerator: made with this kind of tracker.
@@ -35,9 +46,21 @@ class Tracker:
             config: options, flat.
             before: the rows of metrics.jsonl, also those that come after `step`, as a killed run leaves them.
             same_course: whether this run will log the same from `step` on as the one before it did.
+
+        Raises:
+            ValueError: the tracker does not start; the message says what to do.
         """
         if self.kind == "none":
             return
+        try:
+            self._start(step, config, before, same_course)
+        except Exception as error:  # of another project
+            raise ValueError(
+                f"report_to {self.kind} does not start ({first_line(error)}); {_REMEDIES[self.kind]}; or report_to "
+                "none (metrics.jsonl is written all the same)"
+            ) from error
+
+    def _start(self, step: int, config: dict[str, Any], before: list[dict[str, Any]], same_course: bool) -> None:
         options: dict[str, Any] = {}
         if self.kind == "tensorboard" and step:
             options["purge_step"] = step  # its pictures come again, and its row is written once more below
@@ -65,14 +88,32 @@ class Tracker:
     def row(self, row: dict[str, Any]) -> None:
         """Figures of a step."""
         if self.kind != "none" and row["step"] > self._seen:
-            self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+            with self._left_alone_if_it_fails():
+                self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
     def picture(self, name: str, picture: Image.Image, step: int) -> None:
         """A picture of a step."""
         if self.kind == "none" or step <= self._seen:
             return
-        tracker: Any = self.accelerator.get_tracker(self.kind)
-        if self.kind == "tensorboard":
-            tracker.log_images({name: np.asarray(picture)[None]}, step=step, dataformats="NHWC")
-        else:
-            tracker.log_images({name: [picture]}, step=step)
+        with self._left_alone_if_it_fails():
+            tracker: Any = self.accelerator.get_tracker(self.kind)
+            if self.kind == "tensorboard":
+                tracker.log_images({name: np.asarray(picture)[None]}, step=step, dataformats="NHWC")
+            else:
+                tracker.log_images({name: [picture]}, step=step)
+
+    def end(self) -> None:
+        """Nothing comes any more."""
+        with self._left_alone_if_it_fails():
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+        self.accelerator.trackers = []
+
+    @contextmanager
+    def _left_alone_if_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of another project
+            line = f"{self.kind} failed ({first_line(error)}); nothing more goes there, metrics.jsonl has everything"
+            tqdm.write(line, file=sys.stderr)
+            self.kind, self.accelerator.trackers = "none", []
