@@ -96,7 +96,7 @@ def targets() -> str:
         ("seconds, 128 -> 512", lambda m: took[m], -1, "at most", 0.10),
         ("time against animevideov3", lambda m: took[m] / anime, -1, "at most", 1.0),
     ]
-    lines = ["| | " + " | ".join(f"{model} |" for model in _OURS) + " target |", "|---" * (2 * len(_OURS) + 2) + "|"]
+    lines = ["| |" + "".join(f" {model} | |" for model in _OURS) + " target |", "|---" * (2 * len(_OURS) + 2) + "|"]
     for name, of, sign, words, limit in checks:
         cells = []
         for value in map(of, _OURS):
