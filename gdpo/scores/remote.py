@@ -16,8 +16,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
-from http.client import HTTPException, InvalidURL
+from http.client import HTTPException, IncompleteRead, InvalidURL
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import torch
 from safetensors import SafetensorError
@@ -28,6 +29,8 @@ from tqdm import tqdm
 from gdpo.scores.registry import Kind
 
 _MOST = 16 << 20  # bytes of an answer
+_PART = 1 << 16  # bytes that are read at a time
+_BUSY = (408, 425, 429)  # codes below 500 of a server that may answer later
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds between tries
 STOPPING = threading.Event()  # set while the program is asked to end: nobody waits for a server that is away
 
@@ -40,6 +43,16 @@ class Patience:
     wait: float = 600.0
 
 
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """A POST that is sent elsewhere would arrive there as a GET, without its pictures."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_open = urllib.request.build_opener(_Stay).open
+
+
 class RemoteReward:
     """A reward behind a URL.
 
@@ -49,13 +62,19 @@ class RemoteReward:
 
     def __init__(self, url: str, patience: Patience) -> None:
         self.url, self.patience = url, patience
+        try:
+            reason = "" if urlsplit(url).hostname and urlsplit(url).port != 0 else "it names no host"
+        except ValueError as error:  # brackets, a port out of range
+            reason = str(error)
+        if reason:
+            raise ValueError(f"{url} is no address of a reward ({reason})")
         told = self._asked(None)
         try:
             about = json.loads(told)
             self.name, kind = str(about["name"]), about["kind"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             kind = None
-        if kind not in ("fidelity", "perceptual"):
+        if kind not in ("fidelity", "perceptual") or not self.name.isprintable():
             raise ValueError(f"reward {url!r}: no reward answers there, but {told[:60]!r}")
         self.kind = cast(Kind, kind)
 
@@ -105,12 +124,15 @@ class RemoteReward:
                 return self._once(body)
             except urllib.error.HTTPError as error:
                 reason = _detail(error)
-                if error.code < 500:
+                if error.code in range(300, 400):
+                    to = f" ({error.headers['Location']})" if error.headers["Location"] else ""
+                    raise ValueError(f"{self.url} is elsewhere: {reason}{to}; name the address itself") from None
+                if error.code < 500 and error.code not in _BUSY:
                     raise ValueError(f"{self.url} refuses: {reason}") from None
-            except InvalidURL as error:
+            except (InvalidURL, UnicodeError, OverflowError) as error:
                 raise ValueError(f"{self.url} is no address of a reward ({error})") from None
             except (OSError, HTTPException) as error:  # URLError and timeouts are OSErrors
-                reason = str(getattr(error, "reason", error)) or type(error).__name__
+                reason = " ".join(str(getattr(error, "reason", error)).split())[:200] or type(error).__name__
             if STOPPING.is_set():
                 raise ValueError(f"{self.url} did not answer before the run was to stop ({reason})") from None
             if time.monotonic() + pause > end:
@@ -123,11 +145,18 @@ class RemoteReward:
 
     def _once(self, body: bytes | None) -> bytes:
         request = urllib.request.Request(self.url, data=body, headers={"Content-Type": "application/octet-stream"})
-        with urllib.request.urlopen(request, timeout=self.patience.timeout) as response:
-            content = response.read(_MOST + 1)
-        if len(content) > _MOST:
-            raise ValueError(f"{self.url} answers more than {_MOST >> 20} MiB")
-        return content
+        timeout, content = self.patience.timeout, bytearray()
+        end = time.monotonic() + timeout
+        with _open(request, timeout=timeout) as response:
+            while part := response.read1(_PART):
+                content += part
+                if len(content) > _MOST:
+                    raise ValueError(f"{self.url} answers more than {_MOST >> 20} MiB")
+                if time.monotonic() > end:  # the socket's own time-out begins anew with every byte
+                    raise TimeoutError("timed out")
+            if response.length:  # it ended before what it promised
+                raise IncompleteRead(bytes(content), response.length)
+        return bytes(content)
 
 
 def _detail(error: urllib.error.HTTPError) -> str:

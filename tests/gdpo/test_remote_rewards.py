@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -137,13 +137,69 @@ def test_a_body_that_is_none_is_refused():
         (b"[1.0, 2.0]", 200, "must answer safetensors with scores"),
         (b'{"detail": "out of paper"}', 400, "refuses: 400 out of paper"),
         (b"no JSON", 500, r"did not answer for 0.5 s \(500 "),
+        (b"later", 429, r"did not answer for 0.5 s \(429 "),
+        (b"<html>\nlog in\n</html>", 200, "must answer safetensors with scores; got b'<html>"),
+        (b"", 200, "must answer safetensors with scores; got b''"),
+        (bytes(20 << 20), 200, "answers more than 16 MiB"),
     ],
 )
 def test_a_wrong_answer_is_one_line_that_names_the_reward(content, code, reason, group):
     with answering(lambda handler: handler.give(content, code)) as url:
         (reward,) = build_rewards([url], patience=QUICK)
-        with pytest.raises(ValueError, match=f"reward 'mine': {url} .*{reason}"):
+        with pytest.raises(ValueError, match=f"reward 'mine': {url} .*{reason}") as error:
             reward.score(*group, None)
+        assert "\n" not in str(error.value)
+
+
+def trickle(handler):
+    """A byte now and then, for ever: no pause is as long as the time-out."""
+    handler.send_response(200)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    with suppress(OSError):  # until the other side has gone
+        while True:
+            handler.wfile.write(b"1\r\na\r\n")
+            handler.wfile.flush()
+            time.sleep(0.05)
+
+
+def elsewhere(handler):
+    handler.send_response(302)
+    handler.send_header("Location", "/login")
+    handler.send_header("Content-Length", "0")
+    handler.end_headers()
+
+
+def cut(handler):
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(save({"scores": torch.zeros(B, G)}))
+    handler.close_connection = True
+
+
+def garbled(handler):
+    handler.wfile.write(b"\1no\nHTTP\r\n\r\n")
+    handler.close_connection = True
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (trickle, r"did not answer for 0.5 s \(timed out\)"),
+        (elsewhere, r"is elsewhere: 302 Found \(/login\); name the address itself"),
+        (cut, r"did not answer for 0.5 s \(IncompleteRead"),
+        (garbled, r"did not answer for 0.5 s \(.*no"),
+        (lambda handler: setattr(handler, "close_connection", True), r"did not answer for 0.5 s \(Remote end closed"),
+    ],
+)
+def test_a_server_that_misbehaves_is_one_line(reply, reason, group):
+    with answering(reply) as url:
+        (reward,) = build_rewards([url], patience=Patience(timeout=0.4, wait=0.5))
+        began = time.monotonic()
+        with pytest.raises(ValueError, match=f"reward 'mine': {url} {reason}") as error:
+            reward.score(*group, None)
+        assert "\n" not in str(error.value) and time.monotonic() - began < 5
 
 
 def test_nan_is_named(group):
@@ -182,8 +238,9 @@ def test_what_is_no_reward_is_not_taken_for_one():
         pytest.raises(ValueError, match="no reward answers there, but"),
     ):
         build_rewards([url], patience=QUICK)
-    with pytest.raises(ValueError, match="http://:x/score is no address of a reward"):
-        build_rewards(["http://:x/score"])  # at once
+    for url in ("http://:x/score", "http:///score", "http://a:99999/", "http://[::1/", "http://a..b/", "http://a b/"):
+        with pytest.raises(ValueError, match=f"{re.escape(url)} is no address of a reward"):
+            build_rewards([url])  # at once
 
 
 def test_a_function_may_see_the_whole_group(group, tmp_path, monkeypatch):
