@@ -49,9 +49,12 @@ def assert_within_a_level(ours: np.ndarray, expected: np.ndarray) -> None:
     assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
 
 
-@pytest.mark.parametrize("kind", ["photo", "gray", "small"])
+@pytest.mark.parametrize("kind", ["photo", "gray", "small", "chart"])
 def test_the_flow_in_node(node, tmp_path, photo, kind):
-    rgb = {"photo": photo, "gray": photo[..., :1].repeat(3, 2), "small": photo[:9, :5]}[kind]
+    chart = photo.copy()
+    chart[:, :75] = (200, 90, 40)
+    chart[:, 75:] = np.indices((44, 75)).sum(0)[..., None] % 2 * 255
+    rgb = {"photo": photo, "gray": photo[..., :1].repeat(3, 2), "small": photo[:9, :5], "chart": chart}[kind]
     alpha = np.full((*rgb.shape[:2], 1), 255, np.uint8)
     np.concatenate([rgb, alpha], 2).tofile(tmp_path / "in.rgba")
     height, width = rgb.shape[:2]
@@ -141,6 +144,7 @@ def test_upload_slider_download(page, address, tmp_path, photo):
     assert_within_a_level(out, command_line(file, tmp_path / "command.png", "--seed", str(SEED)))
 
     assert page.get_attribute("body", "data-device") == "wasm"  # no GPU in a headless Chromium
+    assert page.text_content("#device") == "on the CPU: this browser offers no WebGPU"
     slider = page.locator("img-comparison-slider")
     page.evaluate("scrollTo(0, 0)")
     box = slider.bounding_box()
@@ -152,7 +156,7 @@ def test_upload_slider_download(page, address, tmp_path, photo):
     page.mouse.up()
     assert abs(slider.evaluate("s => s.value") - 25) < 2
 
-    assert not page.errors
+    assert not page.errors and not page.is_visible("#unloaded")
     outside = [r for r in page.requested if r[0] != "GET" or not r[1].startswith((address, f"blob:{address}", "data:"))]
     assert page.requested and not outside
 
@@ -192,6 +196,14 @@ def test_webgpu(chromium, address, tmp_path, photo):
         assert_within_a_level(out, command_line(file, tmp_path / "command.png"))
     finally:
         browser.close()
+
+
+def test_opened_as_a_file_it_says_what_it_needs(browser, built):
+    page = browser.new_page()
+    page.goto((built / "index.html").as_uri())
+    page.wait_for_selector("#unloaded", timeout=PATIENCE)
+    assert "a web server" in page.inner_text("#unloaded")
+    page.close()
 
 
 def test_what_it_does_not_take_is_one_sentence(page, tmp_path):

@@ -11,6 +11,8 @@ let busy = false;
 let urls = [];
 let photo;
 
+part('unloaded').remove();
+
 function show(state) {
   document.body.dataset.state = state; // start, working, done, failed: style.css shows the parts of each
 }
@@ -65,7 +67,7 @@ async function start(file) {
   worker.onerror = (event) => fail(event.message || 'The model could not be loaded; reload the page.');
   worker.onmessage = ({ data }) => {
     if (data.kind === 'ready') {
-      part('device').textContent = data.device === 'webgpu' ? 'on the GPU (WebGPU)' : 'on the CPU (WebAssembly)';
+      part('device').textContent = data.device === 'webgpu' ? 'on the GPU (WebGPU)' : `on the CPU: ${data.why}`;
       document.body.dataset.device = data.device;
     } else if (data.kind === 'progress') {
       const left = ((performance.now() - begin) / data.done) * (data.total - data.done);

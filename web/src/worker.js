@@ -38,22 +38,23 @@ async function openSession(device, bytes) {
   };
 }
 
-/** The model on a GPU where there is one and it gives a small tile; otherwise on the CPU. */
+/** The model on a GPU where there is one and it gives a small tile; otherwise on the CPU, and why. */
 async function openModel(wanted) {
   const [bytes, table] = await Promise.all([load(modelUrl), load(tableUrl)]);
   const { channels, factor } = manifest.geometry;
   const side = manifest.profile.tile[0];
-  const devices = wanted === 'wasm' || !(await hasWebGpu()) ? ['wasm'] : ['webgpu', 'wasm'];
-  for (const device of devices) {
+  let why = wanted === 'wasm' ? 'as ?device=wasm says' : (await hasWebGpu()) ? '' : 'this browser offers no WebGPU';
+  for (const device of why ? ['wasm'] : ['webgpu', 'wasm']) {
     try {
       const run = await openSession(device, new Uint8Array(bytes));
       const noise = new Float32Array(channels * (side / factor) ** 2);
       const output = await run(new Float32Array(3 * side * side), noise, side, side);
       if (!output.every(Number.isFinite)) throw new Error('values that are not finite');
-      return { device, model: { manifest, table: new Float32Array(table), run } };
+      return { device, why, model: { manifest, table: new Float32Array(table), run } };
     } catch (error) {
-      if (device === devices.at(-1)) throw error;
-      console.warn(`WebGPU cannot run the model (${error.message}); the CPU does.`);
+      if (device === 'wasm') throw error;
+      why = "this browser's WebGPU cannot run the model";
+      console.warn(`${why}: ${error.message}`);
     }
   }
 }
@@ -82,8 +83,8 @@ let opened;
 self.onmessage = async ({ data: { file, seed, wanted } }) => {
   try {
     opened ??= openModel(wanted);
-    const { device, model } = await opened;
-    self.postMessage({ kind: 'ready', device, threads: self.crossOriginIsolated ? navigator.hardwareConcurrency : 1 });
+    const { device, why, model } = await opened;
+    self.postMessage({ kind: 'ready', device, why });
     const picture = await decode(file);
     const { scale } = manifest.geometry;
     const png = new PngWriter(picture.width * scale, picture.height * scale);
