@@ -121,7 +121,7 @@ def _shards(where: str) -> list[Path]:
         ValueError: shards that are not there, or compressed.
     """
     if os.path.isdir(where):
-        inside = sorted(Path(where).glob("*.tar"))
+        inside = [Path(where, name) for name in sorted(os.listdir(where)) if name.endswith(".tar")]
         return [] if any(Path(where, other).is_file() for other in ("manifest.jsonl", "state.json")) else inside
     if re.search(r"(?i)\.(tar\.\w+|tgz|zip)$", where):
         raise ValueError(f"{where}: pictures are read at any place of a shard, so it must be a plain .tar; unpack it")
