@@ -67,7 +67,9 @@ def _wavelet(bands: Iterable[Band], rgb: np.ndarray, size: tuple[int, int]) -> I
             last = min(done + ROWS, ready)
             reach = max(done - colors.HALO, 0), min(last + colors.HALO, height)
             part, target = kept[reach[0] - top : reach[1] - top], _upsampled(rgb, size, *reach)
-            yield done, colors.wavelet_band(part, target, (done - reach[0], last - reach[0]))
+            aligned = colors.wavelet_band(part, target, (done - reach[0], last - reach[0]))
+            colors.keep_flat(aligned, done, rgb)
+            yield done, aligned
             done = last
         first = max(done - colors.HALO, 0)
         kept, top = kept[first - top :], first

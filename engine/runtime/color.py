@@ -3,7 +3,9 @@
 Samples are 16-bit integers throughout, and so are the sums: they do not depend on the order of addition, so that bands,
 threads and languages agree to the bit.
 - wavelet (the default): the low frequencies (below a five-level a-trous [1 2 1]/4 wavelet) become those of the
-  upsampled input. What is flat keeps its colour, and only a band of rows is needed at a time.
+  upsampled input. Beside a fine pattern that the model draws too bright or too dark this reaches into what is flat, by
+  up to 7 levels; so where the input is flat, its own value limits the result (`keep_flat`). Only a band of rows is
+  needed at a time.
 - AdaIN (the paper's): mean and deviation of each channel become those of the upsampled input; one table of 2^16
   entries a channel. It recolours flat areas: by 40 levels beside fine lines.
 """
@@ -21,6 +23,7 @@ _EPSILON = 1e-5  # added to a variance of samples in [0,1], as the released code
 _DILATIONS = (1, 2, 4, 8, 16)
 _ROWS = 128  # handled at a time
 HALO = sum(_DILATIONS)  # how many rows away the low-pass of a row reaches
+FLAT = 2 * 257  # of 3x3 samples: the most they differ by, and the most their result is off; two levels of 8 bit
 
 
 @dataclass
@@ -87,6 +90,34 @@ def wavelet_band(result: np.ndarray, target: np.ndarray, inner: tuple[int, int])
         aligned = np.floor(result[rows, :, c] + low + np.float32(0.5))
         out[..., c] = np.clip(aligned, 0, FULL, out=aligned)
     return out
+
+
+def keep_flat(rows: np.ndarray, first: int, rgb: np.ndarray) -> None:
+    """Where the input is flat, keep its result within FLAT of it, in place.
+
+    A sample is flat if those of the 3x3 pixels around it, in its channel, differ by no more than FLAT; its result then
+    stays within FLAT of each of them.
+
+    Args:
+        rows: [n,W,3] uint16, of the aligned picture from row `first` on.
+        rgb: [H,W,3] uint8 or uint16, the input; W of the result is a multiple of its W.
+    """
+    scale, last = rows.shape[1] // rgb.shape[1], first + len(rows)
+    top, bottom = first // scale, -(-last // scale)
+    padding = (int(top == 0), int(bottom == len(rgb))), (1, 1), (0, 0)
+    pixels = np.pad(rgb[max(top - 1, 0) : bottom + 1], padding, "edge")
+    least, most = (f(f(pixels[:-2], pixels[1:-1]), pixels[2:]) for f in (np.minimum, np.maximum))
+    least, most = (
+        f(f(p[:, :-2], p[:, 1:-1]), p[:, 2:]).astype(np.int32) * (FULL // np.iinfo(rgb.dtype).max)
+        for f, p in ((np.minimum, least), (np.maximum, most))
+    )
+    flat = most - least <= FLAT
+    for y in np.flatnonzero(flat.any((1, 2))):
+        low = np.where(flat[y], np.maximum(most[y] - FLAT, 0), 0).astype(np.uint16)[:, None]
+        high = np.where(flat[y], np.minimum(least[y] + FLAT, FULL), FULL).astype(np.uint16)[:, None]
+        part = rows[max((top + y) * scale - first, 0) : (top + y + 1) * scale - first]
+        blocks = part.reshape(len(part), rgb.shape[1], scale, 3)
+        np.clip(blocks, low, high, out=blocks)
 
 
 def is_neutral(rgb: np.ndarray) -> bool:

@@ -238,6 +238,34 @@ TEST(a_tall_picture_is_low_passed_in_bands) {
   CHECK(upscaled(cuda, {530, 9}, Sample::u8, 0, request) == upscaled(cpu, {530, 9}, Sample::u8, 0, request));
 }
 
+TEST(what_is_flat_stays_flat) {
+  const Upscaler cpu = upscaler(false, nullptr), cuda = upscaler(false, gpu());
+  const Size size{40, 60};
+  std::vector<std::uint8_t> in(elements(size.height, size.width, 3));
+  for (std::size_t i = 0; i < in.size(); ++i) {
+    const std::size_t x = i / 3 % 60;
+    in[i] = static_cast<std::uint8_t>(x < 30 ? 90 + x % 3 : (x + i / 180) % 2 * 255);
+  }
+  std::int64_t off[2] = {0, 0};
+  for (const Color color : {Color::none, Color::wavelet}) {
+    std::vector<std::uint8_t> out[2];
+    Request request;
+    request.color = color;
+    for (int i = 0; i < 2; ++i) {
+      out[i].resize(16 * in.size());
+      (i == 0 ? cpu : cuda)
+          .upscale(ImageView::packed(in.data(), size), ImageSpan::packed(out[i].data(), {160, 240}), request);
+    }
+    CHECK(out[0] == out[1]);
+    for (std::size_t i = 0; i < out[1].size(); ++i) {
+      if (i / 3 % 240 >= 4 * 29) continue;
+      auto& most = off[color == Color::wavelet ? 1 : 0];
+      most = std::max<std::int64_t>(most, std::abs(out[1][i] - 91));
+    }
+  }
+  CHECK(off[0] > 10 && off[1] <= 3);
+}
+
 TEST(more_rows_than_a_grid_has_blocks_are_done) {
   const Upscaler cpu = upscaler(false, nullptr), cuda = upscaler(false, gpu());
   Request request;

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from engine import Upscaler
+from engine.runtime import color as colors
 from engine.runtime.backends import Waiting
 from engine.runtime.manifest import Geometry, Manifest, Profile
 from engine.runtime.resample import resize, resize_bands
@@ -132,6 +133,56 @@ def test_flat_patches_keep_their_colour(core, pattern):
     for left in (64, 96):
         inside = result[32:224, 4 * left + 40 : 4 * left + 88].reshape(-1, 3).mean(0)
         assert np.abs(inside - rgb[0, left]).max() <= 2
+
+
+GROUNDS = {"black": (0, 0, 0), "white": (255, 255, 255), "light": (200, 200, 200), "blue": (40, 80, 200)}
+
+
+@pytest.mark.parametrize("core", PATHS)
+@pytest.mark.parametrize("model", ["tiny", "faithful"])
+@pytest.mark.parametrize("ground", GROUNDS)
+def test_what_is_flat_stays_flat_beside_saturated_patterns(core, model, ground):
+    """One pixel away from them; the low frequencies that the model gave a checker alone move it by 17 levels."""
+    up = Upscaler.load(model, core=core, threads=1)
+    y, x = np.mgrid[0:24, 0:48]
+    worst = 0.0
+    for ink in ((0, 255, 0), (255, 255, 255), (0, 0, 255)):
+        for pattern in ((x + y) % 2 == 0, y % 2 == 0, x == 30):
+            rgb = np.where((pattern & (x >= 24))[..., None], ink, GROUNDS[ground]).astype(np.uint8)
+            flat = up.upscale(rgb)[:, : 4 * 23].astype(int) - rgb[0, 0]
+            assert np.abs(flat).max() <= 2
+            raw = up.upscale(rgb, color="none")[:, : 4 * 23].astype(int) - rgb[0, 0]
+            worst = max(worst, np.abs(raw).max())
+    assert worst > 2  # as the model drew it
+
+
+def limited(rows, rgb, scale):
+    """`keep_flat`, by its words."""
+    out = rows.copy()
+    unit = 65535 // np.iinfo(rgb.dtype).max
+    for y, x, c in np.ndindex(*rgb.shape):
+        around = rgb[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2, c].astype(int) * unit
+        if np.ptp(around) <= 514:
+            part = np.s_[y * scale : (y + 1) * scale, x * scale : (x + 1) * scale, c]
+            out[part] = np.clip(out[part].astype(int), around.max() - 514, around.min() + 514)
+    return out
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("size", [(9, 7), (1, 5), (6, 1)])
+def test_the_limits_of_flat_places_are_those_of_their_definition(dtype, size):
+    random = np.random.default_rng(size[0])
+    unit = 1 if dtype == np.uint8 else 257
+    levels = random.integers(0, 3, (*size, 3)) + random.choice([0, 3, 250, 253], (*size, 1), p=[0.9, 0.05, 0.03, 0.02])
+    rgb = (levels * unit).astype(dtype)
+    rows = random.integers(0, 65536, (4 * size[0], 4 * size[1], 3)).astype(np.uint16)
+    expected = limited(rows, rgb, 4)
+    assert (expected != rows).any()
+    for cuts in ([0, 4 * size[0]], [0, 1, 3, 4 * size[0]]):
+        parts = [rows[a:b].copy() for a, b in itertools.pairwise(cuts)]
+        for first, part in zip(cuts, parts):
+            colors.keep_flat(part, first, rgb)
+        assert np.array_equal(np.concatenate(parts), expected)
 
 
 @pytest.mark.parametrize("core", PATHS)

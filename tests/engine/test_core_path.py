@@ -30,6 +30,16 @@ def test_pictures_have_the_same_bytes(engine, options, request, photos):
         assert np.array_equal(cpp.upscale(rgb, seed, **options), python.upscale(rgb, seed, **options))
 
 
+@pytest.mark.parametrize("options", [{}, {"tile": 32}, {"scale": 2.5}, {"scale": 7, "color": "adain"}], ids=str)
+def test_charts_have_the_same_bytes(tiny_engine, options):
+    """What is flat is limited: at its borders, at the picture's and with samples that differ by one and two levels."""
+    y, x = np.mgrid[0:61, 0:83]
+    chart = np.stack([(x // 20) * 60 + (x % 20 == 9), 255 - (y // 15) * 80, (x + y) // 9 % 2 * 255], 2).astype(np.uint8)
+    cpp, python = Upscaler.load(tiny_engine, core=True), Upscaler.load(tiny_engine, core=False)
+    for rgb in (chart, chart.astype(np.uint16) * 257, chart[:1], chart[:, :1], chart[::2, ::-1]):
+        assert np.array_equal(cpp.upscale(rgb, 1, **options), python.upscale(rgb, 1, **options))
+
+
 @pytest.mark.parametrize("split", [False, True])
 def test_a_static_batch_is_filled_up_with_the_same_bytes(tiny_model, photos, tmp_path, split):
     from engine.export.generator import export_generator

@@ -1,6 +1,8 @@
 #include "picture/color.hpp"
 
 #include <algorithm>
+#include <cstring>
+#include <limits>
 
 namespace gdpo::detail {
 namespace {
@@ -25,6 +27,18 @@ GDPO_CLONES void mix(const float* __restrict before, const float* __restrict her
 GDPO_CLONES void quantise_line(const float* __restrict line, std::int64_t count, std::int64_t step,
                                std::uint16_t* __restrict out) {
   for (std::int64_t i = 0; i < count; ++i) out[i * step] = quantised(line[i]);
+}
+
+/// One channel of a row, at 16 bit.
+template <typename T>
+void load(const ImageView& picture, std::int64_t row, int channel, std::uint16_t* out) {
+  const auto* const start =
+      static_cast<const char*>(picture.data) + row * picture.row_stride + channel * picture.channel_stride;
+  for (std::int64_t x = 0; x < picture.size.width; ++x) {
+    T sample;
+    std::memcpy(&sample, start + x * picture.column_stride, sizeof sample);
+    out[x] = static_cast<std::uint16_t>(sample * (kFull / std::numeric_limits<T>::max()));
+  }
 }
 
 }  // namespace
@@ -66,6 +80,52 @@ void lowpass(std::vector<float>& plane, std::int64_t rows, std::int64_t columns)
       std::copy_n(row, columns, line.begin() + dilation);
       std::fill_n(line.begin() + dilation + columns, dilation, row[columns - 1]);
       mix(line.data(), line.data() + dilation, line.data() + 2 * dilation, columns, plane.data() + y * columns);
+    }
+  }
+}
+
+KeepFlat::KeepFlat(const ImageView& in, std::int64_t scale)
+    : in_(in), scale_(scale), least_(elements(3, in.size.width)), most_(least_.size()) {}
+
+void KeepFlat::look(std::int64_t row) {
+  const auto [height, width] = in_.size;
+  std::vector<std::uint16_t> line(elements(width)), low(line.size()), high(line.size());
+  any_ = false;
+  for (int c = 0; c < 3; ++c) {
+    for (std::int64_t y = std::max<std::int64_t>(row - 1, 0); y <= std::min(row + 1, height - 1); ++y) {
+      if (in_.sample == Sample::u8) {
+        load<std::uint8_t>(in_, y, c, line.data());
+      } else {
+        load<std::uint16_t>(in_, y, c, line.data());
+      }
+      const bool first = y == std::max<std::int64_t>(row - 1, 0);
+      for (std::int64_t x = 0; x < width; ++x) {
+        low[x] = first ? line[x] : std::min(low[x], line[x]);
+        high[x] = first ? line[x] : std::max(high[x], line[x]);
+      }
+    }
+    for (std::int64_t x = 0; x < width; ++x) {
+      const std::int64_t before = std::max<std::int64_t>(x - 1, 0), after = std::min(x + 1, width - 1);
+      const std::uint16_t least = std::min({low[before], low[x], low[after]});
+      const std::uint16_t most = std::max({high[before], high[x], high[after]});
+      least_[c * width + x] = least, most_[c * width + x] = most;
+      any_ = any_ || most - least <= kFlat;
+    }
+  }
+  row_ = row;
+}
+
+void KeepFlat::operator()(std::int64_t row, std::uint16_t* samples) {
+  if (row / scale_ != row_) look(row / scale_);
+  if (!any_) return;
+  const std::int64_t width = in_.size.width;
+  for (int c = 0; c < 3; ++c) {
+    for (std::int64_t x = 0; x < width; ++x) {
+      const int least = least_[c * width + x], most = most_[c * width + x];
+      if (most - least > kFlat) continue;
+      for (std::int64_t i = x * scale_; i < (x + 1) * scale_; ++i) {
+        samples[3 * i + c] = kept_flat(samples[3 * i + c], least, most);
+      }
     }
   }
 }

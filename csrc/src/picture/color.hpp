@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 #include <functional>
+#include <gdpo/image.hpp>
 #include <vector>
 
 #include "common.hpp"
@@ -28,6 +29,23 @@ std::array<Table, 3> adain_tables(const Moments& result, const Moments& target);
 
 /// Five a-trous passes of [1 2 1]/4 along rows and columns, edges replicated, in place. [rows, columns]
 void lowpass(std::vector<float>& plane, std::int64_t rows, std::int64_t columns);
+
+/// Where the input is flat, keep its result within kFlat of it: one row of the aligned picture, in place.
+class KeepFlat {
+ public:
+  /// @param in must outlive this @param scale of the aligned picture
+  KeepFlat(const ImageView& in, std::int64_t scale);
+  void operator()(std::int64_t row, std::uint16_t* samples);
+
+ private:
+  void look(std::int64_t row);
+
+  const ImageView& in_;
+  const std::int64_t scale_;
+  std::int64_t row_ = -1;                    ///< of the input: what was looked at last
+  bool any_ = false;                         ///< something in it is flat
+  std::vector<std::uint16_t> least_, most_;  ///< [3, W] of the 3x3 samples around each
+};
 
 /// [-1,1] -> 16 bit, halves rounded up; `count` samples, written `step` apart.
 void quantise(const float* line, std::int64_t count, std::uint16_t* out, std::int64_t step);

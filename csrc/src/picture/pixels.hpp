@@ -17,7 +17,8 @@ namespace gdpo::detail {
 
 inline constexpr int kFull = 65535;
 inline constexpr std::int64_t kHalo = 31;  ///< how many rows away the low-pass of a row reaches
-inline constexpr double kEpsilon = 1e-5;   ///< added to a variance of samples in [0,1], as the released code does
+inline constexpr int kFlat = 2 * 257;     ///< of 3x3 samples: the most they differ by, and the most their result is off
+inline constexpr double kEpsilon = 1e-5;  ///< added to a variance of samples in [0,1], as the released code does
 
 GDPO_BOTH float clip(float value, float least, float most) {
   value = value < least ? least : value;
@@ -48,6 +49,14 @@ GDPO_BOTH std::uint16_t to_16_bit(float value, float unit) {
 /// A sum in the units of 16-bit samples -> 16 bit.
 GDPO_BOTH std::uint16_t rounded(float value) {
   return static_cast<std::uint16_t>(clip(std::floor(value + 0.5f), 0.0f, 65535.0f));
+}
+
+/// An aligned sample, within kFlat of the 3x3 samples of the input around it where they are flat: see color.py.
+/// @param least,most of the nine, at 16 bit
+GDPO_BOTH std::uint16_t kept_flat(std::uint16_t sample, int least, int most) {
+  if (most - least > kFlat) return sample;
+  const int low = most - kFlat, high = least + kFlat, value = sample < low ? low : sample;
+  return static_cast<std::uint16_t>(high < value ? high : value);
 }
 
 /// 16 bit -> 8 bit, rounded.

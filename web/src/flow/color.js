@@ -1,7 +1,9 @@
-// Colour alignment by low frequencies, and gray kept gray: engine/runtime/color.py in JavaScript.
+// Colour alignment by low frequencies, flat kept flat and gray gray: engine/runtime/color.py in JavaScript.
 
 const { fround } = Math;
 export const FULL = 65535;
+/** Of 3x3 samples: the most they differ by, and the most their result is off. */
+const FLAT = 2 * 257;
 const DILATIONS = [1, 2, 4, 8, 16];
 /** How many rows away the low-pass of a row reaches. */
 export const HALO = DILATIONS.reduce((a, b) => a + b);
@@ -53,6 +55,40 @@ export function alignRows(result, target, width, begin, end) {
     out[i] = Math.min(Math.max(aligned, 0), FULL);
   }
   return out;
+}
+
+/**
+ * Where the input is flat, keep its result within FLAT of it, in place.
+ *
+ * @param {Uint16Array} rows [n,W], one channel of the aligned picture.
+ * @param {number} first the first of these rows.
+ * @param {{data: Uint8ClampedArray, width: number, height: number}} picture RGBA, 8 bit: the input.
+ * @param {number} channel
+ * @param {number} scale of the aligned picture.
+ */
+export function keepFlat(rows, first, picture, channel, scale) {
+  const { data, width, height } = picture;
+  const last = first + rows.length / (width * scale);
+  for (let y = Math.floor(first / scale); y * scale < last; y++) {
+    for (let x = 0; x < width; x++) {
+      let least = FULL;
+      let most = 0;
+      for (let row = Math.max(y - 1, 0); row <= Math.min(y + 1, height - 1); row++) {
+        for (let column = Math.max(x - 1, 0); column <= Math.min(x + 1, width - 1); column++) {
+          const sample = data[(row * width + column) * 4 + channel] * 257;
+          least = Math.min(least, sample);
+          most = Math.max(most, sample);
+        }
+      }
+      if (most - least > FLAT) continue;
+      for (let row = Math.max(y * scale, first); row < Math.min((y + 1) * scale, last); row++) {
+        const start = (row - first) * width * scale + x * scale;
+        for (let i = start; i < start + scale; i++) {
+          rows[i] = Math.min(Math.max(rows[i], most - FLAT), least + FLAT);
+        }
+      }
+    }
+  }
 }
 
 /** Whether R = G = B in every pixel of RGBA data. */

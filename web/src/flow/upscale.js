@@ -1,6 +1,6 @@
 // A picture's way through the model: engine/runtime/restore.py and align.py in JavaScript. It runs in a browser and in
 // Node.
-import { alignRows, FULL, HALO, isNeutral, makeNeutral } from './color.js';
+import { alignRows, FULL, HALO, isNeutral, keepFlat, makeNeutral } from './color.js';
 import { noiseField } from './noise.js';
 import { Resampler } from './resample.js';
 import { blend, cover } from './tiles.js';
@@ -90,8 +90,8 @@ async function* aligned(bands, upsampled) {
   let kept = [0, 1, 2].map(() => new Uint16Array(0)); // rows from `top`
   let top = 0;
   let done = 0;
-  for await (const { planes } of bands) {
-    kept = kept.map((rows, c) => joined(rows, planes[c]));
+  for await (const band of bands) {
+    kept = kept.map((rows, c) => joined(rows, band.planes[c]));
     const there = top + kept[0].length / width;
     const ready = there === height ? there : there - HALO;
     while (done < ready) {
@@ -100,18 +100,18 @@ async function* aligned(bands, upsampled) {
       const to = Math.min(last + HALO, height);
       const target = upsampled.window(from, to - from, 0, width);
       const area = (to - from) * width;
-      yield {
-        first: done,
-        planes: kept.map((rows, c) =>
-          alignRows(
-            rows.subarray((from - top) * width, (to - top) * width),
-            target.subarray(c * area, (c + 1) * area),
-            width,
-            done - from,
-            last - from,
-          ),
+      const planes = kept.map((rows, c) =>
+        alignRows(
+          rows.subarray((from - top) * width, (to - top) * width),
+          target.subarray(c * area, (c + 1) * area),
+          width,
+          done - from,
+          last - from,
         ),
-      };
+      );
+      const { picture } = upsampled;
+      planes.forEach((rows, c) => keepFlat(rows, done, picture, c, width / picture.width));
+      yield { first: done, planes };
       done = last;
     }
     const first = Math.max(done - HALO, 0);

@@ -188,7 +188,12 @@ void Finish::wavelet(Range rows, const WriteRow& write) {
     }
   });
   bands(rows, kRows, pool_, [&](Range part) {
-    for (std::int64_t y = part.first; y < part.last; ++y) write(y, band.data() + (y - rows.first) * 3 * width);
+    KeepFlat keep_flat(job_.in, width / job_.in.size.width);
+    for (std::int64_t y = part.first; y < part.last; ++y) {
+      std::uint16_t* const row = band.data() + (y - rows.first) * 3 * width;
+      keep_flat(y, row);
+      write(y, row);
+    }
   });
 }
 

@@ -253,7 +253,14 @@ class CudaDevice : public Device {
       launch(LowPass{planes, low[0], low[1], dilation, 0});
       launch(LowPass{planes, low[1], low[0], 0, dilation});
     }
-    launch(AddLow{{1, rows.length(), width}, rows.first, halo.first, halo.length(), low[0], memory_.picture, aligned});
+    launch(AddLow{{1, rows.length(), width},
+                  rows.first,
+                  halo.first,
+                  halo.length(),
+                  memory_.in,
+                  low[0],
+                  memory_.picture,
+                  aligned});
   }
 
   const std::unique_lock<std::mutex> lock_;

@@ -50,6 +50,20 @@ struct Resize {
     }
   }
 
+  /// The least and the most of the 3x3 samples around one, at 16 bit; beyond the border there are none.
+  GDPO_BOTH void around(std::int64_t y, std::int64_t x, int channel, int* least, int* most) const {
+    *least = kFull, *most = 0;
+    for (std::int64_t row = y > 0 ? y - 1 : 0; row <= y + 1 && row < height; ++row) {
+      for (std::int64_t column = x > 0 ? x - 1 : 0; column <= x + 1 && column < width; ++column) {
+        const std::int64_t i = (row * width + column) * 3 + channel;
+        const int sample = wide ? static_cast<int>(static_cast<const std::uint16_t*>(samples)[i])
+                                : static_cast<const std::uint8_t*>(samples)[i] * 257;
+        *least = sample < *least ? sample : *least;
+        *most = *most < sample ? sample : *most;
+      }
+    }
+  }
+
  private:
   template <typename T>
   GDPO_BOTH void filtered(const T* picture, std::int64_t y, std::int64_t x, float* rgb) const {
@@ -280,10 +294,11 @@ struct LowPass {
   }
 };
 
-/// The picture plus the low-passed difference.
+/// The picture plus the low-passed difference; what is flat in the input stays flat.
 struct AddLow {
   Extent extent;  // 1, rows, width
   std::int64_t first, low_first, low_rows;
+  Resize in;
   const float* low;  // [3, low_rows, width], from row low_first on
   const std::uint16_t* picture;
   Output out;
@@ -292,7 +307,9 @@ struct AddLow {
     for (int c = 0; c < 3; ++c) {
       const std::int64_t i = ((first + y) * extent.columns + x) * 3 + c;
       const float add = low[(c * low_rows + first + y - low_first) * extent.columns + x];
-      out.store(i, rounded(static_cast<float>(picture[i]) + add));
+      int least, most;
+      in.around((first + y) * in.height / in.new_height, x * in.width / in.new_width, c, &least, &most);
+      out.store(i, kept_flat(rounded(static_cast<float>(picture[i]) + add), least, most));
     }
   }
 };
