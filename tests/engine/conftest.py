@@ -56,8 +56,16 @@ def mini_model(mini_sd) -> Path:
 
 @pytest.fixture(scope="session")
 def mini_engine(shared, mini_model) -> Path:
-    """The miniature Stable Diffusion exported as three dynamic graphs."""
-    return shared("mini", lambda out: export(mini_model, out, split=True))
+    """The miniature Stable Diffusion exported as three graphs of one shape: a third of the time of dynamic ones."""
+    from engine.runtime.manifest import Profile
+
+    return shared("mini", lambda out: export(mini_model, out, split=True, profile=Profile((1, 1, 1), (64, 64, 64))))
+
+
+@pytest.fixture(scope="session")
+def mini_dynamic_engine(shared, mini_model) -> Path:
+    """The same as three dynamic graphs; for slow tests."""
+    return shared("mini-dynamic", lambda out: export(mini_model, out, split=True))
 
 
 @pytest.fixture(scope="session")

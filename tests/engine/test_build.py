@@ -69,9 +69,9 @@ def test_a_tensorrt_rtx_plan_of_the_tiny_model(tiny_model, tiny_engine, tmp_path
 
 @rtx
 @pytest.mark.slow
-def test_a_tensorrt_rtx_plan_of_stable_diffusions_shape_fp32_dynamic(mini_engine, tmp_path):
+def test_a_tensorrt_rtx_plan_of_stable_diffusions_shape_fp32_dynamic(mini_dynamic_engine, tmp_path):
     """Its Attention layers have no fp32 kernel: they are decomposed."""
-    check_plan(mini_engine, tmp_path / "plan")
+    check_plan(mini_dynamic_engine, tmp_path / "plan")
 
 
 @rtx

@@ -27,7 +27,9 @@ from gdpo.model import lora
 SMALL = Profile((1, 1, 1), (64, 64, 64))
 
 
-@pytest.mark.parametrize("name", ["tiny_engine", "tiny_split_engine", "mini_engine"])
+@pytest.mark.parametrize(
+    "name", ["tiny_engine", "tiny_split_engine", pytest.param("mini_dynamic_engine", marks=pytest.mark.slow)]
+)
 def test_the_parity_check_ran_over_six_shapes_and_batches_1_to_4(name, request):
     manifest = manifests.load(request.getfixturevalue(name))
     parity = manifest.parity

@@ -291,10 +291,10 @@ def test_compiled_once_for_pictures_of_any_size(mini_model, photo, monkeypatch):
     assert np.abs(up.upscale(rgb, seed=5).astype(int) - plain).max() <= 1
 
 
-def test_compiling_is_refused_where_it_cannot_be_done(mini_model, mini_engine, monkeypatch):
+def test_compiling_is_refused_where_it_cannot_be_done(mini_model, tiny_engine, monkeypatch):
     needs = r"compiled \(--compile\) needs backend torch and a generator's folder as model; got backend auto"
     with pytest.raises(ValueError, match=needs):
-        Upscaler.load(mini_engine, compiled=True)
+        Upscaler.load(tiny_engine, compiled=True)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(RuntimeError, match=r"needs a C\+\+ compiler, and no-such-compiler is not here; install g"):
         Upscaler.load(mini_model, "torch", "cpu", compiled=True)
