@@ -33,8 +33,19 @@ def _older(version: str, than: tuple[int, int]) -> bool:
     return tuple(int(part) for part in version.split(".")[:2]) < than
 
 
+_able: set[tuple[object, ...]] = set()  # where and on what the kernels can run: to ask a GPU again would cost a launch
+
+
 def _obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """Why the Triton kernels cannot run there on these types, with the remedy; None where they can."""
+    key = device, dtypes, interpreted()
+    reason = None if key in _able else _find_obstacle(device, dtypes)
+    if reason is None:
+        _able.add(key)
+    return reason
+
+
+def _find_obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
     if triton is None:
         return "Triton is not installed: pip install triton (Linux), or pass backend='torch'"
     if device.type != "cuda" and not interpreted():

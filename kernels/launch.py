@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -20,6 +21,13 @@ def is_channels_last(x: Tensor, axis: int) -> bool:
 def in_order(x: Tensor, axis: int, channels_last: bool) -> Tensor:
     """x itself, or a copy where its elements are in another order than asked for."""
     return x.movedim(axis, -1).contiguous().movedim(-1, axis) if channels_last else x.contiguous()
+
+
+def channels_innermost(x: Tensor) -> Tensor:
+    """x [N,C,...] itself where its channels are innermost in memory, else such a copy."""
+    if x.ndim == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    return in_order(x, 1, channels_last=True)
 
 
 def options(warps: int, registers: int | None = None) -> dict[str, Any]:

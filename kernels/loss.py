@@ -254,13 +254,12 @@ class _GdpoLoss(torch.autograd.Function):
     def forward(ctx, pred, noise, ref_pred, advantage, weight, beta):  # setup_context would look at its signature
         loss, margin, scale = _forward(pred, noise, ref_pred, advantage, weight, beta)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(scale)
         ctx.save_for_backward(pred, noise, weight, margin, scale)
-        return loss, margin, scale
+        return loss, margin
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, grad_margin, _):
+    def backward(ctx, grad_loss, grad_margin):
         if grad_loss is None and grad_margin is None:
             return (None,) * 6
         pred, noise, weight, margin, scale = ctx.saved_tensors
@@ -359,7 +358,6 @@ def gdpo_loss(
     if weight is not None:
         checks.between("weight", weight, 0.0, float("inf"), "weights must not be negative")
     if use_triton(backend, pred, noise, ref_pred, advantage, weight):
-        run = _forward_op if torch.compiler.is_compiling() else _GdpoLoss.apply
-        loss, margin, _ = run(pred, noise, ref_pred, advantage, weight, float(beta))
-        return loss, margin
+        inputs = pred, noise, ref_pred, advantage, weight, float(beta)
+        return _forward_op(*inputs)[:2] if torch.compiler.is_compiling() else _GdpoLoss.apply(*inputs)
     return gdpo_loss_reference(pred, noise, ref_pred, advantage, float(beta), weight)

@@ -15,12 +15,16 @@ from torch import Tensor
 
 from . import checks
 from .dispatch import jit, tl, use_triton
-from .launch import is_channels_last, options, power_of_two
-from .norm_backward import (
+from .launch import channels_innermost, is_channels_last, options, power_of_two
+from .norm_split import (
     _before_silu,
     _group_norm_apply_bwd_kernel,
+    _group_norm_apply_kernel,
     _group_norm_partial_bwd_kernel,
+    _group_norm_partial_kernel,
     _group_norm_reduce_bwd_kernel,
+    _group_norm_reduce_kernel,
+    _silu,
 )
 
 
@@ -38,11 +42,6 @@ def group_norm_reference(
     x_wide = x.to(wide) if shift is None else x.to(wide) + shift.to(wide)[:, *(None,) * (x.ndim - 2)]
     out = F.group_norm(x_wide, groups, weight.to(wide), bias.to(wide), eps)
     return (F.silu(out) if silu else out).to(x.dtype)
-
-
-@jit
-def _silu(y):
-    return y / (1.0 + tl.exp(-y))
 
 
 @jit
@@ -94,155 +93,6 @@ def _group_norm_small_kernel(
     tl.store(out_ptr + base + offset, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@jit
-def _features(x_ptr, other_ptr, shift, out_ptr, offset, mask, SUM: tl.constexpr):
-    """x; or x + other + shift, stored, and then as those who read it see it."""
-    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    if SUM:
-        x += tl.load(other_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        x = tl.where(mask, x + shift, 0.0).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + offset, x, mask=mask)
-        x = x.to(tl.float32)
-    return x
-
-
-@jit
-def _group_norm_partial_kernel(
-    x_ptr,
-    other_ptr,
-    shift_ptr,
-    out_ptr,
-    partial_ptr,
-    length,
-    channels,
-    chunks,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STEPS: tl.constexpr,
-    SUM: tl.constexpr,
-    SHIFTED: tl.constexpr,
-):
-    """Mean and sum of squared deviations of each channel over a chunk of pixels, [N,2,C,chunks]: of x, or of a sum.
-
-    Sums are about the mean of the chunk's first tile, a STEPS-th of it, so at most log2(STEPS) bits cancel.
-    """
-    chunk, n = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    r, c = tl.arange(0, ROWS)[:, None], tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    there = c < channels
-    first = chunk * ROWS * STEPS
-    count = tl.minimum(length - first, ROWS * STEPS)
-    offset = (n * length + first) * channels + r * channels + c[None, :]
-    shift = tl.zeros((1, COLUMNS), tl.float32)
-    if SHIFTED:
-        shift += tl.load(shift_ptr + c, mask=there, other=0.0).to(tl.float32)[None, :]
-    x = _features(x_ptr, other_ptr, shift, out_ptr, offset, (r < count) & there[None, :], SUM)
-    centre = tl.div_rn(tl.sum(x, 0), tl.minimum(count, ROWS).to(tl.float32))
-    total = tl.where(r < count, x - centre[None, :], 0.0)
-    squares = total * total
-    for step in range(1, STEPS):
-        inside = r + step * ROWS < count
-        here = offset + step * ROWS * channels
-        x = _features(x_ptr, other_ptr, shift, out_ptr, here, inside & there[None, :], SUM)
-        d = tl.where(inside, x - centre[None, :], 0.0)
-        total += d
-        squares += d * d
-    sums = tl.sum(total, 0)
-    away = tl.div_rn(sums, count.to(tl.float32))
-    means = partial_ptr + (2 * n * channels + c) * chunks + chunk
-    deviations = partial_ptr + ((2 * n + 1) * channels + c) * chunks + chunk
-    tl.store(means, centre + away, mask=there)
-    tl.store(deviations, tl.sum(squares, 0) - sums * away, mask=there)
-
-
-@jit
-def _group_norm_reduce_kernel(
-    partial_ptr,
-    weight_ptr,
-    shift_ptr,
-    coefficient_ptr,
-    length,
-    channels,
-    per_group,
-    chunks,
-    rows,
-    eps,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SHIFTED: tl.constexpr,
-):
-    """Chunks and channels of a group, merged in a fixed order: mean, rstd * weight and rstd of each channel, [N,3,C].
-
-    A shift moves the channels' means, and nothing else; of what is read again it is not a part yet.
-    """
-    g, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    means = partial_ptr + (2 * n * channels + g * per_group) * chunks
-    deviations = partial_ptr + ((2 * n + 1) * channels + g * per_group) * chunks
-    shifts = shift_ptr + g * per_group
-    entries = per_group * chunks
-    lane = tl.arange(0, BLOCK)
-    size = 1.0 * length * per_group
-    centre = tl.load(means)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, entries, BLOCK):
-        i = start + lane
-        count = tl.minimum(length - i % chunks * rows, rows).to(tl.float32)
-        mean = tl.load(means + i, mask=i < entries, other=0.0)
-        if SHIFTED:
-            mean += tl.load(shifts + i // chunks, mask=i < entries, other=0.0).to(tl.float32)
-        total += tl.where(i < entries, (mean - centre) * count, 0.0)
-    centre += tl.div_rn(tl.sum(total, 0), size)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, entries, BLOCK):
-        i = start + lane
-        count = tl.minimum(length - i % chunks * rows, rows).to(tl.float32)
-        d = tl.load(means + i, mask=i < entries, other=0.0) - centre
-        if SHIFTED:
-            d += tl.load(shifts + i // chunks, mask=i < entries, other=0.0).to(tl.float32)
-        own = tl.load(deviations + i, mask=i < entries, other=0.0)
-        total += tl.where(i < entries, own + count * d * d, 0.0)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(total, 0), size) + eps))
-    c = tl.arange(0, COLUMNS)
-    there = c < per_group
-    weight = tl.load(weight_ptr + g * per_group + c, mask=there, other=0.0).to(tl.float32)
-    target = coefficient_ptr + 3 * n * channels + g * per_group + c
-    mean = tl.zeros((COLUMNS,), tl.float32) + centre
-    if SHIFTED:
-        mean -= tl.load(shifts + c, mask=there, other=0.0).to(tl.float32)
-    tl.store(target, mean, mask=there)
-    tl.store(target + channels, rstd * weight, mask=there)
-    tl.store(target + 2 * channels, tl.zeros((COLUMNS,), tl.float32) + rstd, mask=there)
-
-
-@jit
-def _group_norm_apply_kernel(
-    x_ptr,
-    coefficient_ptr,
-    bias_ptr,
-    out_ptr,
-    length,
-    channels,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STEPS: tl.constexpr,
-    SILU: tl.constexpr,
-):
-    """A chunk of pixels a program: (x - mean) * scale + bias, SiLU."""
-    n = tl.program_id(2).to(tl.int64)
-    r, c = tl.arange(0, ROWS)[:, None], tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    there = c < channels
-    first = tl.program_id(0) * ROWS * STEPS
-    mean = tl.load(coefficient_ptr + 3 * n * channels + c, mask=there, other=0.0)
-    scale = tl.load(coefficient_ptr + (3 * n + 1) * channels + c, mask=there, other=0.0)
-    bias = tl.load(bias_ptr + c, mask=there, other=0.0).to(tl.float32)
-    offset = (n * length + first) * channels + r * channels + c
-    for step in tl.static_range(0, STEPS):
-        inside = (r + step * ROWS < length - first) & there
-        x = tl.load(x_ptr + offset + step * ROWS * channels, mask=inside, other=0.0).to(tl.float32)
-        y = (x - mean) * scale + bias
-        y = (_silu(y) if SILU else y).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + offset + step * ROWS * channels, y, mask=inside)
-
-
 TILE = 4096  # elements a tile, with 8 warps
 SMALL = 16384  # elements of a group, rounded up, that one program keeps in registers; half with a gradient beside
 BUSY = 1024  # programs that keep a GPU busy
@@ -258,8 +108,11 @@ def _tiling(images: int, length: int, channels: int) -> tuple[int, int, int]:
 
 
 def _statistics(x: Tensor, other: Tensor | None = None, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x [N,...,C], or x + other + shift, and what `_launch` begins with: mean and deviations, [N,2,C,chunks]."""
-    images, channels, length = len(x), x.shape[-1], math.prod(x.shape[1:-1])
+    """x [N,C,...], or x + other + shift, and what `_launch` begins with: mean and deviations, [N,2,C,chunks].
+
+    The channels of x and other are innermost in memory.
+    """
+    images, channels, length = len(x), x.shape[1], math.prod(x.shape[2:])
     rows, columns, steps = _tiling(images, length, channels)
     chunks = -(-length // (rows * steps))
     partial = x.new_empty(images, 2, channels, chunks, dtype=torch.float32)
@@ -288,10 +141,10 @@ def _launch(
 
     With grad, and those coefficients if there were any: the gradient of x instead.
     """
-    x = x.movedim(1, -1).contiguous()
-    upstream = x if grad is None else grad.movedim(1, -1).contiguous()
+    x = channels_innermost(x)
+    upstream = x if grad is None else channels_innermost(grad)
     out = torch.empty_like(x)
-    images, channels, length = len(x), x.shape[-1], math.prod(x.shape[1:-1])
+    images, channels, length = len(x), x.shape[1], math.prod(x.shape[2:])
     per_group, weight, bias = channels // groups, weight.contiguous(), bias.contiguous()
     shifted, shift = shift is not None, bias if shift is None else shift.contiguous()
     height, width = power_of_two(length), power_of_two(per_group)
@@ -303,12 +156,14 @@ def _launch(
                 ROWS=height, COLUMNS=width, SILU=silu, SHIFTED=shifted, BACKWARD=grad is not None,
                 **options(warps, registers=128),
             )  # fmt: skip
-            return out.movedim(-1, 1), None
+            return out, None
         rows, columns, steps = _tiling(images, length, channels)
         chunks = -(-length // (rows * steps))
         grid, each = (chunks, -(-channels // columns), images), {"ROWS": rows, "COLUMNS": columns, "STEPS": steps}
         if coefficient is None:
             partial = _statistics(x)[1] if statistics is None else statistics
+            if partial.shape[-1] != chunks:
+                raise ValueError(f"statistics must be of x, [N,2,C,{chunks}]; got {tuple(partial.shape)}")
             coefficient = x.new_empty(images, 3, channels, dtype=torch.float32)
             _group_norm_reduce_kernel[(groups, images)](
                 partial, weight, shift, coefficient, length, channels, per_group, chunks, rows * steps, eps,
@@ -330,7 +185,7 @@ def _launch(
             _group_norm_apply_bwd_kernel[grid](
                 upstream, x, coefficient, bias, sums, out, length, channels, **each, SILU=silu, **options(8)
             )
-    return out.movedim(-1, 1), coefficient
+    return out, coefficient
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -359,7 +214,7 @@ def _group_norm_op(
 
 @_group_norm_op.register_fake
 def _(x, groups, weight, bias, eps, silu, shift=None):
-    return torch.empty_like(x.movedim(1, -1).contiguous()).movedim(-1, 1)
+    return torch.empty_like(channels_innermost(x))
 
 
 def group_norm(

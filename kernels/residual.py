@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import checks
 from .dispatch import use_triton
-from .launch import is_channels_last
+from .launch import channels_innermost, is_channels_last
 from .norm import _statistics
 
 
@@ -50,7 +50,5 @@ def residual_sum(
         backend = "torch"
     if not use_triton(backend, a, b, shift):
         return residual_sum_reference(a, b, shift), None
-    a, b = (t.movedim(1, -1).contiguous() for t in (a, b))
     with torch.cuda.device_of(a):
-        out, statistics = _statistics(a, b, None if shift is None else shift.contiguous())
-    return out.movedim(-1, 1), statistics
+        return _statistics(channels_innermost(a), channels_innermost(b), None if shift is None else shift.contiguous())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gdpo.kernels.dispatch import _obstacle
+from gdpo.kernels.dispatch import _find_obstacle
 
 from gdpo.kernels import attribute_ratios, attribute_reward, attribute_statistics, complexity_map, gdpo_loss
 from tests.support.fused import DEVICE
@@ -142,7 +142,7 @@ def test_triton_does_not_take_huge_patches():
 
 def test_old_gpus_are_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert "compute capability 8.0" in _obstacle(torch.device("cuda:0"), (torch.float32,))
+    assert "compute capability 8.0" in _find_obstacle(torch.device("cuda:0"), (torch.float32,))
 
 
 def test_an_interpreter_that_numpy_broke_is_named(monkeypatch):
@@ -150,5 +150,5 @@ def test_an_interpreter_that_numpy_broke_is_named(monkeypatch):
     monkeypatch.setattr("triton.__version__", "3.6.0")
     for numpy, broken in (("2.3.5", False), ("2.4.6", True), ("3.0.0rc1", True)):
         monkeypatch.setattr("numpy.__version__", numpy)
-        reason = _obstacle(torch.device("cpu"), (torch.float32,)) or ""
+        reason = _find_obstacle(torch.device("cpu"), (torch.float32,)) or ""
         assert ("pip install 'numpy<2.4' or 'triton>=3.7'" in reason) == broken

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gdpo.kernels import group_norm, norm, norm_backward
+from gdpo.kernels import group_norm, norm, norm_split
 from tests.support.fused import DEVICE, HALVES, assert_as_good, channels_last, mutant, poisoned, relative_error, strided
 
 
@@ -272,7 +272,7 @@ def test_without_a_fault_the_copy_passes(split, tmp_path):
 
 
 def _fault(old, new, folder, small=False):
-    copy = mutant(norm, old, new, folder)
+    copy = mutant(norm, old, new, folder, part=norm_split)
     if not small:
         copy.SMALL, copy._tiling = 0, lambda *_: (16, 32, 2)
     return copy.group_norm
@@ -281,33 +281,36 @@ def _fault(old, new, folder, small=False):
 @pytest.mark.parametrize(
     "old, new",
     [
-        ("d = tl.where(inside, x - centre[None, :], 0.0)", "d = x - centre[None, :]"),
-        ("tl.sum(squares, 0) - sums * away", "tl.sum(squares, 0)"),
-        ("tl.store(means, centre + away", "tl.store(means, centre"),
+        ("inside & there, SUM) - centre, 0.0)", "inside & there, SUM) - centre, 1.0)"),
+        ("keep_dims=True) - sums * away", "keep_dims=True)"),
+        ("tl.store(target, centre + away", "tl.store(target, centre"),
         ("own + count * d * d", "own"),
         ("(mean - centre) * count", "(mean - centre)"),
-        ("range(0, STEPS):", "range(0, 1):"),
-        ("(2 * n + 1) * channels + c, mask", "2 * n * channels + c, mask"),
+        ("range(1, STEPS):", "range(1, 1):"),
+        ("(3 * n + 1) * channels + c, mask", "3 * n * channels + c, mask"),
         ("first = tl.program_id(0) * ROWS * STEPS", "first = tl.program_id(0) * ROWS"),
+        ("tl.store(out_ptr + here, (_silu(y)", "tl.store(out_ptr + offset, (_silu(y)"),
     ],
 )
 def test_a_planted_fault_is_seen(old, new, tmp_path):
+    function = _fault(old, new, tmp_path)
     with pytest.raises(AssertionError):
-        check(problem(2, 40, 7, 9, 4), function=_fault(old, new, tmp_path))
+        check(problem(2, 40, 7, 9, 4), function=function)
 
 
 @pytest.mark.parametrize(
     "old, new",
     [
         ("d = tl.where(inside, x - tl.div_rn(tl.sum(x), size), 0.0)", "d = x - tl.div_rn(tl.sum(x), size)"),
-        ("y = d * (scale * weight) + bias", "y = d * scale * weight"),
-        ("offset = n * length * channels + g * per_group", "offset = n * length * channels + g"),
+        ("y = d * (rstd * weight) + bias", "y = d * (rstd * weight)"),
+        ("base = n * length * CHANNELS + g * PER_GROUP", "base = n * length * CHANNELS + g"),
         ("    return y / (1.0 + tl.exp(-y))", "    return y / (1.0 + tl.exp(y))"),
     ],
 )
 def test_a_planted_fault_in_the_small_kernel_is_seen(old, new, tmp_path):
+    function = _fault(old, new, tmp_path, small=True)
     with pytest.raises(AssertionError):
-        check(problem(2, 40, 7, 9, 4), function=_fault(old, new, tmp_path, small=True))
+        check(problem(2, 40, 7, 9, 4), function=function)
 
 
 def test_without_a_fault_the_copy_has_the_gradient(tmp_path):
@@ -325,8 +328,9 @@ def test_without_a_fault_the_copy_has_the_gradient(tmp_path):
     ],
 )
 def test_a_fault_in_the_gradient_of_the_small_kernel_is_seen(old, new, tmp_path):
+    function = _fault(old, new, tmp_path, small=True)
     with pytest.raises(AssertionError):
-        check_gradient(problem(2, 40, 7, 9, 4), function=_fault(old, new, tmp_path, small=True))
+        check_gradient(problem(2, 40, 7, 9, 4), function=function)
 
 
 @pytest.mark.parametrize(
@@ -334,17 +338,15 @@ def test_a_fault_in_the_gradient_of_the_small_kernel_is_seen(old, new, tmp_path)
     [
         ("share * (1.0 + y * (1.0 - share))", "share * (1.0 + y)"),
         ("products += grad * d", "products += grad"),
-        ("for step in range(0, STEPS):", "for step in range(0, 1):"),
-        ("((2 * n + 1) * channels + c) * chunks + chunk", "(2 * n * channels + c) * chunks + chunk"),
+        ("    for step in range(0, STEPS):", "    for step in range(0, 1):"),
+        ("second + i, mask", "first + i, mask"),
         ("sums += scale * tl.load", "sums += tl.load"),
         ("tl.sum(products, 0), size) * rstd * rstd", "tl.sum(products, 0), size) * rstd"),
-        ("* scale - level - d * slope", "* scale - d * slope"),
-        ("for step in tl.static_range(0, STEPS):", "for step in tl.static_range(0, 1):"),
+        ("grad * scale - level - d * slope", "grad * scale - d * slope"),
+        ("tl.store(out_ptr + here, (grad", "tl.store(out_ptr + offset, (grad"),
     ],
 )
-def test_a_fault_in_the_gradient_of_a_split_plane_is_seen(old, new, tmp_path, split, monkeypatch):
-    copy = mutant(norm_backward, old, new, tmp_path)
-    for name in ("_group_norm_partial_bwd_kernel", "_group_norm_reduce_bwd_kernel", "_group_norm_apply_bwd_kernel"):
-        monkeypatch.setattr(norm, name, getattr(copy, name))
+def test_a_fault_in_the_gradient_of_a_split_plane_is_seen(old, new, tmp_path):
+    function = _fault(old, new, tmp_path)
     with pytest.raises(AssertionError):
-        check_gradient(problem(2, 40, 7, 9, 4))
+        check_gradient(problem(2, 40, 7, 9, 4), function=function)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gdpo.kernels import group_norm, norm, residual, residual_sum
+from gdpo.kernels import group_norm, norm, norm_split, residual, residual_sum
 from tests.support.fused import DEVICE, HALVES, assert_as_good, channels_last, mutant, poisoned, strided
 
 SHAPES = [(2, 8, 5, 7), (1, 20, 9, 9), (3, 1, 4, 4), (1, 96, 13, 11)]
@@ -91,6 +91,13 @@ def test_bad_input(change, error, message):
         group_norm(args[0], 2, torch.ones(8), torch.ones(8), statistics=torch.zeros(2, 2, 4, 1))
 
 
+def test_statistics_of_another_picture_are_refused():
+    a, b, shift = problem((2, 12, 6, 15))
+    statistics = residual_sum(a, b, shift, backend="triton")[1]
+    with pytest.raises(ValueError, match=r"statistics must be of x, \[N,2,C,2\]; got \(2, 2, 12, 3\)"):
+        group_norm(a[..., :10], 3, shift, shift, statistics=statistics, backend="triton")
+
+
 @pytest.mark.parametrize(
     "old, new",
     [
@@ -99,11 +106,11 @@ def test_bad_input(change, error, message):
         ("tl.store(out_ptr + offset, x, mask=mask)", "tl.store(out_ptr + offset, x, mask=mask & (offset > 40))"),
         ("        x = x.to(tl.float32)\n    return x", "        x = x.to(tl.float32) + 0.01\n    return x"),
         ("shift += tl.load(shift_ptr + c", "shift -= tl.load(shift_ptr + c"),
-        ("here = offset + step * ROWS * channels", "here = offset"),
+        ("channels\n        d = tl.where(inside", "0\n        d = tl.where(inside"),
     ],
 )
 def test_a_planted_fault_is_seen(old, new, tmp_path, monkeypatch):
-    copy = mutant(norm, old, new, tmp_path)
+    copy = mutant(norm, old, new, tmp_path, part=norm_split)
     copy._tiling = norm._tiling
     monkeypatch.setattr(residual, "_statistics", copy._statistics)
     with pytest.raises(AssertionError):

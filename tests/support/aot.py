@@ -175,7 +175,7 @@ def _norm(
     if backward:
         norm._launch(x, *how, grad=out, coefficient=coefficient)
     elif part_of_a_sum:
-        norm._statistics(*(t.movedim(1, -1) for t in (x, out)), _new(channels))
+        norm._statistics(x, out, _new(channels))
 
 
 def _geglu(n: int, channels: int, tokens: int, dtype: torch.dtype) -> None:

@@ -48,13 +48,28 @@ def poisoned() -> Iterator[None]:
 _numbers = itertools.count()
 
 
-def mutant(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
-    """The module with a fault planted: `old` replaced by `new` in its source."""
+def mutant(module: ModuleType, old: str, new: str, folder: Path, part: ModuleType | None = None) -> ModuleType:
+    """The module with a fault planted: `old` replaced by `new` in its source, or in that of a part that it imports.
+
+    Raises:
+        LookupError: there is no such place, or several. Not an AssertionError, which is what a fault is to cause.
+    """
+    if part is None or old not in Path(part.__file__).read_text():
+        return _edited(module, old, new, folder)
+    own, copy = _edited(part, old, new, folder), _edited(module, None, "", folder)
+    for name, value in vars(own).items():
+        if not name.startswith("__") and getattr(copy, name, None) is getattr(part, name, own):
+            setattr(copy, name, value)
+    return copy
+
+
+def _edited(module: ModuleType, old: str | None, new: str, folder: Path) -> ModuleType:
     source = Path(module.__file__).read_text()
-    assert source.count(old) == 1, f"{source.count(old)} places to plant the fault at: {old!r}"
+    if old is not None and source.count(old) != 1:
+        raise LookupError(f"{source.count(old)} places to plant the fault at: {old!r}")
     name = f"mutant_{next(_numbers)}"
     path = folder / f"{name}.py"  # a file, because Triton reads its kernels' source
-    path.write_text(source.replace(old, new).replace('"gdpo::', f'"gdpo_{name}::'))
+    path.write_text((source if old is None else source.replace(old, new)).replace('"gdpo::', f'"gdpo_{name}::'))
     spec = importlib.util.spec_from_file_location(f"gdpo.kernels.{name}", path)
     loaded = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = loaded
