@@ -65,3 +65,12 @@ def test_the_border_of_a_photo_is_as_good_as_its_inside(up, photo):
     part = up.upscale(photo[16:80, 16:80].copy(), seed=0, color="none").astype(float)
     rows = [np.abs(part - whole)[[y, 255 - y]].mean() for y in (0, 8)]
     assert rows[0] < 3 * rows[1]
+
+
+@pytest.mark.parametrize("tile, most, mean", [(64, 5, 0.05), (32, 13, 0.4)])
+def test_shorter_tiles_change_a_photo_little(up, photo, tile, most, mean):
+    """The model sees 18 pixels around each; short tiles overlap by less."""
+    rgb = photo[:128, :128]
+    difference = np.abs(up.upscale(rgb, tile=tile).astype(int) - up.upscale(rgb).astype(int))
+    print(f"tile {tile}: at most {difference.max()} levels, {difference.mean():.3f} in the mean")
+    assert 0 < difference.max() <= most and difference.mean() <= mean
