@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -145,6 +146,40 @@ def test_whatever_there_is_is_packed(run, tmp_path):
         with tarfile.open(gpu.pack(replace(run, dry=dry))) as archive:
             assert set(archive.getnames()) == own | rows_too
             assert archive.extractfile("gpu/bad.log").read() == (run.out / "bad.log").read_bytes() == b"it broke\n"
+
+
+TWO_PARTS = """
+import sys
+from benchmarks import gpu
+from engine.io import cli
+process, gpu.commit = gpu._process, lambda: ("abc", False)
+gpu._process = lambda command, *rest: process([command[0], "-c", command[2]], *rest)
+second = f"import os, time; print(os.getpid(), flush=True); time.sleep({sys.argv.pop(1)})"
+parts = {"first": "print('a row')", "second": second}
+gpu.PARTS = {name: gpu.Part("a stand-in", 60, (), lambda run, code=code: [code], ()) for name, code in parts.items()}
+cli.run(gpu.main)
+"""
+
+
+@pytest.mark.parametrize("signal_, code", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_call_that_is_killed_keeps_what_is_done_and_goes_on(signal_, code, tmp_path):
+    def start(seconds):
+        line = [sys.executable, "-c", TWO_PARTS, seconds, "--dry", "--out", str(tmp_path)]
+        return subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+    killed, log, end = start("60"), tmp_path / "second.log", time.monotonic() + 60
+    while not (log.is_file() and log.read_text().strip()) and time.monotonic() < end:
+        time.sleep(0.1)
+    child = Path(f"/proc/{log.read_text().strip()}/status")
+    killed.send_signal(getattr(signal, signal_))
+    said = killed.communicate(timeout=30)[1]
+    assert killed.returncode == code and "packed: " in said and "Traceback" not in said
+    assert not child.exists() or "State:\tZ" in child.read_text()  # and the machine is free
+    with tarfile.open(tmp_path / gpu.ARCHIVE) as archive:
+        assert archive.extractfile("gpu/first.log").read() == b"a row\n"
+    again = start("0")
+    said = again.communicate(timeout=60)[1]
+    assert again.returncode == 0 and "first: a stand-in: done before" in said and said.count(" done in ") == 1
 
 
 def test_what_the_time_does_not_reach_waits_for_the_next_call(run):
