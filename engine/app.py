@@ -236,15 +236,15 @@ def _sentence(error: Exception, source: Path | None = None) -> str:
 def parser() -> cli.Parser:
     p = cli.Parser(prog="python -m engine.app", description="Open a page that upscales pictures in the browser.")
     p.add_argument("-n", "--model", nargs="+", default=[], help="engine folders on offer (default: the bundled models)")
-    p.add_argument("--host", default="127.0.0.1", help="address to listen on; others than this machine's make the "
-                   "page reachable to all who reach it")  # fmt: skip
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on; at any but the default, "
+                   "whoever reaches this machine can use the page")  # fmt: skip
     p.add_argument("--port", type=int, default=7860, help="port to listen on; 0: any that is free")
     p.add_argument("--pictures", type=int, default=20, help="number of pictures in one drop")
     p.add_argument("--max-pixels", type=int, default=16_000_000, help="size limit of a picture")
     p.add_argument("--max-mib", type=float, default=64, help="size limit of a file, in MiB")
     p.add_argument("--at-once", type=int, default=2, help="number of drops that are worked on at a time")
     p.add_argument("--queue", type=int, default=32, help="number of drops that may wait")
-    p.add_argument("--browser", action="store_true", help="open the page in the browser")
+    p.add_argument("--browser", action="store_true", help="open the page in a browser")
     return p
 
 

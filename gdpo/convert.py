@@ -222,12 +222,15 @@ def _from_folder(released: Path, base: Path | None, t_noise: int | None, t_diffu
 
 
 def main() -> None:
-    parser = Parser(prog="python -m gdpo.convert", description="Convert released weights to a model folder.")
+    parser = Parser(
+        prog="python -m gdpo.convert",
+        description="Convert released weights to a model folder, or a model folder to a file for spandrel.",
+    )
     parser.add_argument(
         "released",
         type=str,
-        help="the LoRA file (.pkl), the merged folder, an exported tiny model (tiny and faithful are bundled), or a "
-        "super-resolution network: a file "
+        help="the authors' LoRA file (.pkl) or merged folder; an exported tiny model (tiny and faithful are bundled); "
+        "or a super-resolution network: a file "
         f"(.pth, .safetensors, .param) or one of {', '.join(PUBLISHED)}",
     )
     parser.add_argument("--base", type=str | None, help="diffusers folder of the base model")
@@ -247,8 +250,8 @@ def main() -> None:
     parser.add_argument(
         "--blocks",
         type=list[int] | None,
-        help="keep these of an RRDBNet's residual blocks alone, as [0,5,9]: a smaller network, to be trained with the "
-        "whole one as its teacher",
+        help="residual blocks of an RRDBNet to keep, such as [0,5,9]: a smaller network, to be trained with the whole "
+        "one as its teacher",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an --out that holds a model")
     args = parser.parse_args()

@@ -38,7 +38,7 @@ def parser() -> Parser:
         prog="python -m gdpo.evaluate",
         usage="python -m gdpo.evaluate --lr DIR --hr DIR --out DIR [options]\n"
         "       python -m gdpo.evaluate --before-after MODEL [other options; add --help]",
-        description=f"Scores models and pictures. {_ABOUT}",
+        description=f"Score models and pictures. {_ABOUT}",
     )
     instead = top.add_argument_group("what GDPO changed in a model, with none of the options below")
     instead.add_argument("--before-after", metavar="MODEL", help=f"{before_after.HELP}; it has its own options")

@@ -16,13 +16,17 @@ from gdpo.model.parts import refuse_checkpoint
 def main() -> None:
     parser = Parser(prog="python -m gdpo.hub", description="Write a model's card and push the model to the Hub.")
     parser.add_argument("model", type=str, help="a model folder")
-    parser.add_argument("--license", type=str | None, help="licence of the weights, as the Hub names it (apache-2.0)")
     parser.add_argument(
-        "--photos", type=str | None, help="photos.json with title, author, licence of what it learnt from"
+        "--license", type=str | None, help="licence of the weights, as the Hub names it (such as apache-2.0)"
     )
-    parser.add_argument("--evaluation", type=str | None, help="results.json of python -m gdpo.evaluate")
+    parser.add_argument(
+        "--photos",
+        type=str | None,
+        help="photos.json of the training photos (titles, authors, licences), or its folder",
+    )
+    parser.add_argument("--evaluation", type=str | None, help="results.json of python -m gdpo.evaluate, or its folder")
     parser.add_argument("--row", type=str | None, help="name of this model in the evaluation (default: the only one)")
-    parser.add_argument("--dataset", type=str, default="a folder of pairs", help="what the evaluation was made on")
+    parser.add_argument("--dataset", type=str, default="a folder of pairs", help="name of the evaluation's data")
     parser.add_argument("--push", type=str | None, metavar="ORG/NAME", help="repository to push to, made if needed")
     parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder's README.md")

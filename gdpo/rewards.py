@@ -21,12 +21,14 @@ def parser() -> Parser:
     """The command line."""
     top = Parser(prog="python -m gdpo.rewards", description="Serve rewards to training runs over HTTP.")
     commands = top.add_subcommands(dest="command")
-    p = Parser(prog="python -m gdpo.rewards serve")
+    p = Parser(prog="python -m gdpo.rewards serve", description="Serve rewards to training runs over HTTP.")
     p.add_argument("names", nargs="+", metavar="NAME", help="a score of the registry, or module:function of your own")
     p.add_argument("--host", default="127.0.0.1", help="address to listen on")
     p.add_argument("--port", type=int, default=8000, help="port to listen on; 0: any that is free")
-    p.add_argument("--device", default="cpu", help="where the rewards' networks go")
+    p.add_argument("--device", default="cpu", help="device of the rewards' networks: cpu, cuda or cuda:N")
+    prog = p.prog
     commands.add_subcommand("serve", p, help="answer POST /score/NAME with a number for each picture")
+    p.prog = prog  # jsonargparse puts "[options]" into it, which no shell takes
     return top
 
 

@@ -24,7 +24,7 @@ def main() -> None:
     from gdpo.train.config import NAOSDConfig
     from gdpo.train.options import several
 
-    parser = Parser(prog="python -m gdpo.targets", description="Make the targets of NAOSD's teacher beforehand.")
+    parser = Parser(prog="python -m gdpo.targets", description="Compute the pictures of NAOSD's teacher beforehand.")
     parser.add_argument("--config", action=ConfigFile, help="YAML file of `gdpo.train naosd`")
     parser.add_argument("--part", type=str, default="1/1", help="K/N: the K-th of N processes that share the work")
     parser.add_class_arguments(NAOSDConfig, nested_key=None)

@@ -10,14 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.commands import COMMANDS
 from tests.support.folders import model, write_folder
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = [
-    "engine.upscale", "engine.info", "engine.bench", "engine.build", "engine.export", "gdpo.train", "gdpo.prepare",
-    "gdpo.evaluate", "gdpo.merge", "gdpo.convert", "gdpo.assets", "gdpo.targets", "gdpo.random_folder",
-    "engine.serve", "engine.app", "engine.bulk", "gdpo.rewards", "gdpo.hub", "gdpo.degradation",
-]  # fmt: skip
 BUNDLED = ROOT / "engine" / "data" / "tiny"
 WORK = {  # what each is asked to do, in a folder with photos/, small/ and folder/; it may refuse
     "engine.upscale": "photos/0.png out.png --model folder",

@@ -22,7 +22,7 @@ def parser() -> cli.Parser:
     p = cli.Parser(
         prog="python -m engine.bulk",
         description="Upscale many pictures x4, on this machine or on a Ray cluster. A result has the bytes that "
-        "python -m engine.upscale gives. What is finished is not done again.",
+        "python -m engine.upscale would write. Pictures that are finished are skipped.",
         epilog="The ledger (key, output, status, sha256, size, seconds, error) is in OUT/.gdpo-bulk/ledger. Exit "
         "codes: 0 done, 1 some pictures failed or the run could not go on, 2 bad usage, 130 interrupted, "
         "143 terminated.",
@@ -31,11 +31,11 @@ def parser() -> cli.Parser:
                    "an fsspec URL (s3://, gs://, ...)")  # fmt: skip
     p.add_argument("output", metavar="OUT", help="folder, a path or an fsspec URL; sub-folders are kept")
     p.add_argument("--root", help="folder that the keys of a .parquet or .csv file are relative to (default: its own)")
-    p.add_argument("--retry-failed", action="store_true", help="try again what failed in an earlier run")
+    p.add_argument("--retry-failed", action="store_true", help="try again the pictures that failed in an earlier run")
     p.add_argument(
         "-n", "--model", help="an engine folder, on every machine, or a bundled model: tiny or faithful (default: tiny)"
     )
-    p.add_argument("--seed", type=int, default=0, help="random seed of the noise, of every picture")
+    p.add_argument("--seed", type=int, default=0, help="random seed of the noise, the same for every picture")
     p.add_argument("-s", "--scale", type=float, help="factor (default: 4)")
     p.add_argument("--longest", type=int, metavar="PIXELS", help="length of the longer side, instead of a factor")
     p.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="size limit of inputs (default: %(default)s)")
@@ -43,22 +43,26 @@ def parser() -> cli.Parser:
     p.add_argument("--batch", type=int, help="number of tiles that go through the model at once")
     p.add_argument("--color", default=color.DEFAULT, choices=color.METHODS,
                    help="method that matches the colours to the input's")  # fmt: skip
-    p.add_argument("--background", metavar="COLOUR", help="colour under transparent pixels: the result is opaque")
+    p.add_argument(
+        "--background", metavar="COLOUR", help="colour to put under transparent pixels; the result is opaque"
+    )
     p.add_argument("-f", "--format", type=kind_of, choices=KINDS, help="format of outputs (default: the input's)")
     p.add_argument("--quality", type=int, default=95, help="quality of lossy formats, 1 to 100 (default: %(default)s)")
-    p.add_argument("--lossless", action="store_true", help="lossless WebP and JPEG XL (PNG and TIFF always are)")
-    p.add_argument("--strip-metadata", action="store_true", help="leave out EXIF, XMP and text")
+    p.add_argument("--lossless", action="store_true", help="write lossless WebP and JPEG XL (PNG and TIFF always are)")
+    p.add_argument(
+        "--strip-metadata", action="store_true", help="leave out EXIF, XMP and text; keep the colour profile"
+    )
     machine = p.add_argument_group("machines")
-    machine.add_argument("--address", help="address of a Ray cluster, or auto (default: this machine, without one)")
+    machine.add_argument("--address", help="address of a Ray cluster, or auto (default: this machine alone)")
     machine.add_argument("--workers", type=int, default=0, help="number of processes; 0: as many as there is room for")
     machine.add_argument("--threads", type=int, default=1, help="number of CPU threads of each process")
     machine.add_argument("--gpus-per-worker", type=float, default=0, help="GPUs of each process; 0.5: two share one")
     machine.add_argument("--backend", default="auto", help="auto, onnxruntime, openvino, tensorrt or tensorrt-rtx")
     machine.add_argument("--precision", default="auto", choices=("auto", "fp32", "fp16", "bf16"),
                          help="number format of the computation")  # fmt: skip
-    machine.add_argument("--trust-plan", action="store_true", help="permission to load a TensorRT plan built elsewhere "
+    machine.add_argument("--trust-plan", action="store_true", help="load a TensorRT plan that was built elsewhere "
                          "(it is executable code)")  # fmt: skip
-    p.add_argument("--no-progress", action="store_true", help="no progress bar or lines")
+    p.add_argument("--no-progress", action="store_true", help="show no progress bar or lines")
     return p
 
 

@@ -24,12 +24,14 @@ TOKEN = "GDPO_TOKEN"
 def parser() -> cli.Parser:
     p = cli.Parser(
         prog="python -m engine.serve",
-        description="Serve the engine over HTTP: POST /v1/upscale takes a picture and returns it x4 as "
-        "python -m engine.upscale makes it. /docs describes it, /health, /ready and /metrics watch it.",
-        epilog=f"The environment variable {TOKEN} names a token that clients must send. SIGTERM: what was accepted is "
-        "finished, then the service ends. Exit codes: 0 stopped, 1 stopped with work unfinished, 2 bad usage.",
+        description="Serve the engine over HTTP: POST /v1/upscale takes a picture and returns the bytes that "
+        "python -m engine.upscale would write. /docs describes its fields; /health, /ready and /metrics are for "
+        "monitoring.",
+        epilog=f"If the environment variable {TOKEN} is set, clients must send its value. On SIGTERM the service "
+        "finishes the requests that it has accepted, and ends. Exit codes: 0 stopped, 1 stopped with work "
+        "unfinished, 2 bad usage.",
     )
-    p.add_argument("-n", "--model", help="an engine folder, or tiny or faithful (default: tiny)")
+    p.add_argument("-n", "--model", help="engine folder, or a bundled model: tiny or faithful (default: tiny)")
     p.add_argument("--host", default="127.0.0.1", help="address to listen on")
     p.add_argument("--port", type=int, default=8000, help="port to listen on; 0: any that is free")
     limits = p.add_argument_group("limits")
@@ -51,7 +53,7 @@ def parser() -> cli.Parser:
                          help="number format of the computation")  # fmt: skip
     machine.add_argument("--batch", type=int, help="number of tiles in a batch (default: the model's largest)")
     machine.add_argument("--threads", type=int, default=0, help="number of CPU threads; 0: all")
-    machine.add_argument("--trust-plan", action="store_true", help="permission to load a TensorRT plan built elsewhere "
+    machine.add_argument("--trust-plan", action="store_true", help="load a TensorRT plan that was built elsewhere "
                          "(it is executable code)")  # fmt: skip
     return p
 

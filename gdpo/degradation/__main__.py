@@ -19,11 +19,15 @@ _MAX_PIXELS = 16_000_000  # a pass of a 16-megapixel photo takes some 5 GiB
 def main() -> None:
     parser = Parser(prog="python -m gdpo.degradation", description=__doc__)
     parser.add_argument("--in", type=Path, required=True, help="a photo, or a folder of photos", dest="source")
-    parser.add_argument("--out", type=Path, help="a sheet: a row per photo, its centre and degraded versions of it")
-    parser.add_argument("--pairs", type=Path, help="a folder for whole photos: HR/NAME.png, LR/NAME.png (degraded)")
-    parser.add_argument("--size", type=int, default=192, help="side of the sheet's pictures (default 192)")
-    parser.add_argument("--count", type=int, default=5, help="degraded versions of each photo on the sheet (default 5)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--out", type=Path, help="sheet to write: for each photo its centre and degraded versions of it"
+    )
+    parser.add_argument(
+        "--pairs", type=Path, help="folder to write pairs of whole photos to: HR/NAME.png, LR/NAME.png (degraded)"
+    )
+    parser.add_argument("--size", type=int, default=192, help="side of the sheet's pictures, in pixels")
+    parser.add_argument("--count", type=int, default=5, help="number of degraded versions of each photo on the sheet")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the degradation")
     parser.add_class_arguments(DegradationConfig, "degradation")
     args = parser.parse_args()
     if not args.out and not args.pairs:

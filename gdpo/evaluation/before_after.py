@@ -4,8 +4,8 @@
 
 Both are the same folder: "before" is the model with its LoRA off. For every crop, N noises are drawn once and given to
 both; the 2N samples form one group, scored as in training (min-max inside the group, weighted by the smooth and the
-textured share). Reported: the mean difference of that reward with its standard error and its 95% bootstrap interval
-over crops, the raw scores, scores that training did not optimise (`metrics`), and a sheet.
+textured share). The report has the mean difference of that reward with its standard error and its 95% bootstrap
+interval over crops, the raw scores, scores that training did not optimise (`metrics`), and a sheet.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TELLTALE = ("grid_artefact", "lattice_artefact", "oversharpening", "brisque")
 
 @dataclass
 class Options:
-    """How the two are compared
+    """How the two are compared.
 
     Args:
         model: a folder that gdpo.train gdpo made (base and LoRA apart).
@@ -46,10 +46,10 @@ class Options:
         crops: number of held-out crops, at most all of them.
         crop_size: side of the crops.
         noises: samples of each model per crop.
-        reward_funcs: rewards, as in training; so are the next four.
+        reward_funcs: rewards, as in training; so are the next four options.
         reward_weights: a number for each of reward_funcs.
         reward_normalization: how rewards are combined.
-        rho: "auto", or the share by which fidelity counts.
+        rho: smooth share, which fidelity counts by; "auto": each picture's own.
         texture_threshold: complexity above which a patch counts as texture.
         preset: preset of the degradation.
         metrics: further scores, by name; "auto" is the artefact figures, and BRISQUE where its package is installed.
@@ -174,7 +174,7 @@ def table(result: dict[str, float]) -> str:
 
 def parser() -> Parser:
     """The command line of `gdpo.evaluate --before-after`."""
-    p = Parser(prog="python -m gdpo.evaluate", description=__doc__)
+    p = Parser(prog="python -m gdpo.evaluate", description=" ".join(__doc__.split("\n\n")[::2]))
     p.add_argument("--before-after", dest="model", required=True, metavar="MODEL", help=HELP)
     p.add_class_arguments(Options, None, skip={"model"})
     return p

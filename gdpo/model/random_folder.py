@@ -208,11 +208,21 @@ def _scheduler(config: dict[str, Any]) -> Any:
 
 
 def main() -> None:
-    parser = cli.Parser(prog="python -m gdpo.random_folder", description=__doc__.split("\n")[0])
+    parser = cli.Parser(
+        prog="python -m gdpo.random_folder",
+        description="Make a model folder with random weights, in the shape of Stable Diffusion 2.1-base.",
+    )
     parser.add_argument("out", type=str, help="the folder to make")
-    parser.add_argument("--size", type=Literal["mini", "small", "sd21"], default="mini")
-    parser.add_argument("--vae", type=Literal["kl", "taesd"], default="kl")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", type=Literal["float32", "float16", "bfloat16"], default="float32")
+    parser.add_argument(
+        "--size", type=Literal["mini", "small", "sd21"], default="mini", help="size of the UNet, VAE and text encoder"
+    )
+    parser.add_argument("--vae", type=Literal["kl", "taesd"], default="kl", help="AutoencoderKL or AutoencoderTiny")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the weights")
+    parser.add_argument(
+        "--dtype",
+        type=Literal["float32", "float16", "bfloat16"],
+        default="float32",
+        help="number format of the weights",
+    )
     args = parser.parse_args()
     print(build_folder(args.out, args.size, args.seed, args.vae, getattr(torch, args.dtype)))

@@ -48,8 +48,8 @@ class TrainConfig:
         adam_weight_decay: weight decay of AdamW.
         adam_epsilon: epsilon of AdamW.
         max_grad_norm: gradients are clipped to this norm; 0 switches clipping off.
-        ema_decay: decay of a moving average of the trained weights, which is then the model saved; 0 is off.
-        mixed_precision: autocast precision of the forward passes; "auto" is bf16 on GPUs and x86 CPUs with it, else no.
+        ema_decay: decay of a moving average of the trained weights; above 0, the average is the model that is saved.
+        mixed_precision: autocast precision of the forward passes; "auto" is bf16 where the hardware has it, else no.
         checkpointing_steps: steps between checkpoints.
         checkpoints_total_limit: number of checkpoints to keep (at least 2).
         resume_from_checkpoint: "latest", "auto" (latest if there is one), or a checkpoint folder.
@@ -58,8 +58,8 @@ class TrainConfig:
         validation_images: pictures on a sheet.
         logging_steps: steps between rows of metrics.
         guard: scores of held-out pictures to watch, each with the largest change for the worse, or "log":
-            {psnr_y: -0.3, brisque: +10%}. It counts from the start in gdpo, from the best value so far in naosd. The
-            best checkpoint is kept in best/.
+            {psnr_y: -0.3, brisque: +10%}. The change is from the start in gdpo, from the best value so far in naosd.
+            The best checkpoint is kept in best/.
         guard_steps: steps between these evaluations; 0: validation_steps.
         guard_images: number of held-out pictures to evaluate.
         guard_action: beyond a limit, "stop" the run or go on ("keep_best"); both save the best checkpoint's model.
@@ -179,8 +179,8 @@ class NAOSDConfig(TrainConfig):
         perceptual: "lpips" (package lpips), "vgg" (see python -m gdpo.assets vgg16) or "auto": LPIPS when installed.
         perceptual_size: side of the random crop for the perceptual distance; 0 is the whole picture.
         perceptual_share: share of the samples with a perceptual distance (it costs more than a small generator's step).
-        perceptual_on: "degraded" leaves out samples of the preset bicubic, which lost so little that the pixel loss
-            suffices.
+        perceptual_on: samples with a perceptual distance; "degraded" leaves out those of the preset bicubic, which lost
+            so little that the pixel loss suffices.
         perceptual_blocks: number of VGG blocks to compare, 1 to 5; fewer are cheaper.
         num_noises: number of noises per picture in a step.
         diversity: above 0, the perceptual distance is the energy score on VGG features (gdpo.train.losses.energy), and
@@ -260,7 +260,7 @@ class GDPOConfig(TrainConfig):
         kl: grpo: weight of the divergence from the reference.
         nft_strength: nft: distance of the positive and the negative policy from the reference (the paper's beta).
         num_pairs: dp2o: number of best samples, each compared with as many of the worst.
-        mean_reward_std: dp2o: usual `reward_std`; groups with more spread count for more.
+        mean_reward_std: dp2o: the usual `reward_std`; groups with more spread count for more.
         reward_funcs: names from gdpo.scores.registry, your own module:function, or http://HOST:PORT/score/NAME of
             `python -m gdpo.rewards serve NAME`. "region_fidelity" measures fidelity where the picture is smooth,
             "region_detail" detail where it is textured.

@@ -31,6 +31,13 @@ IMPORTED = (
     "transformers.models.clip.modeling_clip", "transformers.models.clip.tokenization_clip", "onnx", "PIL.Image",
     "scipy.ndimage", "scipy.signal", "safetensors.torch", "tqdm", "yaml",
 )  # fmt: skip
+PLACES = ("engine/*.py", "engine/*/__main__.py", "gdpo/*.py", "gdpo/*/__main__.py")
+COMMANDS = sorted(  # python -m NAME, found in the tree
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+    for place in PLACES
+    for file in ROOT.glob(place)
+    if '\nif __name__ == "__main__":' in file.read_text("utf-8")
+)
 READ = ("ACCELERATE_", "CUDA", "DIFFUSERS_", "HF_", "HOME", "LD_", "MPL", "OMP_", "PYTHON", "TORCH", "TRANSFORMERS_",
         "TRITON_", "XDG_CACHE")  # how variables begin that the libraries read when they are imported  # fmt: skip
 
