@@ -53,6 +53,8 @@ class Format:
 
 _HEIC_BRANDS = rb"hei[cxms]|hev[cxms]"
 _FTYP = rb".{4}ftyp"
+# Nothing marks a TGA but its own fields: colours without or with a palette, and the depths that there are.
+_TGA = rb".(?:\0[\x02\x03\n\v]\0{5}|\x01[\x01\t].{4}[\x0f\x10\x18\x20]).{8}[\x08\x0f\x10\x18\x20]"
 
 FORMATS = (
     Format("PNG", (".png",), rb"\x89PNG\r\n\x1a\n", png.header, png.read, png.write,
@@ -72,6 +74,8 @@ FORMATS = (
     Format("BMP", (".bmp",), rb"BM", plain.header("BMP"), plain.read("BMP")),
     Format("GIF", (".gif",), rb"GIF8[79]a", plain.header("GIF"), plain.read("GIF")),
     Format("PNM", (".pnm", ".ppm", ".pgm", ".pbm"), rb"P[1-6][\s#]", plain.header("PNM"), plain.read("PNM")),
+    Format("PAM", (".pam",), rb"P7\s", plain.pam_header, plain.read_pam),
+    Format("TGA", (".tga",), _TGA, plain.header("TGA"), plain.read("TGA")),
 )  # fmt: skip
 LONGEST_HEAD = 96  # bytes that decide the format
 BY_SUFFIX = {suffix: row for row in FORMATS for suffix in row.suffixes}

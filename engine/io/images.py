@@ -1,8 +1,8 @@
 """Pictures in and out, read as if every file were hostile.
 
 A file is judged by its content, never by its name: the first bytes choose one decoder of the table in `formats`. Sizes
-are checked before pixels are decoded, animations and multi-page files are refused (of a GIF the first frame is taken,
-which is said), and whatever a decoder raises becomes an `ImageError` that names the file.
+are checked before pixels are decoded, multi-page files are refused (of an animation the first frame is taken, which is
+said), and whatever a decoder raises becomes an `ImageError` that names the file.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 
 from engine.io import metadata, profiles
 from engine.io.bands import Bands
+from engine.io.codecs.unread import what_to_do
 from engine.io.files import atomic_path
 from engine.io.formats import BY_SUFFIX, FORMATS, LONGEST_HEAD, READABLE, SUFFIXES, Format, format_of
 from engine.io.notices import warn_once
@@ -255,6 +256,8 @@ def _format(data: bytes) -> Format:
     if not data:
         raise ImageError("the file is empty")
     row = format_of(data[:LONGEST_HEAD])
+    if known := what_to_do(data[:LONGEST_HEAD]) if row is None or row.name == "TIFF" else None:
+        raise ImageError(known)
     if row is None:
         raise ImageError(f"not a picture of a kind that is read ({', '.join(row.name for row in FORMATS)})")
     return row

@@ -102,3 +102,8 @@ def to_8_bit(samples: np.ndarray) -> np.ndarray:
     for top in range(0, len(samples), 256):
         out[top : top + 256] = (samples[top : top + 256].astype(np.uint32) * 255 + 32767) // 65535
     return out
+
+
+def first_frame(kind: str, frames: int) -> str:
+    """What to say of an animation, or of a file of several pictures, of which one is read."""
+    return f"this {kind} has {frames} frames; the first is read"

@@ -158,12 +158,11 @@ def test_a_phone_jpeg_with_a_preview_behind_it_is_read(tmp_path):
     assert read_image(tmp_path / "phone.jpg").pixels.shape == (24, 37, 3)
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tif"])
-def test_animations_and_pages_are_refused(tmp_path, name):
+def test_pages_are_refused(tmp_path):
     frames = [Image.fromarray(gradient()), Image.fromarray(255 - gradient())]
-    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
-    with pytest.raises(ImageError, match=r"a\.\w+: a \w+ of (2 frames|several pages)"):
-        read_image(tmp_path / name)
+    frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
+    with pytest.raises(ImageError, match=r"a\.tif: a TIFF of several pages"):
+        read_image(tmp_path / "a.tif")
 
 
 def png(width, height, *, depth=8, color=2, body=b"", extra=b""):

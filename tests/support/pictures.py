@@ -76,6 +76,13 @@ def write_seeds(folder: Path) -> list[Path]:
     image.save(folder / "j.gif")
     image.save(folder / "k.ppm")
     (folder / "l.pgm").write_bytes(b"P5 37 24 65535\n" + gradient(dtype=np.uint16)[..., 0].astype(">u2").tobytes())
+    alpha = Image.fromarray(gradient()[..., 2])
+    image.save(folder / "o.tga")
+    Image.merge("RGBA", (*image.split(), alpha)).save(folder / "p.tga", compression="tga_rle")
+    head = b"P7\nWIDTH 37\nHEIGHT 24\nDEPTH 4\nMAXVAL 255\nTUPLTYPE RGB_ALPHA\nENDHDR\n"
+    (folder / "q.pam").write_bytes(head + np.dstack([gradient(), gradient()[..., :1]]).tobytes())
+    for name in ("r.png", "s.webp"):
+        image.save(folder / name, save_all=True, append_images=[image.rotate(180)])
     if installed("JXL"):
         write_image(folder / "m.jxl", Picture(gradient(), exif=exif_block()[6:]))
     if installed("HEIC"):

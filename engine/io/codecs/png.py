@@ -20,7 +20,7 @@ from PIL import PngImagePlugin
 from engine.io import metadata
 from engine.io.bands import Bands
 from engine.io.codecs.libraries import open_pillow, pixels_of, samples_of, split, vips
-from engine.io.picture import Header, ImageError, Notice, Picture
+from engine.io.picture import Header, ImageError, Notice, Picture, first_frame
 from engine.io.profiles import TAGS
 from engine.io.sink import Sink
 
@@ -64,8 +64,8 @@ def chunks(file: BinaryIO, *, contents: set[bytes] | None = None) -> Iterator[tu
 
 def header(file: BinaryIO) -> Header:
     """Size and orientation; pixels are skipped, since EXIF may stand behind them."""
-    size, exif, xmp, frames, profiles = None, None, None, 1, 0
-    for kind, content in chunks(file, contents={b"IHDR", b"eXIf", b"zTXt", b"tEXt", b"iTXt", b"acTL"}):
+    size, exif, xmp, profiles = None, None, None, 0
+    for kind, content in chunks(file, contents={b"IHDR", b"eXIf", b"zTXt", b"tEXt", b"iTXt"}):
         if kind == b"IHDR" and size is None and len(content) == 13:
             size = Header(*struct.unpack_from(">II", content))
         elif size is None:
@@ -79,17 +79,15 @@ def header(file: BinaryIO) -> Header:
         elif kind == b"iTXt" and xmp is None and content.startswith(_XMP.encode() + b"\0"):
             with contextlib.suppress(ValueError, IndexError):
                 xmp = _text_of(kind, content)[1].encode()
-        elif kind == b"acTL" and len(content) >= 4:
-            (frames,) = struct.unpack(">I", content[:4])
     if size is None:
         raise ImageError("damaged or truncated PNG header")
-    if frames > 1:
-        raise ImageError(f"a PNG of {frames} frames; animations are not read (extract the frames first)")
     return replace(size, orientation=metadata.orientation_of(_bare_exif(exif), xmp))
 
 
 def read(data: bytes, known: Header, notice: Notice) -> Picture:
     found = _metadata(data)
+    if (frames := _frames(data)) > 1:
+        notice(first_frame("PNG", frames))
     bare = _critical(data)
     if data[24:25] == b"\x10":
         image = vips().Image.pngload_buffer(bare, fail_on="error", access="sequential")
@@ -107,6 +105,16 @@ def read(data: bytes, known: Header, notice: Notice) -> Picture:
             image.info["transparency"] = clear * 255 // ((1 << bits) - 1)  # Pillow scales the samples but not this one
         pixels, gray, alpha = pixels_of(image)
     return Picture(pixels, gray, alpha, "PNG", **found)
+
+
+def _frames(data: bytes) -> int:
+    """How many an animation has; 1 of others."""
+    for kind, content in chunks(io.BytesIO(data), contents={b"acTL"}):
+        if kind == b"acTL" and len(content) >= 4:
+            return int.from_bytes(content[:4])
+        if kind == b"IDAT":
+            break
+    return 1
 
 
 def _critical(data: bytes) -> bytes:

@@ -14,7 +14,7 @@ from engine.io import metadata
 from engine.io.bands import Bands
 from engine.io.codecs import isobmff
 from engine.io.codecs.libraries import common_metadata, open_pillow, pixels_of, samples_of, split, vips
-from engine.io.picture import Header, ImageError, Notice, Picture, upright
+from engine.io.picture import Header, Notice, Picture, first_frame, upright
 from engine.io.sink import Sink
 
 _PLUGINS: dict[str, Any] = {"WEBP": WebPImagePlugin.WebPImageFile, "AVIF": AvifImagePlugin.AvifImageFile}
@@ -23,8 +23,6 @@ _PLUGINS: dict[str, Any] = {"WEBP": WebPImagePlugin.WebPImageFile, "AVIF": AvifI
 def header(kind: str) -> Callable[[BinaryIO], Header]:
     def read_header(file: BinaryIO) -> Header:
         image = open_pillow(_PLUGINS[kind], file)
-        if (frames := getattr(image, "n_frames", 1)) > 1:
-            raise ImageError(f"a {kind} of {frames} frames; animations are not read (extract the frames first)")
         found = common_metadata(image.info)
         # Pillow puts what an AVIF's own properties say into EXIF; its XMP decides nothing.
         xmp = found["xmp"] if kind == "WEBP" else None
@@ -36,6 +34,8 @@ def header(kind: str) -> Callable[[BinaryIO], Header]:
 def read(kind: str) -> Callable[[bytes, Header, Notice], Picture]:
     def read_pixels(data: bytes, known: Header, notice: Notice) -> Picture:
         image = open_pillow(_PLUGINS[kind], io.BytesIO(data))
+        if (frames := getattr(image, "n_frames", 1)) > 1:
+            notice(first_frame(kind, frames))
         found = common_metadata(image.info)
         if kind == "AVIF":
             found["color_tags"] = {} if found["icc"] else isobmff.color_tags(data)
