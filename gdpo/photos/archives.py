@@ -234,7 +234,12 @@ class Arrow(Archive):
         return f"{self.where}: {picture.name}"
 
     def read(self, picture: Found) -> Picture:
-        return read_image(self.label(picture), data=self._bytes(picture.place))
+        label = self.label(picture)
+        try:
+            data = self._bytes(picture.place)
+        except Exception as error:  # of pyarrow, or of a file that a row names
+            raise ImageError(f"{label}: {' '.join(str(error).split())[:200] or type(error).__name__}") from None
+        return read_image(label, data=data)
 
     def _bytes(self, place: tuple[str, int, str]) -> bytes:
         split, row, column = place

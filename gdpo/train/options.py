@@ -197,5 +197,5 @@ class DataConfig:
         require(bool(folders), "data.folder", "at least one", folders)
         for name, weights, of in (("data.weights", self.weights, folders), ("data.pairs.weights", pairs.weights, hr)):
             if weights is not None:
-                fits = len(weights) == len(of) and min(weights, default=1) > 0
+                fits = len(weights) == len(of) and min(weights, default=1) > 0 and math.isfinite(sum(weights))
                 require(fits, name, f"a number above 0 for each of {len(of)}", weights)

@@ -185,6 +185,13 @@ def test_hugging_face_datasets_on_disk(tmp_path):
     assert torch.equal(one.item(2, seed=0, sample=0)["hr"], pixels(png(2)))
     assert CropDataset(tmp_path / "one", "train", 48).fingerprint == one.fingerprint
 
+    def broken(place):
+        raise OSError("a block\nis damaged")
+
+    one._store._bytes = broken
+    with pytest.raises(ImageError, match="one: 00000002/image: a block is damaged"):
+        one.item(2, seed=0, sample=0)
+
     hr = [np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8) for i in range(2)]
     features = datasets.Features({"hr": datasets.Image(), "lr": datasets.Image()})
     rows = {"hr": [Image.fromarray(x) for x in hr], "lr": [Image.fromarray(x[::4, ::4]) for x in hr]}

@@ -115,6 +115,11 @@ def test_sheets_may_show_other_pairs(world, crops, tmp_path, monkeypatch):
         (DataConfig(pairs=PairsConfig(ratio=0)), "data.pairs.ratio must be above 0, at most 1; got 0"),
         (DataConfig(["a", "b"], weights=[1]), r"data.weights must be a number above 0 for each of 2; got \[1\]"),
         (DataConfig(weights=[0]), "data.weights must be a number above 0 for each of 1"),
+        (DataConfig(weights=[-1]), "data.weights must be a number above 0 for each of 1"),
+        (DataConfig(["a", "b"], weights=[1, float("nan")]), r"data.weights must be finite; got \[1, nan\]"),
+        (DataConfig(["a", "b"], weights=[1e308, 1e308]), "data.weights must be a number above 0 for each of 2"),
+        (DataConfig(pairs=PairsConfig(ratio=1.5)), "data.pairs.ratio must be above 0, at most 1; got 1.5"),
+        (DataConfig(pairs=PairsConfig(ratio=float("nan"))), "data.pairs.ratio must be finite; got nan"),
         (DataConfig(validation=ValidationConfig(hr="x")), "data.validation must be both lr and hr"),
     ],
 )
