@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,15 @@ import torch
 from tqdm import tqdm
 
 from engine.io.cli import Parser, run
-from engine.io.images import READABLE, Picture, check_writable, read_srgb, write_image
+from engine.io.images import READABLE, ImageError, Picture, check_writable, read_srgb, write_image
 from gdpo.degradation.config import DegradationConfig
 from gdpo.degradation.pipeline import Degradation
 
 _MAX_PIXELS = 16_000_000  # a pass of a 16-megapixel photo takes some 5 GiB
 
 
-def main() -> None:
+def main() -> int:
+    """Exit code 1 where some photos gave no pair."""
     parser = Parser(prog="python -m gdpo.degradation", description=__doc__)
     parser.add_argument("--in", type=Path, required=True, help="a photo, or a folder of photos", dest="source")
     parser.add_argument(
@@ -43,9 +45,11 @@ def main() -> None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_image(args.out, Picture(_to_pixels(torch.cat(rows, 2))))
         print(f"{args.out}: {len(photos)} x (the photo, {args.count} degraded versions, bicubic to its size)")
+    failed = 0
     if args.pairs:
-        _write_pairs(degrade, photos, args.pairs, args.seed)
-        print(f"{args.pairs}: {len(photos)} pairs in HR and LR")
+        failed = _write_pairs(degrade, photos, args.pairs, args.seed)
+        print(f"{args.pairs}: {len(photos) - failed} pairs in HR and LR")
+    return int(bool(failed))
 
 
 def _photos(source: Path) -> list[Path]:
@@ -54,7 +58,8 @@ def _photos(source: Path) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise ValueError(f"--in {source}: no such file or folder")
-    photos = sorted(path for path in source.iterdir() if path.suffix.lower() in READABLE)
+    found = (path for path in source.iterdir() if path.suffix.lower() in READABLE and not path.name.startswith("."))
+    photos = sorted(path for path in found if not path.is_dir())
     if not photos:
         raise ValueError(f"--in {source}: no photo in it ({' '.join(sorted(READABLE))})")
     return photos
@@ -87,24 +92,33 @@ def _versions(degrade: Degradation, path: Path, size: int, count: int, seed: int
     return torch.cat([hr, *degrade.upsample(lr).split(1)], 3)
 
 
-def _write_pairs(degrade: Degradation, photos: list[Path], folder: Path, seed: int) -> None:
-    """HR (cut to whole multiples of the scale) and LR of each photo, as PNG of the photo's name."""
+def _write_pairs(degrade: Degradation, photos: list[Path], folder: Path, seed: int) -> int:
+    """HR (cut to whole multiples of the scale) and LR of each photo, as PNG of the photo's name.
+
+    Returns: how many photos gave none; each is named, and the others keep their numbers and so their draws.
+    """
     names = [path.stem for path in photos]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"--pairs: two photos would be written as {twice[0]}.png; rename one")
     for kind in ("HR", "LR"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
-    scale = degrade.config.scale
+    scale, failed = degrade.config.scale, 0
     with tqdm(photos, desc="pairs") as bar:
         for number, path in enumerate(bar):
-            image = _read(path)
-            hr = _centre(image, image.shape[2] // scale * scale, image.shape[3] // scale * scale)
             try:
+                image = _read(path)
+                hr = _centre(image, image.shape[2] // scale * scale, image.shape[3] // scale * scale)
                 lr, _ = degrade(hr, seed=seed, samples=[number])
             except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
+                failed += 1
+                named = "" if isinstance(error, ImageError) else f"{path}: "
+                tqdm.write(f"left out: {named}{error}", file=sys.stderr)
+                if failed == len(photos):
+                    raise ValueError(f"--pairs: no photo of {len(photos)} gave a pair; the last: {error}") from error
+                continue
             write_image(folder / "HR" / f"{path.stem}.png", Picture(_to_pixels(hr)))
             write_image(folder / "LR" / f"{path.stem}.png", Picture(_to_pixels(lr)))
+    return failed
 
 
 if __name__ == "__main__":

@@ -195,6 +195,26 @@ def test_the_command_writes_sheets_and_pairs(photos, tmp_path, monkeypatch):
     assert read_image(pairs / "LR/photo1.png").pixels.shape == (25, 25, 3)
 
 
+def test_a_photo_without_a_pair_is_named_and_the_others_are_what_they_were(photos, tmp_path, monkeypatch, capsys):
+    light = ("--degradation.preset", "light")
+    assert command(monkeypatch, "--in", photos, "--pairs", tmp_path / "whole", *light) == 0
+    (photos / "._photo0.png").write_bytes(b"what macOS leaves beside a picture")
+    (photos / "photo0.png").write_bytes((photos / "photo0.png").read_bytes()[:1000])
+    Image.new("RGB", (8, 8)).save(photos / "photo2.png")
+    assert command(monkeypatch, "--in", photos, "--pairs", tmp_path / "pairs", *light) == 1
+    for side in ("HR", "LR"):
+        assert [p.name for p in (tmp_path / "pairs" / side).iterdir()] == ["photo1.png"]
+        written = [(tmp_path / name / side / "photo1.png").read_bytes() for name in ("whole", "pairs")]
+        assert written[0] == written[1]
+    out = capsys.readouterr()
+    assert "pairs: 1 pairs in HR and LR" in out.out
+    lines = [line for line in out.err.splitlines() if line.startswith("left out: ")]
+    assert len(lines) == 2 and "photo0.png: damaged" in lines[0] and "photo2.png: " in lines[1]
+    (photos / "photo1.png").unlink()
+    with pytest.raises(ValueError, match="--pairs: no photo of 2 gave a pair; the last: "):
+        command(monkeypatch, "--in", photos, "--pairs", tmp_path / "none", *light)
+
+
 def test_the_command_refuses_bad_input_in_words(photos, tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="is smaller than --size 200"):
         command(monkeypatch, "--in", photos, "--out", tmp_path / "s.png", "--size", 200)
