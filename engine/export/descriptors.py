@@ -21,7 +21,7 @@ def descriptors(generator: OneStepGenerator, precision: str, split: bool) -> dic
         return {"generator": (graphs.Whole(generator, precision), Graph("generator.onnx", "", (image, noise), output))}
     return {
         "encoder": (graphs.Encoder(generator, precision), Graph("encoder.onnx", "", (image,), latent)),
-        "unet": (graphs.Step(generator, precision), Graph("unet.onnx", "", (latent, noise), x0)),
+        "unet": (graphs.step_of(generator, precision), Graph("unet.onnx", "", (latent, noise), x0)),
         "decoder": (graphs.Decoder(generator, precision), Graph("decoder.onnx", "", (x0,), output)),
     }
 

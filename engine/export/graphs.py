@@ -16,7 +16,11 @@ from torch import nn
 
 from gdpo.generator import OneStepGenerator
 from gdpo.model.architectures import works_on_pixels
+from gdpo.model.codecs import PixelCodec
+from gdpo.model.compact import CompactUNet
+from gdpo.model.compact_step import CompactStep
 from gdpo.model.diffusers_patches import fold_constants, fold_upsampling, skip_divisions
+from gdpo.model.layers import shuffled, unshuffled
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -71,11 +75,20 @@ class Encoder(nn.Module):
         self.codec, self.dtype = generator.codec, DTYPES[precision]
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.codec, PixelCodec):
+            return unshuffled(image, self.codec.factor)
         return self.codec.encode(image.to(self.dtype)).float()
 
 
+def step_of(generator: OneStepGenerator, precision: str) -> nn.Module:
+    """latent, noise [B,C,h,w] -> x0, float32: the one diffusion step of a folded generator."""
+    if isinstance(generator.unet, CompactUNet):
+        return CompactStep(generator.unet, math.sqrt(generator.a_n), math.sqrt(generator.b_n))
+    return Step(generator, precision)
+
+
 class Step(nn.Module):
-    """latent, noise [B,C,h,w] -> x0: the one diffusion step of a folded generator."""
+    """The step of any other generator."""
 
     def __init__(self, generator: OneStepGenerator, precision: str):
         super().__init__()
@@ -105,6 +118,8 @@ class Decoder(nn.Module):
         self.codec, self.dtype = generator.codec, DTYPES[precision]
 
     def forward(self, x0: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.codec, PixelCodec):
+            return shuffled(x0, self.codec.factor)
         return self.codec.decode(x0.to(self.dtype)).float()
 
 
@@ -113,7 +128,7 @@ class Whole(nn.Module):
 
     def __init__(self, generator: OneStepGenerator, precision: str):
         super().__init__()
-        self.encoder, self.step = Encoder(generator, precision), Step(generator, precision)
+        self.encoder, self.step = Encoder(generator, precision), step_of(generator, precision)
         self.decoder = Decoder(generator, precision)
 
     def forward(self, image: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

@@ -95,6 +95,8 @@ def prepare(generator: OneStepGenerator, steps: Steps) -> nn.Module:
             fuse_residuals(part)
             fuse_gates(part)
     module = graphs.Whole(generator, steps.precision) if steps.folded else Plain(generator, steps.precision)
+    if steps.channels_last:
+        to_channels_last(module)  # a CompactStep has filters of its own
     if steps.compiled:
         module.compile(dynamic=False)
     return module

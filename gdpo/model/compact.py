@@ -6,11 +6,13 @@ can start from the published weights: the LR, from which bicubic made the condit
 (`recover`), the upsampled LR that the network's picture is added to is one of the LR (`base`), and the noise of the
 latent reaches the network as noise of the LR (`grain`). All of these are convolutions and learn with the others.
 
-Beyond its border a picture goes on as in a mirror: zeros there would be grey, and dark pictures would get a pale line.
+Beyond its border a picture goes on as in a mirror, and the features between two convolutions as `beyond` says, one
+number for each channel. Zeros there are another colour: a white page had a dark frame, a saturated one a ring.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +22,6 @@ from torch import nn
 
 from gdpo.model.tiny import UNetOutput
 
-MIRRORED = 2  # latent pixels beyond each border: more changes no picture
 GRAIN = 2 / 255  # of a picture in [0,1]: standard deviation of the noise that the network sees on the LR
 
 
@@ -45,8 +46,8 @@ class CompactUNetConfig:
             raise ValueError(f"in_channels must be twice out_channels; got {self.in_channels} and {self.out_channels}")
         if self.out_channels % 16:
             raise ValueError(f"out_channels must be a multiple of 16 (pixel-unshuffle by 4); got {self.out_channels}")
-        if self.base_kernel % 2 == 0:
-            raise ValueError(f"base_kernel must be odd; got {self.base_kernel}")
+        if self.base_kernel % 2 == 0 or self.base_kernel < 3:
+            raise ValueError(f"base_kernel must be odd and at least 3; got {self.base_kernel}")
 
 
 class EvenConv2d(nn.Conv2d):
@@ -108,14 +109,14 @@ class CompactUNet(nn.Module):
         super().__init__()
         self.config = config = config or CompactUNetConfig()
         channels = config.out_channels // 16
-        self.recover = nn.Conv2d(config.out_channels, channels, 3, padding=1, bias=False)  # condition -> LR
+        self.recover = nn.Conv2d(config.out_channels, channels, 3, bias=False)  # condition -> LR
         self.grain = nn.Conv2d(config.in_channels, channels, 1, bias=False)  # noise of the latent -> noise of the LR
-        side = config.base_kernel
-        self.base: Any = EvenConv2d(channels, config.out_channels, side, padding=side // 2, bias=False)
-        self.conv_in = nn.Conv2d(2 * channels, config.width, 3, padding=1)  # the LR with grain, the LR
-        self.convs = nn.ModuleList(nn.Conv2d(config.width, config.width, 3, padding=1) for _ in range(config.layers))
+        self.base: Any = EvenConv2d(channels, config.out_channels, config.base_kernel, bias=False)
+        self.conv_in = nn.Conv2d(2 * channels, config.width, 3)  # the LR with grain, the LR
+        self.convs = nn.ModuleList(nn.Conv2d(config.width, config.width, 3) for _ in range(config.layers))
         self.acts = nn.ModuleList(nn.PReLU(config.width) for _ in range(config.layers + 1))
-        self.conv_out = nn.Conv2d(config.width, config.out_channels, 3, padding=1)
+        self.beyond = nn.Parameter(torch.zeros(config.layers + 1, config.width))  # the picture's border, of each act
+        self.conv_out = nn.Conv2d(config.width, config.out_channels, 3)
         self.gradient_checkpointing = False
         self._reset()
 
@@ -129,6 +130,25 @@ class CompactUNet(nn.Module):
         for c in range(self.config.out_channels // 16):
             self.base.weight[16 * c : 16 * c + 16, c] = kernel
             self.recover.weight[c, [16 * c + i for i in (5, 6, 9, 10)], 1, 1] = 0.25
+        self.measure_beyond()
+
+    @torch.no_grad()
+    def measure_beyond(self, lr: torch.Tensor | None = None) -> None:
+        """Set `beyond` to the mean of each activation on pictures, as `features` takes them; None is an even grey one.
+
+        A start: it learns with the other weights.
+        """
+        if lr is None:
+            lr = self.beyond.new_zeros(1, self.config.out_channels // 8, *self.base.kernel_size)
+        self.features(lr, measure=True)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As nn.Module's. Weights from before there was `beyond` get that of a grey picture."""
+        if "beyond" in state_dict or "recover.weight" not in state_dict:  # a LoRA's alone
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        loaded = super().load_state_dict({**state_dict, "beyond": self.beyond.detach()}, *args, **kwargs)
+        self.measure_beyond()
+        return loaded
 
     def enable_gradient_checkpointing(self) -> None:
         self.gradient_checkpointing = True
@@ -158,9 +178,8 @@ class CompactUNet(nn.Module):
     @torch.no_grad()
     def fold(self, timestep: int) -> None:
         """Nothing depends on the timestep; a plain convolution takes the place of the even one: for an export."""
-        even, side = self.base, self.config.base_kernel
-        plain = nn.Conv2d(even.in_channels, even.out_channels, side, padding=side // 2, bias=False)
-        plain = plain.to(even.weight)
+        even = self.base
+        plain = nn.Conv2d(even.in_channels, even.out_channels, self.config.base_kernel, bias=False).to(even.weight)
         plain.weight.copy_(even.even())
         self.base = plain.requires_grad_(False)
 
@@ -172,18 +191,20 @@ class CompactUNet(nn.Module):
             assert isinstance(slope, torch.Tensor)  # nn.PReLU's
             self.acts[i] = split = SplitPReLU(slope.detach())
             following.weight.mul_(split.sign[:, None, None])
+            self.beyond[i].mul_(split.sign)
 
     @staticmethod
     def join_slopes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The weights of a network by name, with those of `split_slopes` as they were before."""
-        weights = dict(weights)
+        weights, signs = dict(weights), []
         count = sum(name.startswith("acts.") and name.endswith(".rest.weight") for name in weights)
         for i in range(count):
             pair = (weights.pop(f"acts.{i}.{part}.weight") for part in ("rest", "through"))
             weights[f"acts.{i}.weight"], sign = SplitPReLU.slope_of(*pair)
             following = f"convs.{i}.weight" if i + 1 < count else "conv_out.weight"
             weights[following] = weights[following] * sign[:, None, None]
-        return weights
+            signs.append(sign)
+        return weights | {"beyond": weights["beyond"] * torch.stack(signs)}
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor | int, encoder_hidden_states: torch.Tensor | None = None
@@ -191,28 +212,49 @@ class CompactUNet(nn.Module):
         """sample [B,in_channels,h,w], timestep unused -> .sample [B,out_channels,h,w]. No text is used."""
         if sample.shape[1] != self.config.in_channels:
             raise ValueError(f"sample must be [B,{self.config.in_channels},h,w]; got {tuple(sample.shape)}")
-        sample = mirrored(mirrored(sample, 2), 3)
         condition = sample[:, self.config.out_channels :]
-        lr = self.recover(condition)
-        x = 0.5 * torch.cat([lr + self.grain(sample), lr], dim=1) + 0.5  # the published network's range is [0,1]
-        x = self.acts[0](self.conv_in(x))
-        for conv, act in zip(self.convs, self.acts[1:]):
+        lr = self.recover(mirrored(condition, 1, unshuffled=True))
+        lr = mirrored(torch.cat([lr + self.grain(sample), lr], dim=1), self.base.kernel_size[0] // 2)
+        picture = 2 * self.conv_out(self.features(lr)) + self.base(lr[:, lr.shape[1] // 2 :])
+        return UNetOutput(picture - condition)
+
+    def features(self, lr: torch.Tensor, measure: bool = False) -> torch.Tensor:
+        """What the last convolution sees of the LR with and without grain.
+
+        lr [B,2C,h+2n,w+2n] in [-1,1], n pixels beyond each border -> [B,width,h+2,w+2], one pixel beyond.
+        """
+        margin = self.base.kernel_size[0] // 2 - 1
+        x = 0.5 * lr[:, :, margin : lr.shape[2] - margin, margin : lr.shape[3] - margin] + 0.5  # as it was published
+        for i, (conv, act) in enumerate(zip([self.conv_in, *self.convs], self.acts)):
             x = act(conv(x))
-        picture = 2 * self.conv_out(x) + self.base(lr) - condition
-        return UNetOutput(picture[:, :, MIRRORED:-MIRRORED, MIRRORED:-MIRRORED])
+            if measure:
+                self.beyond[i] = x.mean((0, 2, 3))
+            x = framed(x, self.beyond[i])
+        return x
 
 
-def mirrored(x: torch.Tensor, axis: int) -> torch.Tensor:
-    """Unshuffled pictures [B,16*N,h,w] with MIRRORED more latent pixels at both ends of axis 2 or 3, edges repeated.
+def framed(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """x [B,C,h,w] with one pixel more beyond each border, of `values` [C]."""
+    values = values[:, None, None]
+    return F.pad(x - values, (1, 1, 1, 1)) + values
 
-    In slices of one and a permutation of channels, which every run time knows.
+
+def mirrored(x: torch.Tensor, count: int, unshuffled: bool = False) -> torch.Tensor:
+    """Pictures [B,C,h,w], or `unshuffled` ones [B,16*C,h,w], with `count` pixels more beyond each border.
+
+    In slices of one and a permutation of channels, which every run time knows. Where the picture ends before, its last
+    row or column is repeated.
     """
-    order = torch.arange(x.shape[1], device=x.device).view(-1, 4, 4).flip(axis - 1).flatten()
-    size = x.shape[axis]
-    places = [i if i < size else size - 1 for i in range(MIRRORED)]
-    first = [x.narrow(axis, i, 1)[:, order] for i in reversed(places)]
-    last = [x.narrow(axis, size - 1 - i, 1)[:, order] for i in places]
-    return torch.cat([*first, x, *last], dim=axis)
+    for axis in (2, 3):
+        size = x.shape[axis]
+        places = [i if i < size else size - 1 for i in range(count)]
+        first = [x.narrow(axis, i, 1) for i in reversed(places)]
+        last = [x.narrow(axis, size - 1 - i, 1) for i in places]
+        if unshuffled:
+            order = torch.arange(x.shape[1], device=x.device).view(-1, 4, 4).flip(axis - 1).flatten()
+            first, last = ([part.index_select(1, order) for part in parts] for parts in (first, last))
+        x = torch.cat([*first, x, *last], dim=axis)
+    return x
 
 
 @torch.no_grad()
@@ -257,6 +299,7 @@ def start_from(
         unet.grain.weight[c, unet.config.out_channels + 16 * c : unet.config.out_channels + 16 * c + 16] = (
             -scale * a_noise**0.5
         )
+    unet.measure_beyond()
     return unet
 
 
@@ -299,16 +342,15 @@ def rebase(unet: CompactUNet, lrs: torch.Tensor) -> CompactUNet:
         lrs: [B,3,h,w] in [0,1], varied pictures to fit on.
     """
     lr = 2 * lrs - 1
-    x = 0.5 * torch.cat([lr, lr], dim=1) + 0.5
-    x = unet.acts[0](unet.conv_in(x))
-    for conv, act in zip(unet.convs, unet.acts[1:]):
-        x = act(conv(x))
+    inside = (..., slice(2, -2), slice(2, -2))  # away from the border
+    lr = mirrored(lr, unet.config.base_kernel // 2)
+    x = unet.features(torch.cat([lr, lr], dim=1), measure=True)
     wanted = unet.conv_out(x) + 0.5 * unet.base(lr)
     unet.base.weight.zero_()
     for c in range(unet.config.out_channels // 16):
         unet.base.weight[16 * c : 16 * c + 16, c] = bicubic(unet.config.base_kernel)
-    wanted = (wanted - 0.5 * unet.base(lr))[..., 3:-3, 3:-3]  # away from the border
-    features = F.unfold(x, 3)[:, :, :].unflatten(2, (x.shape[2] - 2, x.shape[3] - 2))[..., 2:-2, 2:-2]
+    wanted = (wanted - 0.5 * unet.base(lr))[inside]
+    features = F.unfold(x, 3).unflatten(2, tuple(lrs.shape[2:]))[inside]
     a = features.movedim(1, 0).flatten(1).double()
     a = torch.cat([a, torch.ones_like(a[:1])])  # [577, pixels]
     b = wanted.movedim(1, 0).flatten(1).double()

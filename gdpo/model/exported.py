@@ -6,18 +6,21 @@ as they are, and the projections of the time start at zero, as in a fresh genera
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from engine.runtime import manifest
 from engine.runtime.nodes import is_grouped
 from gdpo.generator import OneStepGenerator
-from gdpo.model.architectures import ARCHITECTURES
 from gdpo.model.compact import CompactUNet
+from gdpo.model.compact_step import unet_weights
+from gdpo.model.tiny import TinyUNet
 
-_PREFIX = "step.unet."
+_STEP, _UNET = "step.", "step.unet."
 
 
 def from_export(folder: str | os.PathLike[str]) -> OneStepGenerator:
@@ -42,23 +45,29 @@ def from_export(folder: str | os.PathLike[str]) -> OneStepGenerator:
     content, _ = about.read(folder, "generator")  # checked against the manifest's hash
     graph = onnx.load_model_from_string(content).graph
     stored = {w.name: torch.from_numpy(onnx.numpy_helper.to_array(w).copy()) for w in graph.initializer}
-    weights = {k.removeprefix(_PREFIX): v for k, v in stored.items() if k.startswith(_PREFIX)}
-    # Reshaped, or equal to another's, a weight may have lost its name.
-    slopes = [node.input[1] for node in graph.node if node.op_type == "PRelu"]
-    weights |= {f"acts.{i}.weight": stored[name].flatten() for i, name in enumerate(slopes)}
-    alone = [node.input[1] for node in graph.node if is_grouped(node)]
-    for i, (rest, through) in enumerate(zip(alone[::2], alone[1::2])):
-        weights |= {f"acts.{i}.rest.weight": stored[rest], f"acts.{i}.through.weight": stored[through]}
+    timesteps = {t: int(about.model[t]) for t in ("t_noise", "t_diffusion")}
     try:
-        kind_of_unet = "CompactUNet" if "recover.weight" in weights else "TinyUNet"
-        if not slopes and kind_of_unet == "CompactUNet":
-            weights = CompactUNet.join_slopes(weights)
-        config = ARCHITECTURES[kind_of_unet].unet.config_of(weights)
-        timesteps = {t: int(about.model[t]) for t in ("t_noise", "t_diffusion")}
-        generator = OneStepGenerator.tiny(config, **timesteps)
+        if "step.recover.weight" in stored:
+            return _compact(graph, stored, timesteps)
+        weights = {k.removeprefix(_UNET): v for k, v in stored.items() if k.startswith(_UNET)}
+        generator = OneStepGenerator.tiny(TinyUNet.config_of(weights), **timesteps)
         kept = {k: v for k, v in generator.unet.state_dict().items() if "time" in k}
         generator.unet.load_state_dict(kept | weights)
     except (KeyError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder}: its graph is not a tiny generator's ({reason})") from None
+    return generator
+
+
+def _compact(graph: Any, stored: dict[str, torch.Tensor], timesteps: dict[str, int]) -> OneStepGenerator:
+    """A generator with a compact network, of a graph with a CompactStep."""
+    step = {k.removeprefix(_STEP): v for k, v in stored.items() if k.startswith(_STEP)}
+    # Reshaped, or equal to another's, a weight may have lost its name.
+    alone = [[stored[name] for name in node.input[1:]] for node in graph.node if is_grouped(node)]
+    for i, ((rest,), (through, bias)) in enumerate(zip(alone[::2], alone[1::2])):
+        step |= {f"acts.{i}.rest.weight": rest, f"acts.{i}.through.weight": through, f"acts.{i}.through.bias": bias}
+    shapes = unet_weights(step, 1, 1)
+    generator = OneStepGenerator.tiny(CompactUNet.config_of(shapes), **timesteps)
+    weights = unet_weights(step, math.sqrt(generator.a_n), math.sqrt(generator.b_n))
+    generator.unet.load_state_dict(weights)
     return generator

@@ -22,7 +22,7 @@ class GDPOSRArch(Architecture[GDPOSR]):
                 "unet.conv_in.weight",
                 KeyCondition.has_any(
                     KeyCondition.has_all("unet.head.up1.weight", "unet.encoder.0.0.conv1.weight"),
-                    KeyCondition.has_all("unet.recover.weight", "unet.grain.weight", "unet.base.weight"),
+                    KeyCondition.has_all("unet.recover.weight", "unet.beyond", "unet.base.weight"),
                 ),
             ),
         )

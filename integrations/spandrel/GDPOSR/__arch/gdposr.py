@@ -77,31 +77,39 @@ class CompactUNet(nn.Module):
 
     def __init__(self, width: int, layers: int, base_kernel: int):
         super().__init__()
-        self.recover = _conv(48, 3, bias=False)
-        self.grain = _conv(96, 3, 1, bias=False)
-        self.base = _conv(3, 48, base_kernel, bias=False)
-        self.conv_in = _conv(6, width)
-        self.convs = nn.ModuleList(_conv(width, width) for _ in range(layers))
+        self.recover = nn.Conv2d(48, 3, 3, bias=False)
+        self.grain = nn.Conv2d(96, 3, 1, bias=False)
+        self.base = nn.Conv2d(3, 48, base_kernel, bias=False)
+        self.conv_in = nn.Conv2d(6, width, 3)
+        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3) for _ in range(layers))
         self.acts = nn.ModuleList(nn.PReLU(width) for _ in range(layers + 1))
-        self.conv_out = _conv(width, 48)
+        self.beyond = nn.Parameter(torch.zeros(layers + 1, width))  # the picture's border, of each act
+        self.conv_out = nn.Conv2d(width, 48, 3)
 
     def forward(self, sample: Tensor) -> Tensor:
-        sample = _mirrored(_mirrored(sample, 2), 3)
         condition = sample[:, 48:]
-        lr = self.recover(condition)
-        x = self.acts[0](self.conv_in(0.5 * torch.cat([lr + self.grain(sample), lr], 1) + 0.5))
-        for conv, act in zip(self.convs, self.acts[1:]):
-            x = act(conv(x))
-        return (2 * self.conv_out(x) + self.base(lr) - condition)[:, :, 2:-2, 2:-2]
+        lr = self.recover(_mirrored(condition, 1, unshuffled=True))
+        margin = self.base.kernel_size[0] // 2
+        lr = _mirrored(torch.cat([lr + self.grain(sample), lr], 1), margin)
+        spare = margin - 1
+        x = 0.5 * lr[:, :, spare : lr.shape[2] - spare, spare : lr.shape[3] - spare] + 0.5
+        for conv, act, values in zip([self.conv_in, *self.convs], self.acts, self.beyond[..., None, None]):
+            x = F.pad(act(conv(x)) - values, (1, 1, 1, 1)) + values
+        return 2 * self.conv_out(x) + self.base(lr[:, 3:]) - condition
 
 
-def _mirrored(x: Tensor, axis: int) -> Tensor:
-    """Two more latent pixels at both ends of an axis, as in a mirror at the picture's border."""
-    order = torch.arange(x.shape[1], device=x.device).view(-1, 4, 4).flip(axis - 1).flatten()
-    last = x.shape[axis] - 1
-    first, second = x.narrow(axis, 0, 1)[:, order], x.narrow(axis, min(1, last), 1)[:, order]
-    end, before = x.narrow(axis, last, 1)[:, order], x.narrow(axis, max(last - 1, 0), 1)[:, order]
-    return torch.cat([second, first, x, end, before], axis)
+def _mirrored(x: Tensor, count: int, unshuffled: bool = False) -> Tensor:
+    """Pictures, perhaps unshuffled ones, with `count` pixels more beyond each border, as in a mirror there."""
+    for axis in (2, 3):
+        last = x.shape[axis] - 1
+        places = [min(i, last) for i in range(count)]
+        before = [x.narrow(axis, i, 1) for i in reversed(places)]
+        after = [x.narrow(axis, last - i, 1) for i in places]
+        if unshuffled:
+            order = torch.arange(x.shape[1], device=x.device).view(-1, 4, 4).flip(axis - 1).flatten()
+            before, after = [part[:, order] for part in before], [part[:, order] for part in after]
+        x = torch.cat([*before, x, *after], axis)
+    return x
 
 
 class GDPOSR(nn.Module):
