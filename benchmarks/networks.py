@@ -25,11 +25,11 @@ from gdpo.evaluation.before_after import Options, measure, table
 from gdpo.generator import OneStepGenerator
 from gdpo.train.pictures import read_metrics
 
-NETWORKS = {  # what gdpo.convert takes
-    "animevideov3": lambda: "real-esrgan-animevideov3",
-    "x4plus": lambda: "real-esrgan-x4plus",
-    "realsr-df2k": lambda: "realsr-df2k",
-    "dat-light": dat_light,
+NETWORKS = {  # what gdpo.convert takes, and options of gdpo.train
+    "animevideov3": (lambda: "real-esrgan-animevideov3", []),
+    "x4plus": (lambda: "real-esrgan-x4plus", []),
+    "realsr-df2k": (lambda: "realsr-df2k", []),
+    "dat-light": (dat_light, ["--mixed_precision", "no"]),  # on a CPU, bf16 takes several times as long
 }
 
 
@@ -45,7 +45,7 @@ def command(*words: Any) -> None:
         sys.exit(status)
 
 
-def train(stage: str, model: Path, out: Path, options: list[str]) -> None:
+def train(stage: str, model: Path, out: Path, options: list[Any]) -> None:
     """A stage of configs/network-*.yaml, or the rest of it."""
     if not (out / "model").is_dir():
         words = ["--config", f"configs/network-{stage}.yaml", "--model.pretrained", model, "--output_dir", out]
@@ -63,9 +63,10 @@ def main() -> int:
     p.add_argument("--out", type=Path, default=Path("runs/networks"))
     p.add_argument("--steps", type=PositiveInt, default=200, help="of each of the two stages")
     p.add_argument("--crop", type=PositiveInt, default=128, help="side of the training crops")
-    p.add_argument("--batch", type=PositiveInt, default=2, help="pictures of a step")
+    p.add_argument("--batch", type=PositiveInt, nargs=2, default=[2, 2], help="pictures of a step of NAOSD and of GDPO")
     p.add_argument("--group", type=PositiveInt, default=6, help="samples of a picture in GDPO")
     p.add_argument("--crops", type=PositiveInt, default=64, help="held-out crops of the comparison")
+    p.add_argument("--noises", type=PositiveInt, default=4, help="samples of each model per crop")
     p.add_argument("--write-rows", action="store_true", help="append to benchmarks/results/networks.jsonl")
     args = p.parse_args()
     if args.write_rows:
@@ -73,22 +74,22 @@ def main() -> int:
     for name in args.names:
         folder = args.out / name
         start, noisy, naosd, gdpo = (folder / part for part in ("start", "noisy", "naosd", "gdpo"))
+        source, own = NETWORKS[name]
         if not start.is_dir():
-            command("gdpo.convert", NETWORKS[name](), "--out", start)
-        options = ["--max_train_steps", str(args.steps), "--data.crop_size", str(args.crop)]
-        options += ["--train_batch_size", str(args.batch)]
-        train("naosd", start, naosd, options)
+            command("gdpo.convert", source(), "--out", start)
+        options = [*own, "--max_train_steps", args.steps, "--data.crop_size", args.crop, "--train_batch_size"]
+        train("naosd", start, naosd, [*options, args.batch[0]])
         if not noisy.is_dir():
             command("gdpo.merge", naosd / "model", "--out", noisy)
-        train("gdpo", noisy, gdpo, [*options, "--num_generations", str(args.group)])
+        train("gdpo", noisy, gdpo, [*options, args.batch[1], "--num_generations", args.group])
         generator = OneStepGenerator.from_pretrained(gdpo / "model")
-        result = measure(generator, Options(str(gdpo / "model"), out=str(folder), crops=args.crops))
+        result = measure(generator, Options(str(gdpo / "model"), out=str(folder), crops=args.crops, noises=args.noises))
         text = table(result)
         atomic_write(folder / "table.md", text)
         print(f"\n{name}\n\n{text}")
         about = {"network": name, "parameters": parameters(start), "steps": args.steps, "crop": args.crop}
-        about |= {"batch": args.batch, "group": args.group, "naosd_step_s": step_time(naosd)}
-        about["gdpo_step_s"] = step_time(gdpo)
+        about |= {"naosd_batch": args.batch[0], "gdpo_batch": args.batch[1], "group": args.group}
+        about |= {"naosd_step_s": step_time(naosd), "gdpo_step_s": step_time(gdpo)}
         if args.write_rows:
             rows.append_row("networks", **about, **result)
     return 0
