@@ -125,7 +125,7 @@ def _say(text: str) -> None:
 def _call(command: list[str], folder: Path, what: str) -> None:
     """Run a downloader in `folder`, its progress on our stderr; RuntimeError with its last word where it fails."""
     if shutil.which(command[0]) is None:
-        raise RuntimeError(f"{what} needs {command[0]}, which this machine has not")
+        raise RuntimeError(f"{what} needs {command[0]}, which is not installed on this machine")
     done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=2, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]

@@ -151,7 +151,7 @@ def _check_pair(file: Path, name: str, layer: Any, rank: int, a: torch.Tensor, b
     elif isinstance(layer, torch.nn.Conv2d):
         expected = (rank, layer.in_channels, *layer.kernel_size), (layer.out_channels, rank, 1, 1)
     else:
-        raise ValueError(f"{file}: it adapts {name[:80]!r}, a layer that the base has not: it is another model's")
+        raise ValueError(f"{file}: it adapts {name[:80]!r}, a layer that the base does not have: it is another model's")
     if (tuple(a.shape), tuple(b.shape)) != expected:
         raise ValueError(
             f"{file}: the LoRA of {name} must have the shapes {expected[0]} and {expected[1]} on this base; "

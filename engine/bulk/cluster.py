@@ -48,7 +48,7 @@ def started(machines: Machines) -> Iterator[tuple[Any, int]]:
     """Ray, and how many processes make pictures.
 
     Raises:
-        ValueError: no cluster at the address, or it has not what a process needs.
+        ValueError: no cluster at the address, or it lacks what a process needs.
         Failed: Ray did not start on this machine.
     """
     for name, value in ENVIRONMENT.items():

@@ -54,7 +54,7 @@ def check_target(target: str | os.PathLike[str], overwrite: bool, *sources: str 
     """The path of a model folder about to be written, or an error that names what is in the way.
 
     Raises:
-        FileExistsError: it exists, and overwrite is off or what is there is no model folder.
+        FileExistsError: it exists, and overwrite is off or what is there is not a model folder.
         ValueError: it is one of the sources.
     """
     path = Path(target)
@@ -64,5 +64,5 @@ def check_target(target: str | os.PathLike[str], overwrite: bool, *sources: str 
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; give another folder, or --overwrite")
     if path.exists() and not (path / "unet" / "config.json").is_file():
-        raise FileExistsError(f"{path} exists and is no model folder, so it will not be overwritten; give another")
+        raise FileExistsError(f"{path} exists and is not a model folder, so it will not be overwritten; give another")
     return path

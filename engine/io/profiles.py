@@ -91,7 +91,7 @@ def matrix_profile(primaries: tuple[tuple[float, float], ...], white: tuple[floa
         ImageError: the primaries span no colours.
     """
     if not all(y > 0 and 0 <= x <= 1 and y <= 1 for x, y in (*primaries, white)):
-        raise ImageError("its colour primaries are no colours; write png, which keeps them")
+        raise ImageError("its colour primaries are not colours; write png, which keeps them")
     columns = np.array([[x / y, 1, (1 - x - y) / y] for x, y in primaries]).T
     source = np.array([white[0] / white[1], 1, (1 - white[0] - white[1]) / white[1]])
     bradford = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
@@ -100,10 +100,10 @@ def matrix_profile(primaries: tuple[tuple[float, float], ...], white: tuple[floa
         cone = np.diag((bradford @ np.array(_D50)) / (bradford @ source))
         adaptation = np.linalg.solve(bradford, cone @ bradford)
     except np.linalg.LinAlgError:
-        raise ImageError("its colour primaries are no colours; write png, which keeps them") from None
+        raise ImageError("its colour primaries are not colours; write png, which keeps them") from None
     adapted = adaptation @ matrix
     if not np.isfinite(adapted).all() or np.abs(adapted).max() > 30:
-        raise ImageError("its colour primaries are no colours; write png, which keeps them")
+        raise ImageError("its colour primaries are not colours; write png, which keeps them")
 
     content = {b"chad": b"sf32\0\0\0\0" + _fixed(*adaptation.ravel())}
     for name, column in zip((b"r", b"g", b"b"), adapted.T):

@@ -58,7 +58,7 @@ def require_clean() -> None:
     if dirty:
         raise RuntimeError(f"the tree differs from commit {head[:12]}: commit first (or measure in a clean clone)")
     if head == "unknown":
-        raise RuntimeError("this is no git checkout: set GDPO_COMMIT to the commit that the tree was copied from")
+        raise RuntimeError("this is not a git checkout: set GDPO_COMMIT to the commit that the tree was copied from")
 
 
 def _cpu() -> str:

@@ -1,4 +1,4 @@
-"""What a path is that is no engine folder, and the commands that make one of it.
+"""What a path is that is not an engine folder, and the commands that make one of it.
 
 csrc/src/folder/foreign.cpp says the same in C++.
 """
@@ -32,7 +32,7 @@ def is_generator(path: Path) -> bool:
 
 
 def explain(path: Path) -> str:
-    """One line about a path that is no engine folder: what it is, and how to get an engine folder."""
+    """One line about a path that is not an engine folder: what it is, and how to get an engine folder."""
     if str(path).startswith("hub:"):
         return f"{path}: a model on the Hub is not an engine folder; make one of it: {_EXPORT.format(path)}"
     if not path.exists():

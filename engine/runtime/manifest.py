@@ -170,13 +170,13 @@ def load(folder: str | os.PathLike[str]) -> Manifest:
 
 
 def check_target(out: Path) -> None:
-    """Refuse to replace what is no engine folder.
+    """Refuse to replace what is not an engine folder.
 
     Raises:
-        FolderError: `out` exists, is not empty and is no engine folder.
+        FolderError: `out` exists, is not empty and is not an engine folder.
     """
     if out.exists() and not is_engine(out) and (not out.is_dir() or any(out.iterdir())):
-        raise FolderError(f"{out} exists and is no engine folder, so it will not be replaced; give another --out")
+        raise FolderError(f"{out} exists and is not an engine folder, so it will not be replaced; give another --out")
 
 
 def _decoded(content: bytes) -> Any:
@@ -194,7 +194,7 @@ def _decoded(content: bytes) -> Any:
         return found
 
     def refuse(name: str) -> None:
-        raise FolderError(f"{name} is no number in JSON")
+        raise FolderError(f"{name} is not a number in JSON")
 
     return json.loads(content.decode(), object_pairs_hook=once, parse_constant=refuse)
 

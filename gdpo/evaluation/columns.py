@@ -48,7 +48,7 @@ def build_metrics(names: list[str], niqe_model: str, device: torch.device) -> tu
     missing: dict[str, str] = {}
     for name, entry in entries:
         if entry.build is None:
-            raise ValueError(f"metric {name!r} compares the samples of a group and is a reward alone")
+            raise ValueError(f"metric {name!r} compares the samples of a group, so it can only be a reward")
         try:
             score = _niqe(niqe_model) if name == "niqe" else entry.build(device)
         except (Unavailable, FileNotFoundError) as error:  # pyiqa; the VGG16 weights

@@ -43,7 +43,7 @@ def list_pictures(folder: Path, template: str = "{name}") -> dict[str, Path]:
     if template.count("{name}") != 1 or "/" in template:
         raise ValueError(f"a template must hold {{name}} once, such as {{name}}_LR4; got {template!r}")
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder")
+        raise ValueError(f"{folder} is not a folder")
     before, _, after = template.partition("{name}")
     out: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):

@@ -203,7 +203,7 @@ def check(adapter: Adapter, model: Any, where: str) -> None:
     """Whether a LoRA fits a model, before anything of its size is made.
 
     Raises:
-        ValueError: a layer that the model has not, or other shapes; `where` is named.
+        ValueError: a layer that the model does not have, or other shapes; `where` is named.
     """
     layers = dict(model.named_modules())
     ranks = adapter.ranks

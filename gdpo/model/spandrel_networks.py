@@ -88,7 +88,7 @@ def keep_blocks(state: State, blocks: Sequence[int], where: str) -> State:
     found = {name: match for name in state if (match := _BLOCK.fullmatch(name))}
     count = 1 + max((int(match[2]) for match in found.values()), default=-1)
     if not found:
-        raise ValueError(f"{where}: has no residual-in-residual blocks; blocks can be chosen of an RRDBNet alone")
+        raise ValueError(f"{where}: has no residual-in-residual blocks; only the blocks of an RRDBNet can be chosen")
     if not blocks or list(blocks) != sorted(set(blocks)) or not 0 <= blocks[0] <= blocks[-1] < count:
         raise ValueError(f"{where}: blocks must be numbers from 0 to {count - 1}, ascending; got {list(blocks)}")
     place = {old: new for new, old in enumerate(blocks)}
@@ -114,7 +114,7 @@ def read_state(file: Path) -> State:
     except Exception as error:  # hostile bytes can raise anything; torch's own advice (load it unsafely) is withheld
         named = re.search(r"(?:Unsupported global: GLOBAL|Trying to [\w ]*?) ?([\w.]+\.[\w.]+)", str(error))
         if "TorchScript" in str(error):
-            raise ValueError(f"{file}: refused: TorchScript is a program; expected weights alone") from None
+            raise ValueError(f"{file}: refused: TorchScript is a program; expected only weights") from None
         if named:
             raise ValueError(
                 f"{file}: refused: its pickle names {named[1][:80]}, which weights do not need; nothing of it was "
@@ -162,7 +162,7 @@ def network_of(state: State, where: str) -> Network:
         raise ValueError(f"{where}: is a x{found.scale} network ({kind}); expected x4, or x2, which is applied twice")
     size = found.size_requirements
     if size.square:
-        raise ValueError(f"{where}: this {kind} network takes square pictures alone, which tiles are not")
+        raise ValueError(f"{where}: this {kind} network takes only square pictures, which tiles are not")
     multiple = size.minimum if size.minimum > 16 else size.multiple_of  # tiles are at least 16 LR pixels wide
     return Network(found.model.float().eval().requires_grad_(False), kind, found.scale, multiple)
 

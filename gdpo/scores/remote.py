@@ -67,7 +67,7 @@ class RemoteReward:
         except ValueError as error:  # brackets, a port out of range
             reason = str(error)
         if reason:
-            raise ValueError(f"{url} is no address of a reward ({reason})")
+            raise ValueError(f"{url} is not the address of a reward ({reason})")
         told = self._asked(None)
         try:
             about = json.loads(told)
@@ -130,7 +130,7 @@ class RemoteReward:
                 if error.code < 500 and error.code not in _BUSY:
                     raise ValueError(f"{self.url} refuses: {reason}") from None
             except (InvalidURL, UnicodeError, OverflowError) as error:
-                raise ValueError(f"{self.url} is no address of a reward ({error})") from None
+                raise ValueError(f"{self.url} is not the address of a reward ({error})") from None
             except (OSError, HTTPException) as error:  # URLError and timeouts are OSErrors
                 reason = " ".join(str(getattr(error, "reason", error)).split())[:200] or type(error).__name__
             if STOPPING.is_set():

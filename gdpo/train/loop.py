@@ -40,7 +40,7 @@ def alone_in(root: Path, main: bool) -> Iterator[None]:
     One that is just ending, as a job that was started anew, is waited for.
 
     Raises:
-        ValueError: another run is writing there, or it is no folder.
+        ValueError: another run is writing there, or it is not a folder.
     """
     if not main:
         yield

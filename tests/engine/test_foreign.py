@@ -1,4 +1,4 @@
-"""What is no engine folder says in one line what it is and how to get an engine folder; Python and C++ say the same."""
+"""A path that is not an engine folder: one line says what it is and how to get one; Python and C++ say the same."""
 
 import importlib.util
 import subprocess
@@ -102,7 +102,7 @@ def test_the_command_says_so_in_one_line(paths):
 
 
 def test_a_checkpoint_is_never_replaced_by_an_engine_folder(paths):
-    with pytest.raises(FolderError, match="exists and is no engine folder, so it will not be replaced"):
+    with pytest.raises(FolderError, match="exists and is not an engine folder, so it will not be replaced"):
         check_target(paths / "run" / "checkpoint-0000020")
     check_target(paths / "engine")
     check_target(paths / "empty")

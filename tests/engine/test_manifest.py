@@ -116,7 +116,7 @@ def test_no_mutant_reaches_a_backend(folder, name, count, monkeypatch):
         (lambda m: m["geometry"].update(factor=0), "geometry.factor must be 1 to 64; got 0"),
         (lambda m: m["geometry"].update(scale=10**9), "geometry.scale must be 1 to 16; got 1000000000"),
         (lambda m: m["geometry"].update(channels=True), "geometry.channels must be 1 to 4096; got true"),
-        (lambda m: m["geometry"].update(overlap=1e400), "Infinity is no number in JSON"),
+        (lambda m: m["geometry"].update(overlap=1e400), "Infinity is not a number in JSON"),
         (lambda m: m["geometry"].update(factor=7), "must be a multiple of factor"),
         (lambda m: m["geometry"].update(depth=7), 'geometry has an unknown "depth"'),
         (lambda m: m.update(geometry=[1, 2]), "geometry must be an object"),

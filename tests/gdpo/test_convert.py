@@ -245,7 +245,7 @@ DAMAGES = {
                 {f"mid_block.else.lora_{s}.default_others.weight": torch.zeros(4, 4) for s in "AB"}
             ),
         ),
-        "'mid_block.else', a layer that the base has not",
+        "'mid_block.else', a layer that the base does not have",
     ),
     "foreign key": (lambda c: c["state_dict_unet"].update({"x": torch.zeros(1)}), "'x', which is neither LoRA nor"),
     "conv_in shape": (
@@ -281,7 +281,7 @@ def test_existing_folders_are_refused_and_overwritten_only_on_demand(converted, 
     assert (out / "unet" / WEIGHTS).read_bytes() != before
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("keep me")
-    with pytest.raises(FileExistsError, match="no model folder"):
+    with pytest.raises(FileExistsError, match="not a model folder"):
         merge(converted, tmp_path / "home", overwrite=True)
     with pytest.raises(ValueError, match="must not be an input"):
         merge(converted, converted, overwrite=True)

@@ -163,7 +163,7 @@ def test_pyiqa_columns(monkeypatch, data, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lr", "lr", "--hr", "nothing"], "nothing is no folder"),
+        (["--lr", "lr", "--hr", "nothing"], "nothing is not a folder"),
         (["--lr", "lr", "--hr", "empty"], "empty holds no picture"),
         (["--lr", "three", "--hr", "hr"], "three lacks scene3; LR, SR and HR are paired by file name"),
         (["--lr", "lr", "--hr", "three"], "lr holds, beyond the HR folder, scene3"),
@@ -208,7 +208,7 @@ def test_results_never_go_into_a_folder_of_pictures(monkeypatch, data, name):
 
 def test_exit_code_of_the_command(tmp_path):
     done = commands.run("gdpo.evaluate", "--lr", "nowhere", "--hr", "nowhere", "--out", tmp_path)
-    assert done.returncode == 2 and done.stderr == "error: nowhere is no folder\n" and not done.stdout
+    assert done.returncode == 2 and done.stderr == "error: nowhere is not a folder\n" and not done.stdout
 
 
 # ---- the pieces ----

@@ -229,7 +229,7 @@ def test_blocks_of_what_has_none_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--blocks makes a model folder"):
         main()
     save_file(compact().state_dict(), tmp_path / "net.safetensors")
-    with pytest.raises(ValueError, match=r"blocks can be chosen of an RRDBNet alone"):
+    with pytest.raises(ValueError, match=r"only the blocks of an RRDBNet can be chosen"):
         convert(tmp_path / "net.safetensors", tmp_path / "model", blocks=[0])
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match="is not a network; --blocks chooses blocks of a network"):

@@ -239,7 +239,7 @@ def test_what_is_no_reward_is_not_taken_for_one():
     ):
         build_rewards([url], patience=QUICK)
     for url in ("http://:x/score", "http:///score", "http://a:99999/", "http://[::1/", "http://a..b/", "http://a b/"):
-        with pytest.raises(ValueError, match=f"{re.escape(url)} is no address of a reward"):
+        with pytest.raises(ValueError, match=f"{re.escape(url)} is not the address of a reward"):
             build_rewards([url])  # at once
 
 

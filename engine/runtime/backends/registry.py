@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from engine.runtime.backends import Session
     from engine.runtime.manifest import Manifest
 
-# What two backends run that is no engine folder: torch a generator's folder, triton a model on a server.
+# What two backends run that is not an engine folder: torch a generator's folder, triton a model on a server.
 GENERATOR, SERVER = "generator", "server"
 
 

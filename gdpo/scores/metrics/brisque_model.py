@@ -94,7 +94,7 @@ def load_brisque(folder: Path | None = None) -> BrisqueModel:
     rows = [line.split() for line in body.splitlines() if line.strip()]
     wanted = {"svm_type": "epsilon_svr", "kernel_type": "rbf", "total_sv": str(len(rows))}
     if any(facts.get(k) != v for k, v in wanted.items()):
-        raise ValueError(f"{folder / 'svm.txt'} is no regression of libsvm: expected {wanted}")
+        raise ValueError(f"{folder / 'svm.txt'} is not a regression of libsvm: expected {wanted}")
     vectors = torch.zeros(len(rows), FEATURES, dtype=torch.float64)
     for vector, row in zip(vectors, rows):
         for entry in row[1:]:
