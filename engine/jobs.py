@@ -71,7 +71,8 @@ def plan(
         jobs = [Job(found[0][0], out.with_name(f"{out.stem}{suffix}{out.suffix}"))]
     else:
         if out.exists() and not out.is_dir():
-            raise ValueError(f"output {output} is a file; several inputs need a folder")
+            wanted = f"name it with one of {' '.join(SUFFIXES)}, or - for standard output"
+            raise ValueError(f"output {output} is a file; {wanted if one_file else 'several inputs need a folder'}")
         if out.suffix.lower() in SUFFIXES and not out.is_dir() and not output.endswith(os.sep):
             raise ValueError(f"output {output} is named like a picture; several inputs need a folder (or: {output}/)")
         jobs = []
@@ -91,7 +92,8 @@ def _expand(text: str, recursive: bool, notice: Callable[[str], None]) -> Iterat
             known = " ".join([*SUFFIXES, *sorted(READABLE - set(SUFFIXES))])
             raise ValueError(f"{text}: no {known} picture in this folder{hint}")
         if others:
-            kinds = ", ".join(f"{count} {kind or 'without suffix'}" for kind, count in others.most_common())
+            by_count = sorted(others.items(), key=lambda kind: (-kind[1], kind[0]))
+            kinds = ", ".join(f"{count} {kind or 'without suffix'}" for kind, count in by_count)
             left_out, all_files = others.total(), others.total() + len(files)
             notice(f"{text}: {left_out} of {all_files} files left out; they are of other kinds ({kinds})")
         yield from ((path / name, Path(name)) for name in files)
@@ -134,8 +136,10 @@ def _walk(folder: Path, recursive: bool, notice: Callable[[str], None]) -> tuple
             kind = os.path.splitext(name)[1].lower()
             if kind not in READABLE:
                 others[kind] += 1
-            elif os.path.isfile(os.path.join(root, name)):  # not a pipe, nor a link to nothing
+            elif os.path.isfile(path := os.path.join(root, name)):
                 files.append(os.path.join(below, name))
+            else:
+                others["link to nothing" if os.path.islink(path) else "pipe or device"] += 1
     return sorted(files, key=lambda name: name.split(os.sep)), others
 
 

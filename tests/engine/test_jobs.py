@@ -33,6 +33,12 @@ def test_a_folder_says_how_many_files_of_other_kinds_it_leaves_out(tmp_path):
     jobs = plan([str(folder)], str(tmp_path / "o"), recursive=True, notice=said.append)
     assert targets(jobs) == ["a.png", "b.JPG", "f.png"] and "4 of 7 files left out" in said[0]
     said.clear()
+    (folder / "deep/g.png").symlink_to("nowhere.png")
+    os.mkfifo(folder / "deep/h.png")
+    plan([str(folder / "deep")], str(tmp_path / "o"), notice=said.append)
+    words = "1 .psd, 1 link to nothing, 1 pipe or device"
+    assert said == [f"{folder}/deep: 3 of 4 files left out; they are of other kinds ({words})"]
+    said.clear()
     plan([str(folder / "a.png")], str(tmp_path / "o.png"), notice=said.append)
     assert said == []
 
