@@ -10,6 +10,7 @@ from engine.io import cli
 from engine.runtime import manifest as manifests
 from engine.runtime.backends.registry import PLANS
 from engine.runtime.manifest import FolderError, Manifest
+from engine.runtime.trust import built_here
 
 _BAD = "NOT USABLE"
 
@@ -52,7 +53,7 @@ def _state(file: Path, sha256: str, manifest: Manifest) -> str:
         return f"{_BAD}: {error}"
     trust = ""
     if manifest.backend in PLANS:
-        trust = ", built here" if manifests.built_here(sha256) else ", not built here (needs --trust-plan)"
+        trust = ", built here" if built_here(sha256) else ", not built here (needs --trust-plan)"
     return f"{size / 2**20:.1f} MiB, sha256 {sha256[:16]}... as in the manifest{trust}"
 
 

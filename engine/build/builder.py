@@ -18,6 +18,7 @@ from engine.runtime import manifest as manifests
 from engine.runtime.backends.registry import PLANS
 from engine.runtime.backends.tensorrt import load_module
 from engine.runtime.manifest import FolderError, Graph, Manifest, Profile
+from engine.runtime.trust import remember_plan
 
 TARGETS = ("onnxruntime", *PLANS)
 PRECISIONS = ("as exported", "int8")
@@ -116,7 +117,7 @@ def build(
         built.save(folder)
     for graph in graphs.values():
         if backend in PLANS:
-            manifests.remember_plan(graph.sha256)
+            remember_plan(graph.sha256)
     return built, True
 
 

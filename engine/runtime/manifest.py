@@ -2,8 +2,8 @@
 
 A folder holds one file per graph, `manifest.json`, and `manifest.sha256` (the hash of the manifest's bytes, in the
 format of sha256sum). Nothing reaches a backend whose bytes do not have the hash that the manifest names, and files are
-read once: what was hashed is what is loaded. A TensorRT plan is executable code, so besides its hash it must be in this
-user's list of plans built here, or be trusted explicitly.
+read once: what was hashed is what is loaded. A TensorRT plan is executable code, which needs more trust than a hash
+(trust.py).
 """
 
 from __future__ import annotations
@@ -403,26 +403,3 @@ def read_file(folder: Path, name: str, expected: str) -> bytes:
             "stale, damaged or of another model; build the folder again"
         )
     return content
-
-
-# ---- trust in plans
-
-
-def _ledger() -> Path:
-    home = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
-    return Path(home) / "gdpo-sr" / "plans.txt"
-
-
-def remember_plan(sha256: str) -> None:
-    """Add a plan that this user just built to the list of plans that load without being asked for."""
-    path = _ledger()
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    known = path.read_text() if path.is_file() else ""
-    atomic_write(path, known + f"{sha256}\n")
-    path.chmod(0o600)
-
-
-def built_here(sha256: str) -> bool:
-    """Whether this user built the plan of that hash."""
-    path = _ledger()
-    return path.is_file() and sha256 in path.read_text().split()

@@ -18,6 +18,7 @@ from engine.io import cli
 from engine.runtime import manifest as manifests
 from engine.runtime.backends import tensorrt as trt_backend
 from engine.runtime.manifest import FolderError, Profile
+from engine.runtime.trust import built_here
 from gdpo.generator import OneStepGenerator
 
 SMALL = Profile((1, 1, 1), (64, 64, 64))
@@ -106,7 +107,7 @@ def check_plan(source, out):
     assert any("Building engine" in line for line in said)  # the phases are reported
     for name in manifest.graphs:
         plan, _ = manifest.read(out, name)
-        assert len(plan) > 100_000 and manifests.built_here(manifest.graphs[name].sha256)
+        assert len(plan) > 100_000 and built_here(manifest.graphs[name].sha256)
     assert not build.build(source, out, "tensorrt-rtx", profile=profile, options=BuildOptions(8192, 0))[1]
     assert build._up_to_date(out, manifest)
     assert not build._up_to_date(out, replace(manifest, backend_version="0"))

@@ -18,6 +18,7 @@ from engine.runtime import manifest as manifests
 from engine.runtime.backends import onnxruntime as ort_backend
 from engine.runtime.backends import tensorrt as trt_backend
 from engine.runtime.manifest import FolderError
+from engine.runtime.trust import remember_plan
 from tests.support.folders import model, write_folder
 
 
@@ -306,7 +307,7 @@ def test_a_plan_that_this_user_did_not_build_is_refused_before_tensorrt(folder, 
     monkeypatch.setattr(trt_backend, "load_module", lambda backend: pytest.fail("TensorRT was asked"))
     with pytest.raises(FolderError, match="--trust-plan"):
         Upscaler.load(folder)
-    manifests.remember_plan(hashlib.sha256(plan).hexdigest())
+    remember_plan(hashlib.sha256(plan).hexdigest())
     ledger = Path(os.environ["XDG_DATA_HOME"]) / "gdpo-sr" / "plans.txt"
     assert ledger.stat().st_mode & 0o777 == 0o600
     monkeypatch.setattr(trt_backend, "load_module", lambda backend: (_ for _ in ()).throw(RuntimeError("asked")))

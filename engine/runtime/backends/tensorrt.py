@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from engine.runtime import manifest as manifests
 from engine.runtime.backends import check_inputs, output_shape
 from engine.runtime.backends.cuda import Buffer, CudaError, CudaGraph, Driver, Event, Stream
 from engine.runtime.device import Device
 from engine.runtime.manifest import FolderError, Manifest
+from engine.runtime.trust import built_here
 
 # The first name that imports is taken. The cu13 wheels bring the bindings without their front package.
 _NAMES = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
@@ -55,7 +55,7 @@ def open_session(
     backend = manifest.backend
     plan, _ = manifest.read(folder, graph)
     entry = manifest.graphs[graph]
-    if not trust_plan and not manifests.built_here(entry.sha256):
+    if not trust_plan and not built_here(entry.sha256):
         raise FolderError(
             f"{folder / entry.file}: a plan is executable code and this one was not built by you here; "
             "build it (python -m engine.build) or, if you trust its source, pass --trust-plan"
