@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from engine.io.images import READABLE, ImageError, Picture, picture_size, read_image
 from gdpo.photos.folder import cache_file, checked_size, read_cache, remembered_sizes, write_cache
-from gdpo.photos.stores import Found, Store
+from gdpo.photos.store import Found, Store
 
 
 class _Part(NamedTuple):

@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from engine.io.images import ImageError, Picture
 from engine.io.profiles import to_srgb_unless_it_is
 from gdpo.photos.pairs import magnification, open_pairs
-from gdpo.photos.stores import Found, Store, hr_alone, open_store
+from gdpo.photos.store import Found, Store
+from gdpo.photos.stores import hr_alone, open_store
 from gdpo.randomness import generator_for
 
 SPLITS = ("train", "val")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from gdpo.photos.folder import side_of, stem_of, without_side
-from gdpo.photos.stores import FileList, Found, Store, open_store
+from gdpo.photos.store import Found, Store
+from gdpo.photos.stores import FileList, open_store
 
 _LARGEST = 8  # times that an HR picture may be larger than its LR
 
