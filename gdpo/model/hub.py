@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,7 +126,8 @@ def model_card(
     lines += [f"- **Network**: {_network(unet)}", f"- **Noise** added at t={about.get('t_noise')}; one step."]
     if source:
         lines.append(f"- **Starting weights**: `{source.get('file')}`, sha256 `{source.get('sha256')}`.")
-    lines += ["", "```bash", 'pip install "gdpo-sr[export]"', "python -m engine.export hub:ORG/NAME --out onnx"]
+    extras = "export,spandrel" if unet.get("_class_name") == "NetworkUNet" else "export"
+    lines += ["", "```bash", f'pip install "gdpo-sr[{extras}]"', "python -m engine.export hub:ORG/NAME --out onnx"]
     lines += ["python -m engine.upscale photo.jpg out.png --model onnx", "```", ""]
     if pipeline:
         lines += ["With diffusers:", "", "```python", "from diffusers import DiffusionPipeline", ""]
@@ -165,7 +167,7 @@ def _figures(file: Path, row: str, dataset: str) -> list[Any]:
         EvalResult(
             task_type=_TASK,
             task_name="x4 super-resolution",
-            dataset_type="-".join(dataset.lower().split()),
+            dataset_type="-".join(re.findall(r"\w+", dataset.lower())) or "pairs",
             dataset_name=dataset,
             metric_type=name,
             metric_name=f"{name}, 95% interval {value['low']:.4g} to {value['high']:.4g}",

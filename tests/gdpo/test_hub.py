@@ -137,13 +137,22 @@ def evaluation(tmp_path) -> Path:
 def test_a_card_has_licence_figures_and_credits(model, evaluation, tmp_path):
     entry = {"title": "Aqua", "author": "C. Barbin", "licence": "GPL-2.0-or-later"}
     (tmp_path / "photos.json").write_text(json.dumps([entry]))
-    text = model_card(model, licence="apache-2.0", photos=tmp_path, evaluation=evaluation, dataset="RealSR pairs")
+    text = model_card(model, licence="apache-2.0", photos=tmp_path, evaluation=evaluation, dataset="RealSR, pairs")
     card = ModelCard(text)
     assert card.data.license == "apache-2.0" and card.data.pipeline_tag == "image-to-image"
     (result,) = card.data.eval_results
-    assert (result.metric_type, result.metric_value, result.dataset_name) == ("psnr_y", 26.5, "RealSR pairs")
+    assert (result.metric_type, result.metric_value, result.dataset_name) == ("psnr_y", 26.5, "RealSR, pairs")
+    assert result.dataset_type == "realsr-pairs" and 'pip install "gdpo-sr[export]"' in text
     assert "| psnr_y | 26.5 (95% interval 26.1 to 26.9) |" in text and "| Aqua | C. Barbin | GPL-2.0-or-later |" in text
     assert "diffusers" not in text
+
+
+def test_the_card_of_a_published_network_names_what_reads_it(model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    unet = {"_class_name": "NetworkUNet", "architecture": "Compact", "source": {"file": "net.pth", "sha256": "ab"}}
+    (tmp_path / "model" / "unet" / "config.json").write_text(json.dumps(unet))
+    text = model_card(tmp_path / "model", licence="bsd-3-clause")
+    assert 'pip install "gdpo-sr[export,spandrel]"' in text and "`net.pth`, sha256 `ab`" in text
 
 
 def test_a_stable_diffusion_folder_is_a_model_of_diffusers(mini_sd, tmp_path):
