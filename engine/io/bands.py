@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.io.codecs.libraries import vips
+from engine.io.libraries import vips
 
 _ROWS = 64  # sent at a time
 _COLOR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}  # samples of a pixel -> PNG's name for them

@@ -278,7 +278,7 @@ def cmyk_to_rgb(samples: np.ndarray, icc: bytes | None) -> np.ndarray:
     Raises:
         ImageError: the profile is damaged, or not for CMYK.
     """
-    from engine.io.codecs.libraries import vips, vips_image
+    from engine.io.libraries import vips, vips_image
 
     if icc is not None and space_of(icc) != "CMYK":
         raise ImageError("its CMYK colour profile cannot be used (it is for other colours); convert the picture to RGB")

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from engine.io import images
-from engine.io.codecs.libraries import vips
 from engine.io.codecs.png import chunks
 from engine.io.formats import FORMATS, READABLE, SUFFIXES
 from engine.io.images import ImageError, Picture, check_writable, picture_size, read_image, write_image
+from engine.io.libraries import vips
 from engine.io.sink import Sink
 from tests.support.pictures import SRGB, exif_block, gradient, installed, write_seeds
 

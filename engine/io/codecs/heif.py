@@ -8,7 +8,7 @@ import numpy as np
 
 from engine.io import metadata
 from engine.io.codecs import isobmff
-from engine.io.codecs.libraries import common_metadata, split, unpremultiply
+from engine.io.libraries import common_metadata, split, unpremultiply
 from engine.io.picture import Header, ImageError, Notice, Picture
 
 

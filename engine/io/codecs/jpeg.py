@@ -13,7 +13,7 @@ from PIL import Image, JpegImagePlugin
 
 from engine.io import metadata
 from engine.io.bands import Bands
-from engine.io.codecs.libraries import common_metadata, open_pillow, pixels_of, samples_of, sensible_dpi, split, vips
+from engine.io.libraries import common_metadata, open_pillow, pixels_of, samples_of, sensible_dpi, split, vips
 from engine.io.picture import Header, ImageError, Notice, Picture
 from engine.io.profiles import cmyk_to_rgb
 from engine.io.sink import Sink

@@ -13,7 +13,7 @@ from PIL import Image
 from engine.io import metadata
 from engine.io.bands import Bands
 from engine.io.codecs import jpeg
-from engine.io.codecs.libraries import common_metadata, pixels_of, split, unpremultiply
+from engine.io.libraries import common_metadata, pixels_of, split, unpremultiply
 from engine.io.picture import Header, ImageError, Notice, Picture, upright
 from engine.io.sink import Sink
 

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import BmpImagePlugin, GifImagePlugin, PpmImagePlugin, TgaImagePlugin
 
-from engine.io.codecs.libraries import common_metadata, open_pillow, pixels_of, split
+from engine.io.libraries import common_metadata, open_pillow, pixels_of, split
 from engine.io.picture import Header, ImageError, Notice, Picture, first_frame
 
 _PLUGINS: dict[str, Any] = {

@@ -19,7 +19,7 @@ from PIL import PngImagePlugin
 
 from engine.io import metadata
 from engine.io.bands import Bands
-from engine.io.codecs.libraries import open_pillow, pixels_of, samples_of, split, vips
+from engine.io.libraries import open_pillow, pixels_of, samples_of, split, vips
 from engine.io.picture import Header, ImageError, Notice, Picture, first_frame
 from engine.io.profiles import TAGS
 from engine.io.sink import Sink

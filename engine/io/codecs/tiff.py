@@ -11,7 +11,7 @@ from PIL import TiffImagePlugin
 from engine.io import metadata
 from engine.io.bands import Bands
 from engine.io.codecs import jpeg
-from engine.io.codecs.libraries import (
+from engine.io.libraries import (
     common_metadata,
     open_pillow,
     samples_of,

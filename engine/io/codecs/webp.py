@@ -13,7 +13,7 @@ from PIL import AvifImagePlugin, Image, WebPImagePlugin
 from engine.io import metadata
 from engine.io.bands import Bands
 from engine.io.codecs import isobmff
-from engine.io.codecs.libraries import common_metadata, open_pillow, pixels_of, samples_of, split, vips
+from engine.io.libraries import common_metadata, open_pillow, pixels_of, samples_of, split, vips
 from engine.io.picture import Header, Notice, Picture, first_frame, upright
 from engine.io.sink import Sink
 
