@@ -12,7 +12,8 @@ from typing import BinaryIO
 
 from engine.io.bands import Bands
 from engine.io.codecs import heif, jpeg, jxl, plain, png, tiff, webp
-from engine.io.picture import Header, Notice, Picture
+from engine.io.codecs.unread import what_to_do
+from engine.io.picture import Header, ImageError, Notice, Picture
 from engine.io.sink import Sink
 
 
@@ -89,6 +90,17 @@ def kind_of(text: str) -> str:
     return text.lower().removeprefix(".")
 
 
-def format_of(head: bytes) -> Format | None:
-    """The format of a file by its first bytes; its name decides nothing."""
-    return next((row for row in FORMATS if re.match(row.begins, head, re.S)), None)
+def format_of(head: bytes) -> Format:
+    """The format of a file by its first bytes; its name decides nothing.
+
+    Raises:
+        ImageError: it is of none, and is named with what to do where it is of a kind that is known.
+    """
+    if not head:
+        raise ImageError("the file is empty")
+    if words := what_to_do(head):
+        raise ImageError(words)
+    for row in FORMATS:
+        if re.match(row.begins, head, re.S):
+            return row
+    raise ImageError(f"not a picture of a kind that is read ({', '.join(row.name for row in FORMATS)})")

@@ -21,9 +21,8 @@ import numpy as np
 
 from engine.io import metadata, profiles
 from engine.io.bands import Bands
-from engine.io.codecs.unread import what_to_do
 from engine.io.files import atomic_path
-from engine.io.formats import BY_SUFFIX, FORMATS, LONGEST_HEAD, READABLE, SUFFIXES, Format, format_of
+from engine.io.formats import BY_SUFFIX, LONGEST_HEAD, READABLE, SUFFIXES, Format, format_of
 from engine.io.notices import warn_once
 from engine.io.picture import Header, ImageError, Notice, Picture, to_8_bit, upright
 from engine.io.sink import Sink
@@ -73,7 +72,7 @@ def read_image(
         if data is None:
             with _open(path) as file:
                 data = file.read()
-        row = _format(data)
+        row = format_of(data[:LONGEST_HEAD])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about odd metadata and large sizes; both are handled here
             known = row.header(io.BytesIO(data))
@@ -118,7 +117,7 @@ def picture_size(file: str | os.PathLike[str] | BinaryIO) -> tuple[int, int] | N
     try:
         with _open(Path(file)) if isinstance(file, (str, os.PathLike)) else file as opened, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            row = _format(opened.read(LONGEST_HEAD))
+            row = format_of(opened.read(LONGEST_HEAD))
             opened.seek(0)
             return row.header(opened).size
     except Exception:  # whatever a decoder raises: see read_image
@@ -250,17 +249,6 @@ def _open(path: Path) -> BinaryIO:
             raise ImageError("not a regular file")
         raise ImageError(f"{status.st_size / 2**20:.0f} MiB; files of at most {MAX_BYTES >> 20} MiB are read")
     return file
-
-
-def _format(data: bytes) -> Format:
-    if not data:
-        raise ImageError("the file is empty")
-    row = format_of(data[:LONGEST_HEAD])
-    if known := what_to_do(data[:LONGEST_HEAD]) if row is None or row.name == "TIFF" else None:
-        raise ImageError(known)
-    if row is None:
-        raise ImageError(f"not a picture of a kind that is read ({', '.join(row.name for row in FORMATS)})")
-    return row
 
 
 def _check_size(known: Header, max_pixels: int, max_side: int) -> None:

@@ -161,9 +161,10 @@ class Works:
 
     def _examine(self, task: Task) -> int:
         """The pixels of a picture, from its first bytes and its header."""
-        row = format_of(task.data[:LONGEST_HEAD])
-        if row is None:
-            raise Refused(415, f"{task.name}: not a picture of a kind that is read")
+        try:
+            format_of(task.data[:LONGEST_HEAD])
+        except ImageError as error:
+            raise Refused(415, f"{task.name}: {error}") from None
         size = picture_size(io.BytesIO(task.data))
         most = self.limits.max_pixels
         if size is None:

@@ -241,6 +241,9 @@ def test_a_refusal_is_one_sentence(service):
     assert service.post(encoded(cropped(1)), sede=3).json() == {"error": "sede: there is no such field (see /docs)"}
     rgba = encoded(np.zeros((9, 9, 4), np.uint8))
     assert service.post(rgba, "a.png", format="jpg").json()["error"].startswith("a.png: JPEG cannot hold")
+    raw = service.post(b"II*\0\x10\0\0\0CR\2\0" + bytes(99), "a.jpg")
+    words = "a.jpg: a camera's raw file (CR2), which is not read; develop it to TIFF or PNG first"
+    assert raw.status_code == 415 and raw.json() == {"error": words}
 
 
 def test_the_service_describes_itself(service):
