@@ -34,6 +34,8 @@ from gdpo.train.pictures import sheet
 
 _TELLTALE = ("grid_artefact", "lattice_artefact", "oversharpening", "brisque")
 
+SHOWN, AMPLIFIED = 6, 16  # crops of the sheet; how much its change is enlarged
+
 
 @dataclass
 class Options:
@@ -76,7 +78,7 @@ class Options:
 
 @torch.no_grad()
 def measure(generator: OneStepGenerator, o: Options) -> dict[str, float]:
-    """Compare the generator with and without its LoRA on held-out crops, and write sheet.png.
+    """Compare the generator with and without its LoRA on held-out crops, and write sheet.png: those that change most.
 
     Raises:
         ValueError: fewer than 2 crops, which have no spread, or more than there are (repeats are no observations).
@@ -95,10 +97,9 @@ def measure(generator: OneStepGenerator, o: Options) -> dict[str, float]:
         raise ValueError(f"crops must be at most {len(dataset)}, the held-out crops of {o.data}; got {o.crops}")
     samples = [i * len(dataset) // o.crops for i in range(o.crops)]
     found: dict[str, list[torch.Tensor]] = {}
-    pictures: list[list[torch.Tensor]] = []
-    shown = {i * o.crops // 6 for i in range(6)}
+    shown: list[tuple[float, list[torch.Tensor]]] = []
     batches = loader(dataset, [[s] for s in samples], seed=0)
-    for i, batch in enumerate(tqdm(batches, total=len(samples), unit="crop")):
+    for batch in tqdm(batches, total=len(samples), unit="crop"):
         hr = batch.hr * 2 - 1
         lr, _ = degrade(batch.hr, seed=o.seed, step=0, samples=batch.samples)
         bicubic = degrade.upsample(lr) * 2 - 1
@@ -111,8 +112,9 @@ def measure(generator: OneStepGenerator, o: Options) -> dict[str, float]:
             scores[name] = metric(pair, batch.hr.expand_as(pair))
         for name, values in scores.items():
             found.setdefault(name, []).append(values)
-        if i in shown:
-            pictures.append([bicubic, compared.before, compared.after, hr])
+        change = compared.after - compared.before
+        shown.append((float(change.abs().mean()), [bicubic, compared.before, compared.after, change * AMPLIFIED, hr]))
+        shown = sorted(shown, key=lambda crop: -crop[0])[:SHOWN]
     result: dict[str, float] = {"crops": float(o.crops), "noises": float(o.noises)}
     if photos := photos_of(dataset, samples):
         result["photos"] = float(photos)
@@ -125,8 +127,8 @@ def measure(generator: OneStepGenerator, o: Options) -> dict[str, float]:
         result[f"{name}_standard_error"] = float(gain.std() / len(gain) ** 0.5)
         low, high = np.percentile(gain.numpy()[picks].mean(1), (2.5, 97.5))
         result[f"{name}_low"], result[f"{name}_high"] = float(low), float(high)
-    titles = ("bicubic", "before", "after GDPO", "HR")
-    sheet([(t, torch.cat([p[i] for p in pictures])) for i, t in enumerate(titles)], Path(o.out) / "sheet.png")
+    titles = ("bicubic", "before", "after GDPO", f"change x{AMPLIFIED}", "HR")
+    sheet([(t, torch.cat([p[i] for _, p in shown])) for i, t in enumerate(titles)], Path(o.out) / "sheet.png")
     return result
 
 
