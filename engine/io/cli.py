@@ -113,6 +113,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         )
         if isinstance(error, OSError) and error.strerror and error.filename:
             text = f"{error.filename}: {error.strerror}"
+        elif isinstance(error, FileNotFoundError) and error.errno == errno.ENOENT:  # os.getcwd names no file
+            text = "the working folder is gone; change to one that is there"
         disk = isinstance(error, OSError) and error.errno in _DISK
         fail(" ".join(text.split()), 1 if disk or isinstance(error, Failed) else 2)
     finally:

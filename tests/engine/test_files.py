@@ -196,6 +196,16 @@ def test_a_full_disk_is_one_line_and_exit_code_1(capsys, monkeypatch):
     assert end.value.code == 1 and capsys.readouterr().err == "error: out.png: No space left on device\n"
 
 
+def test_a_working_folder_that_is_gone_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit) as ended:
+        cli.run(lambda: Path("a.png").resolve() and 0)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: the working folder is gone; change to one that is there\n"
+
+
 def test_sealed_sees_the_whole_file_before_it_has_its_name(tmp_path):
     seen = []
     with atomic_path(tmp_path / "a", sealed=lambda p: seen.append((p.read_text(), (tmp_path / "a").exists()))) as p:
