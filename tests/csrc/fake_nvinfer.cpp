@@ -7,6 +7,7 @@
 #include <NvInferRuntime.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -70,7 +71,14 @@ class Context : public IExecutionContext {
     object_.set(
         &apiv::VExecutionContext::setInputShape, +[](Object<Bindings>* self, const char* name, const Dims& dims) {
           self->state[name].dims = dims;
-          return dims.nbDims == 4;
+          return dims.nbDims == 4 && (self->state["profile"].dims.nbDims == 0 || dims.d[0] == 1);
+        });
+    object_.set(
+        &apiv::VExecutionContext::setOptimizationProfileAsync,
+        +[](Object<Bindings>* self, std::int32_t profile, cudaStream_t) {
+          self->state["profile"].dims.nbDims = profile;
+          if (std::getenv("FAKE_CUDA_REPORT") != nullptr) std::fprintf(stderr, "profile=%d\n", profile);
+          return profile < 2;
         });
     object_.set(
         &apiv::VExecutionContext::setTensorAddress, +[](Object<Bindings>* self, const char* name, void* data) {
@@ -99,6 +107,7 @@ class Engine : public ICudaEngine {
         &E::getIOTensorName, +[](Self, std::int32_t i) { return i == 0   ? "image"
                                                                 : i == 1 ? "noise"
                                                                          : "output"; });
+    object_.set(&E::getNbOptimizationProfiles, +[](Self) -> std::int32_t { return 2; });
     object_.set(&E::getTensorDataType, +[](Self, const char*) { return DataType::kFLOAT; });
     object_.set(
         &E::createExecutionContext,

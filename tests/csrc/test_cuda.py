@@ -126,10 +126,13 @@ def tensorrt(shared, compiler, nvcc):
 
 
 @pytest.mark.parametrize(
-    "choice", [[], ["--tile", "24", "--color", "wavelet"], ["--tile", "40", "--scale", "3"]], ids=["one", "tiles", "x3"]
+    "choice, usual",
+    [(["--tile", "96"], False), (["--color", "wavelet"], True), (["--tile", "40", "--scale", "3"], False)],
+    ids=["one", "usual", "x3"],
 )
-def test_the_tensorrt_backend_runs_with_the_kernels_and_without(tensorrt, tmp_path, choice):
-    """The same bytes when tiles stay on the device, when they come from the CPU, and from recorded graphs."""
+def test_the_tensorrt_backend_runs_with_the_kernels_and_without(tensorrt, tmp_path, choice, usual):
+    """The same bytes when tiles stay on the device, when they come from the CPU, and from recorded graphs. Tiles of the
+    usual shape, of 96 output pixels, take the plan's second profile."""
     plan = b"fake"
     inputs = (
         Tensor("image", ("batch", 3, "height", "width")),
@@ -143,8 +146,9 @@ def test_the_tensorrt_backend_runs_with_the_kernels_and_without(tensorrt, tmp_pa
     (folder / graph.file).write_bytes(plan)
     options = {"version_compatible": True}  # with any version of TensorRT; the stand-in's GPU is an sm_99
     Manifest(
-        "tensorrt", "10.0.0", "fp32", geometry, Profile(), {"generator": graph}, options=options, architecture="sm_99"
-    ).save(folder)
+        "tensorrt", "10.0.0", "fp32", geometry, Profile((1, 1, 8), (64, 96, 1024)), {"generator": graph},
+        options=options, architecture="sm_99",
+    ).save(folder)  # fmt: skip
     write_ppm(tmp_path / "in.ppm", np.random.default_rng(0).integers(0, 256, (61, 83, 3), dtype=np.uint8))
     fake = tensorrt / "tests" / "fake"
     environment = os.environ | {"LD_LIBRARY_PATH": str(fake), "GDPO_TENSORRT": str(fake / "libfake_nvinfer.so")}
@@ -156,6 +160,7 @@ def test_the_tensorrt_backend_runs_with_the_kernels_and_without(tensorrt, tmp_pa
             env=environment | {"FAKE_CUDA_FREE": free, "FAKE_CUDA_REPORT": "1"},
         )
         launches, replays, live = map(int, re.search(r"launches=(\d+) replays=(\d+) live=(-?\d+)", said).groups())
-        assert (launches > 0) == (name == "kernels") and (replays > 1) == bool(choice) and live == 0, said
+        assert (launches > 0) == (name == "kernels") and (replays > 1) == ("96" not in choice) and live == 0, said
+        assert said.count("profile=1") == usual, said
         made[name] = (tmp_path / f"{name}.ppm").read_bytes()
     assert made["kernels"] == made["cpu"] and len(set(made["cpu"])) > 200

@@ -253,6 +253,15 @@ def test_the_usual_shape_has_a_profile_of_its_own(folder, monkeypatch):
         session._bind(usual, session._state(given), given)
 
 
+@pytest.mark.parametrize("side", [64, 256])  # of either profile
+def test_too_little_memory_for_a_context_is_one_line(folder, monkeypatch, side):
+    session, _ = load(folder, monkeypatch)
+    session.manifest = replace(session.manifest, profile=Profile((1, 1, 4), (64, 256, 512)))
+    monkeypatch.setattr(session._engine, "create_execution_context", lambda: session._log.append("out of memory"))
+    with pytest.raises(RuntimeError, match=r"generator.plan: no context \(out of memory\)"):
+        session(inputs(1, side, 0))
+
+
 def test_a_shape_beyond_the_plan_is_named(folder, monkeypatch):
     session, _ = load(folder, monkeypatch)
     with pytest.raises(ValueError, match=r"image \(5, 3, 64, 64\) is beyond the plan's profile"):

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 #include <list>
+#include <map>
 #include <mutex>
 #include <optional>
 
@@ -126,15 +127,20 @@ struct Prepared {
 
 class TensorRtSession : public Session, public DeviceSession {
  public:
-  TensorRtSession(std::shared_ptr<Nvinfer> nvinfer, std::shared_ptr<Gpu> gpu, const Graph& graph, const Bytes& plan)
+  TensorRtSession(std::shared_ptr<Nvinfer> nvinfer, std::shared_ptr<Gpu> gpu, const Manifest& manifest,
+                  const Graph& graph, const Bytes& plan)
       : nvinfer_(std::move(nvinfer)), gpu_(std::move(gpu)), graph_(graph) {
+    for (const auto& input : graph_.inputs) {
+      const auto* const name = std::get_if<std::string>(&input.shape[2]);
+      const std::int64_t side =
+          manifest.tile[1] / (name != nullptr && *name == "height" ? 1 : manifest.geometry.factor);
+      usual_.push_back({manifest.batch[1], side, side});
+    }
     engine_.reset(nvinfer_->runtime->deserializeCudaEngine(plan.data(), plan.size()));
     if (engine_ == nullptr) {
       throw FolderError(text(graph.file, ": TensorRT refuses the plan (", nvinfer_->log.last(), ")"));
     }
     check_tensors();
-    context_.reset(engine_->createExecutionContext());
-    if (context_ == nullptr) throw BackendError(text(graph.file, ": no context: ", nvinfer_->log.last()));
   }
 
   ~TensorRtSession() override { gpu_->driver->enter(); }
@@ -168,9 +174,10 @@ class TensorRtSession : public Session, public DeviceSession {
       gpu_->driver->check(gpu_->driver->p_cuGraphLaunch(state.graph, gpu_->stream.get()), "cuGraphLaunch");
       return;
     }
-    bind(state);
-    enqueue();
-    record(state);
+    nvinfer1::IExecutionContext& context = context_of(state);
+    bind(context, state);
+    enqueue(context);
+    record(context, state);
   }
 
  private:
@@ -199,34 +206,53 @@ class TensorRtSession : public Session, public DeviceSession {
     return *shapes_.front();
   }
 
-  void bind(const Prepared& state) {
+  /// The context of the profile for these shapes: the last of several is for the usual one (engine.build).
+  nvinfer1::IExecutionContext& context_of(const Prepared& state) {
+    bool usual = true;
+    for (std::size_t i = 0; i < usual_.size(); ++i) {
+      const Shape& shape = state.shapes[i];
+      usual = usual && Shape{shape[0], shape[2], shape[3]} == usual_[i];
+    }
+    const std::int32_t profile = usual ? engine_->getNbOptimizationProfiles() - 1 : 0;
+    auto& context = contexts_[profile];
+    if (context == nullptr) {
+      std::unique_ptr<nvinfer1::IExecutionContext> made(engine_->createExecutionContext());
+      if (made == nullptr || (profile > 0 && !made->setOptimizationProfileAsync(profile, gpu_->stream.get()))) {
+        throw BackendError(text(graph_.file, ": no context: ", nvinfer_->log.last()));
+      }
+      context = std::move(made);
+    }
+    return *context;
+  }
+
+  void bind(nvinfer1::IExecutionContext& context, const Prepared& state) {
     for (std::size_t i = 0; i < state.shapes.size(); ++i) {
       const char* const name = graph_.inputs[i].name.c_str();
       nvinfer1::Dims dims{};
       dims.nbDims = 4;
       std::copy(state.shapes[i].begin(), state.shapes[i].end(), dims.d);
-      if (!context_->setInputShape(name, dims)) {
+      if (!context.setInputShape(name, dims)) {
         throw InvalidArgument(text(name, " is beyond the plan's profile (", nvinfer_->log.last(), ")"));
       }
-      context_->setTensorAddress(name, state.buffers[i]->device());
+      context.setTensorAddress(name, state.buffers[i]->device());
     }
-    context_->setTensorAddress(graph_.output.name.c_str(), state.result->device());
+    context.setTensorAddress(graph_.output.name.c_str(), state.result->device());
   }
 
-  void enqueue() {
-    if (!context_->enqueueV3(gpu_->stream.get())) {
+  void enqueue(nvinfer1::IExecutionContext& context) {
+    if (!context.enqueueV3(gpu_->stream.get())) {
       throw BackendError(text(graph_.file, ": the plan failed (", nvinfer_->log.last(), ")"));
     }
   }
 
   /// After the first run of a shape, which sets up what a capture must not, record it.
-  void record(Prepared& state) {
+  void record(nvinfer1::IExecutionContext& context, Prepared& state) {
     if (state.refused) return;
     const Driver& driver = *gpu_->driver;
     const CUstream stream = gpu_->stream.get();
     gpu_->stream.synchronize();
     driver.check(driver.p_cuStreamBeginCapture(stream, CU_STREAM_CAPTURE_MODE_RELAXED), "cuStreamBeginCapture");
-    const bool recorded = context_->enqueueV3(stream);
+    const bool recorded = context.enqueueV3(stream);
     CUgraph graph = nullptr;
     const CUresult ended = driver.p_cuStreamEndCapture(stream, &graph);
     state.refused = !recorded || ended != CUDA_SUCCESS || graph == nullptr ||
@@ -238,8 +264,9 @@ class TensorRtSession : public Session, public DeviceSession {
   std::shared_ptr<Gpu> gpu_;
   const Graph graph_;
   std::unique_ptr<nvinfer1::ICudaEngine> engine_;
-  std::unique_ptr<nvinfer1::IExecutionContext> context_;
-  std::list<std::unique_ptr<Prepared>> shapes_;  // the latest first
+  std::vector<Shape> usual_;  // of each input: batch, rows, columns
+  std::map<std::int32_t, std::unique_ptr<nvinfer1::IExecutionContext>> contexts_;  // of each profile that was needed
+  std::list<std::unique_ptr<Prepared>> shapes_;                                    // the latest first
 };
 
 class TensorRtBackend : public Backend {
@@ -271,7 +298,7 @@ class TensorRtBackend : public Backend {
       throw FolderError(
           text(folder, ": built for ", manifest.architecture, ", this GPU is ", driver.architecture(), "; ", rebuild));
     }
-    return std::make_unique<TensorRtSession>(nvinfer_, gpu_, graph, plan);
+    return std::make_unique<TensorRtSession>(nvinfer_, gpu_, manifest, graph, plan);
   }
 
   const std::string& version() const override { return nvinfer_->version; }

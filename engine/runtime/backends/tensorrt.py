@@ -179,8 +179,10 @@ class TensorRTSession:
             at = last
         if at not in self._contexts:
             context = self._engine.create_execution_context()
-            if at and not context.set_optimization_profile_async(at, self._stream.handle.value):
-                raise RuntimeError(f"{self.entry.file}: the plan has no profile {at} ({' '.join(self._log[-1:])})")
+            if context is None or not (
+                at == 0 or context.set_optimization_profile_async(at, self._stream.handle.value)
+            ):
+                raise RuntimeError(f"{self.entry.file}: no context ({' '.join(self._log[-1:]) or 'no reason given'})")
             self._contexts[at] = context
         return self._contexts[at]
 
