@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -69,31 +70,26 @@ class EvenConv2d(nn.Conv2d):
 
 
 class SplitPReLU(nn.Module):
-    """A PReLU as two convolutions of each channel by itself and a ReLU, for an export that a CPU runs.
+    """A PReLU as a convolution of each channel by itself, a ReLU and a sum, for an export that a CPU runs.
 
     ONNX Runtime keeps features in blocks of channels from one convolution to the next; for a PReLU it unpacks and packs
-    them again, which takes longer than the activation. With the slope a: PReLU(x) = relu((1 - a) x) + a x. That is
-    convex, so of a channel with a > 1 comes the negative; what follows takes it with `sign`.
+    them again, which takes longer than the activation. With the slope a: PReLU(x) = x + relu((a - 1) x). For a > 1 that
+    holds of the negative of both, so such a channel comes with the other `sign`, and leaves with it.
     """
 
     def __init__(self, slope: torch.Tensor):
         super().__init__()
-        self.sign = torch.where(slope > 1, -1.0, 1.0).to(slope)
-        count = len(slope)
-        self.rest: Any = nn.Conv2d(count, count, 1, groups=count, bias=False).to(slope)
-        self.through: Any = nn.Conv2d(count, count, 1, groups=count, bias=False).to(slope)
-        self.rest.weight.data.copy_((self.sign * (1 - slope))[:, None, None, None])
-        self.through.weight.data.copy_((self.sign * slope)[:, None, None, None])
-        self.requires_grad_(False)
+        self.sign = SplitPReLU.sign_of(slope)
+        self.rest = nn.Conv2d(len(slope), len(slope), 1, groups=len(slope)).to(slope).requires_grad_(False)
+        for parameter, values in zip(self.rest.parameters(), ((slope - 1)[:, None, None, None], 0 * slope)):
+            parameter.copy_(values)
 
     @staticmethod
-    def slope_of(rest: torch.Tensor, through: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """slope and sign [C] of the weights of the two convolutions."""
-        sign = torch.sign(rest + through).flatten()
-        return sign * through.flatten(), sign
+    def sign_of(slope: torch.Tensor) -> torch.Tensor:
+        return torch.where(slope > 1, -1.0, 1.0).to(slope)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(self.rest(x)) + self.through(x)
+        return x + F.relu(self.rest(x))
 
 
 class CompactUNet(nn.Module):
@@ -186,25 +182,32 @@ class CompactUNet(nn.Module):
     @torch.no_grad()
     def split_slopes(self) -> None:
         """Put a SplitPReLU in the place of each PReLU, in place."""
-        for i, following in enumerate([*self.convs, self.conv_out]):
+        layers: list[Any] = [self.conv_in, *self.convs, self.conv_out]
+        for i, (before, following) in enumerate(pairwise(layers)):
             slope = self.acts[i].weight
             assert isinstance(slope, torch.Tensor)  # nn.PReLU's
             self.acts[i] = split = SplitPReLU(slope.detach())
+            before.weight.mul_(split.sign[:, None, None, None])
+            before.bias.mul_(split.sign)
             following.weight.mul_(split.sign[:, None, None])
             self.beyond[i].mul_(split.sign)
 
     @staticmethod
     def join_slopes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The weights of a network by name, with those of `split_slopes` as they were before."""
-        weights, signs = dict(weights), []
+        weights, beyond = dict(weights), []
         count = sum(name.startswith("acts.") and name.endswith(".rest.weight") for name in weights)
-        for i in range(count):
-            pair = (weights.pop(f"acts.{i}.{part}.weight") for part in ("rest", "through"))
-            weights[f"acts.{i}.weight"], sign = SplitPReLU.slope_of(*pair)
-            following = f"convs.{i}.weight" if i + 1 < count else "conv_out.weight"
-            weights[following] = weights[following] * sign[:, None, None]
-            signs.append(sign)
-        return weights | {"beyond": weights["beyond"] * torch.stack(signs)}
+        layers = ["conv_in", *(f"convs.{i}" for i in range(count - 1)), "conv_out"]
+        for i, (before, following) in enumerate(pairwise(layers)):
+            weights.pop(f"acts.{i}.rest.bias", None)
+            slope = 1 + weights.pop(f"acts.{i}.rest.weight").flatten()
+            sign = SplitPReLU.sign_of(slope)
+            weights[f"acts.{i}.weight"] = slope
+            weights[f"{before}.weight"] = weights[f"{before}.weight"] * sign[:, None, None, None]
+            weights[f"{before}.bias"] = weights[f"{before}.bias"] * sign
+            weights[f"{following}.weight"] = weights[f"{following}.weight"] * sign[:, None, None]
+            beyond.append(weights["beyond"][i] * sign)
+        return weights | {"beyond": torch.stack(beyond)}
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor | int, encoder_hidden_states: torch.Tensor | None = None

@@ -3,7 +3,7 @@
 - The condition, which the UNet takes off its picture and the step adds again, is left out.
 - Noise reaches the network through one convolution; the condition's part of `grain` is in the kernels of `recover`.
 - Factors and offsets are in the convolutions.
-- From the features comes what they are beyond the border (`CompactUNet.beyond`), so that the zeros with which every run
+- The features are less what they are beyond the border (`CompactUNet.beyond`), so that the zeros with which every run
   time frames a picture stand for that; the biases of the next convolution put it back.
 """
 
@@ -60,15 +60,24 @@ class CompactStep(nn.Module):
         with_grain[:, :, 1:2, 1:2] += signal * own + other
         self.recover = conv(torch.cat([with_grain, clean]))
         self.grain = conv(torch.cat([noise * own, torch.zeros_like(own)]))
-        first = unet.conv_in.weight.double()
-        assert unet.conv_in.bias is not None and unet.conv_out.bias is not None
-        self.conv_in = conv(0.5 * first, unet.conv_in.bias.double() + 0.5 * first.sum((1, 2, 3)))
-        self.acts = nn.ModuleList(_less(act, beyond, conv) for act, beyond in zip(unet.acts, unet.beyond))
-        self.convs = nn.ModuleList()
-        for layer, beyond in zip([*unet.convs, unet.conv_out], unet.beyond.double()):
-            weight, bias = layer.weight.double(), layer.bias.double()
-            factor = 2 if layer is unet.conv_out else 1
-            self.convs.append(conv(factor * weight, factor * (bias + weight.sum((2, 3)) @ beyond), padding=1))
+        layers: list[Any] = [unet.conv_in, *unet.convs, unet.conv_out]
+        weights = [layer.weight.double() for layer in layers]
+        biases = [layer.bias.double() for layer in layers]
+        biases[0] = biases[0] + 0.5 * weights[0].sum((1, 2, 3))
+        weights[0] = 0.5 * weights[0]
+        self.acts = nn.ModuleList()
+        for i, (act, beyond) in enumerate(zip(unet.acts, unet.beyond.double())):
+            biases[i + 1] = biases[i + 1] + weights[i + 1].sum((2, 3)) @ beyond
+            if isinstance(act, SplitPReLU):  # at no cost: x + relu(rest(x)) takes it off x, and puts it back in `rest`
+                biases[i] = biases[i] - beyond
+                part = SplitPReLU(1 + act.rest.weight.flatten())
+                part.rest = conv(act.rest.weight, act.rest.weight.flatten().double() * beyond, groups=len(beyond))
+                self.acts.append(part)
+            else:
+                self.acts.append(nn.Sequential(act, Less(beyond.to(unet.beyond))))
+        weights[-1], biases[-1] = 2 * weights[-1], 2 * biases[-1]
+        self.conv_in = conv(weights[0], biases[0])
+        self.convs = nn.ModuleList(conv(*pair, padding=1) for pair in zip(weights[1:], biases[1:]))
         self.base = conv(unet.base.weight)
         self.channels, self.margin = channels, self.base.kernel_size[0] // 2
         self.dtype = self.grain.weight.dtype
@@ -84,18 +93,6 @@ class CompactStep(nn.Module):
         return (x + self.base(lr[:, self.channels :])).float()
 
 
-def _less(act: Any, beyond: torch.Tensor, conv: Any) -> nn.Module:
-    """An activation less what it is beyond the border: a split one in its second convolution, at no cost."""
-    if not isinstance(act, SplitPReLU):
-        return nn.Sequential(act, Less(beyond.detach()))
-    made = SplitPReLU.__new__(SplitPReLU)
-    nn.Module.__init__(made)
-    count = len(beyond)
-    made.rest = conv(act.rest.weight, groups=count)
-    made.through = conv(act.through.weight, -beyond, groups=count)
-    return made
-
-
 def unet_weights(step: Mapping[str, torch.Tensor], signal: float, noise: float) -> dict[str, torch.Tensor]:
     """The weights of the CompactUNet that a CompactStep with split slopes was made of.
 
@@ -106,20 +103,24 @@ def unet_weights(step: Mapping[str, torch.Tensor], signal: float, noise: float) 
     with_grain, clean = step["recover.weight"].chunk(2)
     own = step["grain.weight"].chunk(2)[0] / (noise or 1)
     other = (with_grain - clean)[:, :, 1:2, 1:2] - signal * own
-    first = 2 * step["conv_in.weight"]
-    found = {
-        "recover.weight": clean,
-        "grain.weight": torch.cat([own, other], 1),
-        "base.weight": step["base.weight"],
-        "conv_in.weight": first,
-        "conv_in.bias": step["conv_in.bias"] - 0.5 * first.sum((1, 2, 3)),
-    }
+    found = {"recover.weight": clean, "grain.weight": torch.cat([own, other], 1), "base.weight": step["base.weight"]}
     count = sum(name.startswith("convs.") and name.endswith(".weight") for name in step)
-    beyond = torch.stack([-step[f"acts.{i}.through.bias"] for i in range(count)])
+    layers = ["conv_in", *(f"convs.{i}" for i in range(count))]
+    weights = [step[f"{name}.weight"] for name in layers]
+    biases = [step[f"{name}.bias"] for name in layers]
+    weights[-1], biases[-1] = weights[-1] / 2, biases[-1] / 2
+    beyond = []
     for i in range(count):
-        name, factor = (f"convs.{i}", 1) if i + 1 < count else ("conv_out", 2)
-        weight = step[f"convs.{i}.weight"] / factor
-        found[f"{name}.weight"] = weight
-        found[f"{name}.bias"] = step[f"convs.{i}.bias"] / factor - weight.sum((2, 3)) @ beyond[i]
-        found |= {f"acts.{i}.{part}.weight": step[f"acts.{i}.{part}.weight"] for part in ("rest", "through")}
-    return {name: weight.float() for name, weight in CompactUNet.join_slopes(found | {"beyond": beyond}).items()}
+        rest = step[f"acts.{i}.rest.weight"]
+        # A slope of 1 has no rest: the same network has zeros beyond this channel, and another bias.
+        taken = torch.where(rest == 0, 0, step[f"acts.{i}.rest.bias"][:, None, None, None] / rest).flatten()
+        biases[i] = biases[i] + taken
+        biases[i + 1] = biases[i + 1] - weights[i + 1].sum((2, 3)) @ taken
+        found[f"acts.{i}.rest.weight"] = rest
+        beyond.append(taken)
+    biases[0] = biases[0] - weights[0].sum((1, 2, 3))
+    weights[0] = 2 * weights[0]
+    for name, weight, bias in zip([*layers[:-1], "conv_out"], weights, biases):
+        found |= {f"{name}.weight": weight, f"{name}.bias": bias}
+    found["beyond"] = torch.stack(beyond)
+    return {name: weight.float() for name, weight in CompactUNet.join_slopes(found).items()}

@@ -64,8 +64,8 @@ def _compact(graph: Any, stored: dict[str, torch.Tensor], timesteps: dict[str, i
     step = {k.removeprefix(_STEP): v for k, v in stored.items() if k.startswith(_STEP)}
     # Reshaped, or equal to another's, a weight may have lost its name.
     alone = [[stored[name] for name in node.input[1:]] for node in graph.node if is_grouped(node)]
-    for i, ((rest,), (through, bias)) in enumerate(zip(alone[::2], alone[1::2])):
-        step |= {f"acts.{i}.rest.weight": rest, f"acts.{i}.through.weight": through, f"acts.{i}.through.bias": bias}
+    for i, (weight, bias) in enumerate(alone):
+        step |= {f"acts.{i}.rest.weight": weight, f"acts.{i}.rest.bias": bias}
     shapes = unet_weights(step, 1, 1)
     generator = OneStepGenerator.tiny(CompactUNet.config_of(shapes), **timesteps)
     weights = unet_weights(step, math.sqrt(generator.a_n), math.sqrt(generator.b_n))
