@@ -60,6 +60,21 @@ class HelpFormatter(DefaultHelpFormatter):
         return re.sub(r"(, )?\)$", ")", text).replace(" ()", "")
 
 
+_WRONG = re.compile(r'Parser key "(.+?)": Expected a (?:<class \'(\w+)\'>|typing\.Literal\[(.+?)\])\. Got value: (.*)')
+
+
+def _plainly(message: str) -> str:
+    """jsonargparse's words about a value of another type, without those of Python."""
+    line = " ".join(message.split())
+    found = _WRONG.fullmatch(line)
+    if not found:
+        return line
+    key, kind, choices, value = found.groups()
+    words = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text", "list": "a list"}
+    wanted = words.get(kind, kind) if kind else "one of " + choices.replace("'", "")
+    return f"{key} must be {wanted}; got {value}"
+
+
 class Parser(ArgumentParser):
     """An argument parser whose errors are one line: what was wrong, and how to see what is expected."""
 
@@ -70,8 +85,7 @@ class Parser(ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        line = " ".join(str(message).split())
-        fail(f"{line} (see: {self.prog} --help)", 2)
+        fail(f"{_plainly(str(message))} (see: {self.prog} --help)", 2)
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -149,7 +149,9 @@ def test_a_format_is_named_in_capitals_or_with_a_dot(run, photo, tmp_path, text,
         (["in/a.png", "o.png", "--backend", "tensorrt"], "pip install 'gdpo-sr[tensorrt]'"),
         (["in/a.png", "in/a.jpg/b/o.png"], "lies below, a file"),
         (["in/a.png", "o.png", "--nonsense"], "see: python -m engine.upscale --help"),
-        (["in/a.png", "o.png", "--scale", "big"], "scale"),
+        (["in/a.png", "o.png", "--scale", "big"], "error: scale must be a number; got big (see: "),
+        (["in/a.png", "o.png", "--scale", "nan"], "error: scale must be a number; got nan (see: "),
+        (["in/a.png", "o.png", "--seed", "1.5"], "error: seed must be an integer; got 1.5 (see: "),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_code_2(run, photo, tmp_path, monkeypatch, arguments, message):
