@@ -1,8 +1,8 @@
 """The tables of docs/results.md, made from the newest rows: python -m benchmarks.report (--check: are they?).
 
 Each table stands between `<!-- NAME -->` and `<!-- /NAME -->` and is replaced; the words around it are written by hand.
-The rows come from benchmarks.quality (quality), gdpo.evaluation.before_after (gain) and benchmarks.gdpo_ablation
-(ablation).
+The rows come from benchmarks.quality (quality), gdpo.evaluation.before_after (gain), benchmarks.networks (networks) and
+benchmarks.gdpo_ablation (ablation).
 """
 
 from __future__ import annotations
@@ -113,6 +113,24 @@ def gain() -> str:
     return table(newest("gdpo_gain")[-1]).strip()
 
 
+def networks() -> str:
+    """What GDPO changed in published networks."""
+    found = {r["network"]: r for r in rows.read_rows("networks")}
+    known = {"reward": 2, "psnr_y": 2, "naturalness": 2, "brisque": 1, "oversharpening": 2}  # name -> digits
+    keys = {k: d for k, d in known.items() if all(f"{k}_gain" in row for row in found.values())}
+    head = ["", "parameters", "steps", *keys]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, row in found.items():
+        cells = [
+            "{:.{d}f} → {:.{d}f} ({:+.{d}f}, {:+.{d}f} to {:+.{d}f})".format(
+                *(row[f"{key}_{part}"] for part in ("before", "after", "gain", "low", "high")), d=digits
+            )
+            for key, digits in keys.items()
+        ]
+        lines.append("| " + " | ".join([name, f"{row['parameters'] / 1e6:.2f} M", str(row["steps"]), *cells]) + " |")
+    return "\n".join(lines)
+
+
 def ablation() -> str:
     """GDPO, DPO and fixed weights at each checkpoint: the change against the model that all started from."""
     found = {(r["variant"], r["step"]): r for r in newest("gdpo_ablation", set=None)}.values()
@@ -132,6 +150,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "bicubic": lambda: quality("bicubic"),
     "targets": targets,
     "gain": gain,
+    "networks": networks,
     "ablation": ablation,
 }
 
