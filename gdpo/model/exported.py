@@ -46,6 +46,11 @@ def from_export(folder: str | os.PathLike[str]) -> OneStepGenerator:
     graph = onnx.load_model_from_string(content).graph
     stored = {w.name: torch.from_numpy(onnx.numpy_helper.to_array(w).copy()) for w in graph.initializer}
     timesteps = {t: int(about.model[t]) for t in ("t_noise", "t_diffusion")}
+    if "step.unet.recover.weight" in stored:
+        raise ValueError(
+            f"{folder} is the export of an earlier version, whose borders were others; export its model again: "
+            "python -m engine.export MODEL --out FOLDER"
+        )
     try:
         if "step.recover.weight" in stored:
             return _compact(graph, stored, timesteps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import onnx
 import pytest
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from engine import Upscaler
 from engine.export import graphs
 from engine.export.generator import export_generator
+from engine.io.files import sha256
+from engine.runtime import manifest
 from engine.runtime.upscaler import SHIPPED
 from gdpo.degradation.resize import resize
 from gdpo.generator import OneStepGenerator
@@ -174,6 +177,20 @@ def test_an_export_is_equal_and_comes_back(generator, tmp_path):
     assert torch.allclose(back.predict(latents, noise).x0, expected, atol=1e-6)
     picture = Upscaler.load(tmp_path / "engine").upscale((smooth(20, 16, 3) * 255).byte().numpy())
     assert picture.shape == (80, 64, 3)
+    file = tmp_path / "engine" / "generator.onnx"
+    model = onnx.load(file)
+    for names in (model.graph.initializer, model.graph.node):
+        for part in names:
+            if part.name == "step.recover.weight":
+                part.name = "step.unet.recover.weight"
+            for i, name in enumerate(getattr(part, "input", ())):
+                part.input[i] = name.replace("step.recover", "step.unet.recover")
+    onnx.save(model, file)
+    about = manifest.load(tmp_path / "engine")
+    graph = replace(about.graphs["generator"], sha256=sha256(file))
+    replace(about, graphs={"generator": graph}).save(tmp_path / "engine")
+    with pytest.raises(ValueError, match="is the export of an earlier version"):
+        from_export(tmp_path / "engine")
 
 
 def test_slopes_split_into_convolutions_give_the_same_picture_and_come_back(generator, tmp_path):
