@@ -36,6 +36,8 @@ _LABELS = {
     "Real-ESRGAN-anime": "animevideov3",
     "GDPO": "the first model",
 }
+_ALGORITHMS = {"DPO": "Diffusion-DPO", "DP2O": "DP2O-SR", "NFT": "DiffusionNFT"}
+_BUNDLED = ["model.pretrained=runs/bundled"]  # what the ablation was told to start from
 _FORGOTTEN = {"NAOSD"}  # an earlier model's first stage
 
 
@@ -131,16 +133,21 @@ def networks() -> str:
     return "\n".join(lines)
 
 
-def ablation() -> str:
-    """GDPO, DPO and fixed weights at each checkpoint: the change against the model that all started from."""
-    found = {(r["variant"], r["step"]): r for r in newest("gdpo_ablation", set=None)}.values()
+def ablation(told: list[str] | None = None) -> str:
+    """Each variant at each checkpoint: the change against the model that all started from.
+
+    Args:
+        told: the options that the variants share (--set).
+    """
+    found = {(r["variant"], r["step"]): r for r in newest("gdpo_ablation", set=told)}.values()
     known = ("reward", "psnr_y", "naturalness", "grid_artefact", "lattice_artefact", "oversharpening")
     keys = [key for key in known if all(f"{key}_gain" in row for row in found)]
     head = ["", "steps", *keys]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in found:
         cells = [f"{row[f'{k}_gain']:+.4f} ± {row[f'{k}_standard_error']:.4f}" for k in keys]
-        lines.append(f"| {row['variant']} | {row['step']} | " + " | ".join(cells) + " |")
+        name = row["variant"] if told is None else _ALGORITHMS.get(row["variant"], row["variant"])
+        lines.append(f"| {name} | {row['step']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -152,6 +159,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gain": gain,
     "networks": networks,
     "ablation": ablation,
+    "algorithms": lambda: ablation(_BUNDLED),
 }
 
 

@@ -31,6 +31,11 @@ def test_the_ablation_compares_all_three():
     assert all(f"| {variant} | 300 |" in table for variant in ("GDPO", "DPO", "rho=0.5"))
 
 
+def test_the_algorithms_are_compared_on_the_bundled_model():
+    table = report.TABLES["algorithms"]()
+    assert all(table.count(f"| {name} | 40 |") == 1 for name in ("GDPO", "Diffusion-DPO", "GRPO"))
+
+
 def test_no_rows_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "RESULTS", tmp_path)
     with pytest.raises(ValueError, match=r"quality\.jsonl has no row with .*realsr.*: measure first"):
