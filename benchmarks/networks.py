@@ -25,11 +25,11 @@ from gdpo.evaluation.before_after import Options, measure, table
 from gdpo.generator import OneStepGenerator
 from gdpo.train.pictures import read_metrics
 
-NETWORKS = {  # what gdpo.convert takes, and options of gdpo.train
-    "animevideov3": (lambda: "real-esrgan-animevideov3", []),
-    "x4plus": (lambda: "real-esrgan-x4plus", []),
-    "realsr-df2k": (lambda: "realsr-df2k", []),
-    "dat-light": (dat_light, ["--mixed_precision", "no"]),  # on a CPU, bf16 takes several times as long
+NETWORKS = {  # what gdpo.convert takes
+    "animevideov3": lambda: "real-esrgan-animevideov3",
+    "x4plus": lambda: "real-esrgan-x4plus",
+    "realsr-df2k": lambda: "realsr-df2k",
+    "dat-light": dat_light,
 }
 
 
@@ -74,10 +74,9 @@ def main() -> int:
     for name in args.names:
         folder = args.out / name
         start, noisy, naosd, gdpo = (folder / part for part in ("start", "noisy", "naosd", "gdpo"))
-        source, own = NETWORKS[name]
         if not start.is_dir():
-            command("gdpo.convert", source(), "--out", start)
-        options = [*own, "--max_train_steps", args.steps, "--data.crop_size", args.crop, "--train_batch_size"]
+            command("gdpo.convert", NETWORKS[name](), "--out", start)
+        options = ["--max_train_steps", args.steps, "--data.crop_size", args.crop, "--train_batch_size"]
         train("naosd", start, naosd, [*options, args.batch[0]])
         if not noisy.is_dir():
             command("gdpo.merge", naosd / "model", "--out", noisy)
