@@ -59,8 +59,8 @@ def step_time(out: Path) -> float:
 
 def main() -> int:
     p = Parser(prog="python -m benchmarks.networks", description=__doc__)
-    p.add_argument("names", nargs="+", choices=NETWORKS)
-    p.add_argument("--out", type=Path, default=Path("runs/networks"))
+    p.add_argument("names", nargs="+", choices=NETWORKS, help="networks to tune")
+    p.add_argument("--out", type=Path, default=Path("runs/networks"), help="folder of the runs")
     p.add_argument("--steps", type=PositiveInt, default=200, help="of each of the two stages")
     p.add_argument("--crop", type=PositiveInt, default=128, help="side of the training crops")
     p.add_argument("--batch", type=PositiveInt, nargs=2, default=[2, 2], help="pictures of a step of NAOSD and of GDPO")
