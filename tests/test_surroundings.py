@@ -95,7 +95,10 @@ def test_an_interrupt_inside_exec_has_its_exit_code_too(tmp_path):
     assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
 
 
-@pytest.mark.parametrize("module", COMMANDS)
+FEW = ("engine.upscale", "engine.serve", "gdpo.train", "gdpo.evaluate")  # the others start the same way
+
+
+@pytest.mark.parametrize("module", [m if m in FEW else pytest.param(m, marks=pytest.mark.slow) for m in COMMANDS])
 def test_help_into_a_closed_pipe_without_a_home_in_the_c_locale(module, tmp_path):
     text = f'unset HOME; ulimit -n 64; LANG=C LC_ALL=C "$0" -m {module} --help | head -n 1; exit ${{PIPESTATUS[0]}}'
     done = shell(text, tmp_path)

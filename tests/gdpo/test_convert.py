@@ -136,7 +136,7 @@ def worst_error(folder: Path, expected: dict[str, torch.Tensor]) -> float:
     return max(float((got[k].double() - v).norm() / (v.norm() + 1e-12)) for k, v in expected.items())
 
 
-@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("strength", [0.3, *(pytest.param(end, marks=pytest.mark.slow) for end in (0.0, 1.0))])
 def test_lora_scale_and_merge_match_float64(converted, stage_one, mini_sd, tmp_path, strength):
     merge(converted, tmp_path / "merged", strength)
     _, content, _, _ = stage_one
