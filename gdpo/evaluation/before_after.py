@@ -92,7 +92,7 @@ def measure(generator: OneStepGenerator, o: Options) -> dict[str, float]:
     rewards = build_rewards(list(o.reward_funcs))
     reward = GroupReward(rewards, o.reward_weights, o.reward_normalization, o.rho, o.texture_threshold)
     metrics = {name: score for name, score in load_metrics(o.metrics).items() if name not in o.reward_funcs}
-    dataset = CropDataset(o.data, "val", o.crop_size)
+    dataset = CropDataset(o.data, "val", o.crop_size, captions=False)
     if o.crops > len(dataset):
         raise ValueError(f"crops must be at most {len(dataset)}, the held-out crops of {o.data}; got {o.crops}")
     samples = [i * len(dataset) // o.crops for i in range(o.crops)]

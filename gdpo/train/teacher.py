@@ -167,7 +167,7 @@ class Targets:
 
     def __init__(self, config: TeacherConfig, folder: str, degrade: Degradation, seed: int, device: torch.device):
         self.config, self.degrade, self.seed, self.device = config, degrade, seed, device
-        self.crops = CropDataset(folder, "train", config.crop_size)
+        self.crops = CropDataset(folder, "train", config.crop_size, captions=False)
         self.network, fingerprint = load_teacher(config.name)
         self.network.to(device)
         self.about = {
