@@ -176,7 +176,7 @@ def table(result: dict[str, float]) -> str:
 
 def parser() -> Parser:
     """The command line of `gdpo.evaluate --before-after`."""
-    p = Parser(prog="python -m gdpo.evaluate", description=" ".join(__doc__.split("\n\n")[::2]))
+    p = Parser(prog="python -m gdpo.evaluate", description=" ".join(__doc__.split("\n\n")[::2]))  # no example
     p.add_argument("--before-after", dest="model", required=True, metavar="MODEL", help=HELP)
     p.add_class_arguments(Options, None, skip={"model"})
     return p

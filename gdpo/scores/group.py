@@ -32,7 +32,7 @@ KINDS: tuple[Kind, Kind] = ("fidelity", "perceptual")
 
 
 def check_options(rewards: int, weights: Sequence[float] | None, rho: float | Literal["auto"]) -> None:
-    """Raise ValueError naming an option of GroupReward with so many rewards, as training and evaluation call it."""
+    """Raise ValueError for weights or a share that GroupReward cannot take, by the name of the option."""
     if weights is not None:
         if len(weights) != rewards:
             raise ValueError(f"reward_weights must have one number per reward function ({rewards}); got {len(weights)}")
