@@ -33,7 +33,9 @@ def test_the_ablation_compares_all_three():
 
 def test_the_algorithms_are_compared_on_the_bundled_model():
     table = report.TABLES["algorithms"]()
-    assert all(table.count(f"| {name} | 40 |") == 1 for name in ("GDPO", "Diffusion-DPO", "GRPO"))
+    assert all(
+        table.count(f"| {name} | 40 |") == 1 for name in ("GDPO", "Diffusion-DPO", "GRPO", "DiffusionNFT", "DP2O-SR")
+    )
 
 
 def test_no_rows_is_said(tmp_path, monkeypatch):
