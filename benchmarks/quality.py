@@ -70,7 +70,7 @@ def networks(models: list[str], peers: list[str]) -> tuple[dict[str, Network], d
 
 def held_out(crops: str, kind: str, out: Path, every: int) -> None:
     """Write LR/ and HR/ of the held-out crops: 256x256 and what the degradation leaves of them, 64x64."""
-    dataset = CropDataset(crops, "val", 256)
+    dataset = CropDataset(crops, "val", 256, captions=False)
     degrade = Degradation(DegradationConfig(preset="realesrgan"))
     for folder in ("LR", "HR"):
         (out / folder).mkdir(parents=True, exist_ok=True)

@@ -118,6 +118,8 @@ def gain() -> str:
 def networks() -> str:
     """What GDPO changed in published networks."""
     found = {r["network"]: r for r in rows.read_rows("networks")}
+    if not found:
+        raise ValueError("benchmarks/results/networks.jsonl has no row: measure first")
     known = {"reward": 2, "psnr_y": 2, "naturalness": 2, "brisque": 1, "oversharpening": 2}  # name -> digits
     keys = {k: d for k, d in known.items() if all(f"{k}_gain" in row for row in found.values())}
     head = ["", "parameters", "steps", *keys]

@@ -94,6 +94,15 @@ def fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def _without_folder() -> bool:
+    """Whether this process's working folder has been removed."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's main function and turn what it returns or raises into an exit code.
 
@@ -127,7 +136,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         )
         if isinstance(error, OSError) and error.strerror and error.filename:
             text = f"{error.filename}: {error.strerror}"
-        elif isinstance(error, FileNotFoundError) and error.errno == errno.ENOENT:  # os.getcwd names no file
+        elif isinstance(error, FileNotFoundError) and _without_folder():
             text = "the working folder is gone; change to one that is there"
         disk = isinstance(error, OSError) and error.errno in _DISK
         fail(" ".join(text.split()), 1 if disk or isinstance(error, Failed) else 2)

@@ -111,10 +111,10 @@ def _write_pairs(degrade: Degradation, photos: list[Path], folder: Path, seed: i
                 lr, _ = degrade(hr, seed=seed, samples=[number])
             except ValueError as error:
                 failed += 1
-                named = "" if isinstance(error, ImageError) else f"{path}: "
-                tqdm.write(f"left out: {named}{error}", file=sys.stderr)
+                reason = str(error) if isinstance(error, ImageError) else f"{path}: {error}"
+                tqdm.write(f"left out: {reason}", file=sys.stderr)
                 if failed == len(photos):
-                    raise ValueError(f"--pairs: no photo of {len(photos)} gave a pair; the last: {error}") from error
+                    raise ValueError(f"--pairs: no photo of {len(photos)} gave a pair; the last: {reason}") from error
                 continue
             write_image(folder / "HR" / f"{path.stem}.png", Picture(_to_pixels(hr)))
             write_image(folder / "LR" / f"{path.stem}.png", Picture(_to_pixels(lr)))

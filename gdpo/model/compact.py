@@ -20,9 +20,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from gdpo.model.tiny import UNetOutput
 
+TOGETHER = 4  # layers whose features gradient checkpointing computes again together
 GRAIN = 2 / 255  # of a picture in [0,1]: standard deviation of the noise that the network sees on the LR
 
 
@@ -228,7 +230,15 @@ class CompactUNet(nn.Module):
         """
         margin = self.base.kernel_size[0] // 2 - 1
         x = 0.5 * lr[:, :, margin : lr.shape[2] - margin, margin : lr.shape[3] - margin] + 0.5  # as it was published
-        for i, (conv, act) in enumerate(zip([self.conv_in, *self.convs], self.acts)):
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return self._layers(x, 0, len(self.acts), measure)
+        for first in range(0, len(self.acts), TOGETHER):
+            x = checkpoint(self._layers, x, first, first + TOGETHER, use_reentrant=False)
+        return x
+
+    def _layers(self, x: torch.Tensor, first: int, end: int, measure: bool = False) -> torch.Tensor:
+        """[B,C,h+2,w+2] through the layers from `first` to before `end`."""
+        for i, (conv, act) in list(enumerate(zip([self.conv_in, *self.convs], self.acts)))[first:end]:
             x = act(conv(x))
             if measure:
                 self.beyond[i] = x.mean((0, 2, 3))

@@ -38,8 +38,8 @@ def check_options(rewards: int, weights: Sequence[float] | None, rho: float | Li
             raise ValueError(f"reward_weights must have one number per reward function ({rewards}); got {len(weights)}")
         if not all(0 < weight < math.inf for weight in weights):
             raise ValueError(f"reward_weights must be finite and above 0; got {list(weights)}")
-    if rho != "auto" and not 0 <= rho <= 1:
-        raise ValueError(f"rho must be 'auto' or a number in [0,1]; got {rho}")
+    if rho != "auto" and not (isinstance(rho, (int, float)) and 0 <= rho <= 1):
+        raise ValueError(f"rho must be 'auto' or a number in [0,1]; got {rho!r}")
 
 
 class Judged(NamedTuple):

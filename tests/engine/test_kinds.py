@@ -41,7 +41,9 @@ def test_a_pam_of_other_samples_or_without_its_numbers_is_refused(tmp_path, line
     fields = {"WIDTH": "7", "HEIGHT": "5", "DEPTH": "3", "MAXVAL": "255"} | dict([line.split()])
     text = "".join(f"{key} {value}\n" for key, value in fields.items())
     (tmp_path / "a.pam").write_bytes(f"P7\n{text}ENDHDR\n".encode() + bytes(1000))
-    with pytest.raises(ImageError, match=r"a PAM of 5 samples|a PAM of 0 samples|damaged or truncated PAM header"):
+    count = fields["DEPTH"]
+    reason = f"a PAM of {count} samples" if count in ("0", "5") else "damaged or truncated PAM header"
+    with pytest.raises(ImageError, match=reason):
         read_image(tmp_path / "a.pam")
 
 

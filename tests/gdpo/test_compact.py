@@ -274,3 +274,21 @@ def test_a_config_of_another_network_is_named():
 def test_the_bundled_model_can_be_trained_on():
     assert from_export(SHIPPED).unet.config == CompactUNetConfig()
     assert "BSD 3-Clause License, Copyright (c) 2021, Xintao Wang" in (SHIPPED / "README.md").read_text("utf-8")
+
+
+def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradients():
+    def trained(saving):
+        torch.manual_seed(4)
+        unet = CompactUNet(CompactUNetConfig(width=12, layers=15))
+        torch.nn.init.normal_(unet.conv_out.weight, std=0.1)
+        if saving:
+            unet.enable_gradient_checkpointing()
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            made = unet(torch.randn(2, 96, 16, 16), 0).sample
+        made.square().mean().backward()
+        return sum(kept), [p.grad for p in unet.parameters()]
+
+    (much, plain), (little, saved) = trained(False), trained(True)
+    assert little < 0.6 * much
+    assert all(torch.equal(a, b) for a, b in zip(plain, saved, strict=True))
