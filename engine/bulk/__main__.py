@@ -12,6 +12,7 @@ from engine.io.images import MAX_PIXELS
 from engine.io.notices import say
 from engine.runtime import color
 from engine.runtime import manifest as manifests
+from engine.runtime.backends.registry import BACKENDS
 from engine.runtime.upscaler import BUNDLED, model_folder
 from engine.settings import Settings
 
@@ -57,7 +58,10 @@ def parser() -> cli.Parser:
     machine.add_argument("--workers", type=int, default=0, help="number of processes; 0: as many as there is room for")
     machine.add_argument("--threads", type=int, default=1, help="number of CPU threads of each process")
     machine.add_argument("--gpus-per-worker", type=float, default=0, help="GPUs of each process; 0.5: two share one")
-    machine.add_argument("--backend", default="auto", help="auto, onnxruntime, openvino, tensorrt or tensorrt-rtx")
+    served = [name for name, backend in BACKENDS.items() if backend.runs_folders]
+    machine.add_argument(
+        "--backend", default="auto", metavar="NAME", help=f"auto, {', '.join(served)} (auto: the model's own)"
+    )
     machine.add_argument("--precision", default="auto", choices=("auto", "fp32", "fp16", "bf16"),
                          help="number format of the computation")  # fmt: skip
     machine.add_argument("--trust-plan", action="store_true", help="load a TensorRT plan that was built elsewhere "

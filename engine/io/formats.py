@@ -51,6 +51,11 @@ class Format:
     lossless: str = "never"
     longest: int = 1 << 30
 
+    @property
+    def media(self) -> str:
+        """Its media type, as HTTP names it."""
+        return f"image/{self.name.lower()}"
+
 
 _HEIC_BRANDS = rb"hei[cxms]|hev[cxms]"
 _FTYP = rb".{4}ftyp"

@@ -17,7 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
-from engine.io.formats import KINDS, SUFFIXES, kind_of
+from engine.io.formats import BY_SUFFIX, KINDS, SUFFIXES, kind_of
 from engine.runtime import color as colors
 from engine.runtime.upscaler import Upscaler
 from engine.serve.guard import Guard, State, refusal
@@ -25,8 +25,6 @@ from engine.serve.metrics import Metrics
 from engine.serve.work import Limits, Refused, Task, Works
 from engine.settings import Settings
 
-_MEDIA = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "TIFF": "image/tiff", "AVIF": "image/avif",
-          "JXL": "image/jxl"}  # fmt: skip
 _POLL = 0.5  # seconds between looks whether the client is still there
 
 
@@ -106,7 +104,7 @@ def create_app(
         kind, made = await _unless_gone(task, works, request)
         file = quote(f"{PurePath(name).stem}.{kind}")
         headers = {"Content-Disposition": f"attachment; filename*=UTF-8''{file}"}
-        return Response(made, media_type=_MEDIA[SUFFIXES[f".{kind}"]], headers=headers)
+        return Response(made, media_type=BY_SUFFIX[f".{kind}"].media, headers=headers)
 
     @app.head("/health", include_in_schema=False)
     @app.get("/health", response_class=PlainTextResponse)
@@ -187,7 +185,8 @@ def _answers() -> dict[int | str, dict[str, Any]]:
         503: "the service is stopping",
         504: "not finished within the time limit",
     }
-    picture = {media: {"schema": {"type": "string", "format": "binary"}} for media in _MEDIA.values()}
+    media = dict.fromkeys(BY_SUFFIX[suffix].media for suffix in SUFFIXES)
+    picture = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in media}
     refusals: dict[int | str, dict[str, Any]] = {
         code: {"description": reason, "content": error} for code, reason in reasons.items()
     }

@@ -11,7 +11,8 @@ diffusers UNet and
     enable_gradient_checkpointing()
 
 One that is made of a config has from_config(), the inverse of config_dict(), and config_of(weights), which reads the
-config off the weights of an export. NetworkUNet, a published network, is made of its weights (from_weights).
+config off the weights of an export. NetworkUNet, a published network, is made of its weights (from_weights). It also
+takes the share of the picture in a noisy latent (`signal`), and check() says whether its trained weights can be saved.
 
 `OneStepGenerator.tiny(CONFIG)` makes a fresh generator. For `gdpo.train --model.pretrained NAME` to start from one, add
 a row to FRESH in gdpo/train/start.py.
