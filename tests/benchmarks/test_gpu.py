@@ -165,7 +165,8 @@ cli.run(gpu.main)
 def test_a_call_that_is_killed_keeps_what_is_done_and_goes_on(signal_, code, tmp_path):
     def start(seconds):
         line = [sys.executable, "-c", TWO_PARTS, seconds, "--dry", "--out", str(tmp_path)]
-        return subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  also where a shell had it ignored
+        return subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
 
     killed, log, end = start("60"), tmp_path / "second.log", time.monotonic() + 60
     while not (log.is_file() and log.read_text().strip()) and time.monotonic() < end:

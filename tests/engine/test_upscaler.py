@@ -24,14 +24,14 @@ def psnr(a, b):
     return 10 * np.log10(255**2 / max(np.mean((a.astype(float) - b) ** 2), 1e-12))
 
 
-@pytest.mark.parametrize("name", ["tiny", "mini"])
+@pytest.mark.parametrize("name, tile", [("tiny", None), ("mini", 16)])
 @pytest.mark.parametrize("shape", [(37, 50), (64, 64), (1, 1)])
-def test_torch_and_the_engine_give_the_same_picture(name, shape, request, photo):
+def test_torch_and_the_engine_give_the_same_picture(name, tile, shape, request, photo):
     engine = request.getfixturevalue(f"{name}_engine")
     model = request.getfixturevalue(f"{name}_model")
     rgb = np.ascontiguousarray(photo[100 : 100 + shape[0], 200 : 200 + shape[1]])
-    ours = Upscaler.load(engine).upscale(rgb, seed=11)
-    theirs = Upscaler.load(model, backend="torch").upscale(rgb, seed=11)
+    ours = Upscaler.load(engine).upscale(rgb, seed=11, tile=tile)
+    theirs = Upscaler.load(model, backend="torch").upscale(rgb, seed=11, tile=tile)
     assert ours.shape == (4 * shape[0], 4 * shape[1], 3) and ours.dtype == np.uint8
     difference = np.abs(ours.astype(int) - theirs)
     assert difference.max() <= 1 and (difference == 0).mean() >= 0.99

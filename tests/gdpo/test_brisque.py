@@ -109,7 +109,7 @@ def test_files_are_read_and_not_executed(tmp_path: Path):
         with pytest.raises(ValueError, match=message):
             load_brisque(tmp_path)
     (tmp_path / "svm.txt").write_text(SVM.replace("total_sv 1", "total_sv 2"))
-    with pytest.raises(ValueError, match="no regression of libsvm"):
+    with pytest.raises(ValueError, match="not a regression of libsvm"):
         load_brisque(tmp_path)
 
 
