@@ -47,7 +47,7 @@ def peer(net: nn.Module) -> Network:
 
     @torch.inference_mode()
     def upscale(pixels: np.ndarray) -> np.ndarray:
-        x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float().div(255)
+        x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float().div(255)
         y = net(x.contiguous(memory_format=torch.channels_last))[0]
         return y.clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).contiguous().numpy()
 

@@ -135,6 +135,7 @@ def test_only_what_is_compared_with_nothing_is_compiled(mini_sd, accelerator, mo
     assert step(gdpo_step._batch(64, 0, "cpu"), 0) == pytest.approx(math.log(2), abs=2e-3)
 
 
+@pytest.mark.slow
 def test_fused_normalisations_and_gates_give_the_same_training_and_files(mini_sd, accelerator, monkeypatch, tmp_path):
     def taken(fused):
         monkeypatch.setattr(GDPO, "_kernels_are_fused", lambda self: fused)
@@ -159,6 +160,7 @@ def test_fused_normalisations_and_gates_give_the_same_training_and_files(mini_sd
             assert fused_file.read_bytes() == plain_file.read_bytes()
 
 
+@pytest.mark.slow
 def test_without_divisions_by_one_and_with_the_time_computed_once_the_training_is_the_same(
     mini_sd, accelerator, monkeypatch
 ):

@@ -152,6 +152,7 @@ def test_the_engine_gives_the_networks_pixels(file, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_short_training_uses_the_noise_and_strength_0_is_the_network(file, crops, tmp_path):
     from tests.support.training import train
 

@@ -245,6 +245,7 @@ def test_the_perceptual_distance_looks_at_a_share_of_the_degraded_samples(world)
     assert half == pytest.approx(every, rel=0.3)  # the others stand for those left out
 
 
+@pytest.mark.slow
 def test_the_command_makes_them_all_in_parts_and_again_none(world, tmp_path):
     options = {
         "data": {"folder": str(world / "crops"), "crop_size": 64},

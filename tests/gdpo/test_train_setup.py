@@ -44,9 +44,8 @@ def test_fp16_needs_a_gpu(config, monkeypatch):
         assert precision(config()) == auto
 
 
-@pytest.mark.parametrize(
-    ("method", "figure"), [pytest.param("naosd", "l2", marks=pytest.mark.slow), ("gdpo", "rewards/psnr_y/mean")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "figure"), [("naosd", "l2"), ("gdpo", "rewards/psnr_y/mean")])
 def test_bf16_trains_in_bf16(method, figure, crops, trained, tmp_path):
     """Near the run in fp32, but not equal to it: a precision that is silently dropped would be."""
     options = {"naosd": NAOSD, "gdpo": [*GDPO, f"--model.pretrained={trained}"]}[method]

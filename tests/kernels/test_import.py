@@ -95,12 +95,14 @@ def test_uninstalled_from_the_root_without_theirs():
     assert Path(seen["ours"]) == ROOT / "kernels" / "reward.py" and not seen["available"]
 
 
+@pytest.mark.slow
 def test_editable_from_elsewhere(hf_kernels, tmp_path):
     seen = look("editable", tmp_path, hf_kernels)
     assert Path(seen["ours"]) == ROOT / "kernels" / "reward.py"
     assert Path(seen["theirs"]).is_relative_to(hf_kernels) and seen["available"]
 
 
+@pytest.mark.slow
 def test_wheel_from_elsewhere(wheel, hf_kernels, tmp_path):
     seen = look("wheel", tmp_path, wheel, hf_kernels)
     assert Path(seen["ours"]) == wheel / "gdpo" / "_kernels" / "reward.py"
