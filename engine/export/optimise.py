@@ -88,15 +88,13 @@ def prepare(generator: OneStepGenerator, steps: Steps) -> nn.Module:
         if steps.attention:
             fuse_attention(part)
         nn.Module.to(part, graphs.DTYPES[steps.precision])
-        if steps.channels_last:
-            to_channels_last(part)
         if steps.norms:
             fuse_norms(part)
             fuse_residuals(part)
             fuse_gates(part)
     module = graphs.Whole(generator, steps.precision) if steps.folded else Plain(generator, steps.precision)
     if steps.channels_last:
-        to_channels_last(module)  # a CompactStep has filters of its own
+        to_channels_last(module)
     if steps.compiled:
         module.compile(dynamic=False)
     return module
