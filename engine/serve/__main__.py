@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from engine.runtime.backends.registry import BACKENDS
 from engine.runtime.upscaler import Upscaler
 
 TOKEN = "GDPO_TOKEN"
+_FIRST_WORD = 2.0  # seconds that a new connection has for its first request when the service stops
 
 
 def parser() -> cli.Parser:
@@ -113,6 +116,17 @@ def main() -> int:
             if service.stopping and (service.open == 0 or time.monotonic() > self.until):
                 self.should_exit = True
             return await super().on_tick(counter)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            for server in self.servers:
+                server.close()
+            until = time.monotonic() + _FIRST_WORD
+            # Whoever has just connected is told that the service stops; uvicorn would only hang up.
+            while time.monotonic() < until and not self.force_exit:
+                if all(connection.cycle is not None for connection in self.server_state.connections):
+                    break
+                await asyncio.sleep(0.02)
+            await super().shutdown(sockets)
 
     config = uvicorn.Config(
         app, http=protocol(limits.body_seconds), ws="none", log_level="error", access_log=False, server_header=False,

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import re
 import socket
 import struct
 import subprocess
@@ -303,7 +304,7 @@ def test_sigterm_under_load_loses_nothing_that_was_accepted(folders):
                 try:
                     answer = running.post(content)
                 except requests.ConnectionError as error:
-                    if "refused" not in str(error).lower():  # else it was never accepted
+                    if not re.search("refused|reset by peer", str(error)):  # else it was never accepted
                         lost.append(error)
                     return
                 answers.append(answer)
@@ -323,6 +324,22 @@ def test_sigterm_under_load_loses_nothing_that_was_accepted(folders):
     assert {answer.status_code for answer in answers} <= {200, 503}
     assert {answer.content for answer in answers if answer.status_code == 200} == {expected}
     assert code == 0 and "all accepted pictures were finished" in stderr
+
+
+def test_whoever_has_just_connected_is_told_that_the_service_stops(folders):
+    with Service("--model", folders["dynamic"]) as running:
+        assert requests.get(f"{running.url}/ready", timeout=30).status_code == 200
+        with socket.create_connection(("127.0.0.1", running.port), timeout=30) as connected:
+            running.terminate()
+            while True:  # until nobody else can connect
+                try:
+                    socket.create_connection(("127.0.0.1", running.port), timeout=30).close()
+                except ConnectionError:
+                    break
+            connected.sendall(b"POST /v1/upscale HTTP/1.1\r\nHost: here\r\nContent-Length: 0\r\n\r\n")
+            answer = connected.recv(1000)
+        code, _ = running.wait()
+    assert answer.startswith(b"HTTP/1.1 503 ") and code == 0
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.slow)])
