@@ -42,12 +42,14 @@ READ = ("ACCELERATE_", "CUDA", "DIFFUSERS_", "HF_", "HOME", "LD_", "MPL", "OMP_"
         "TRITON_", "XDG_CACHE")  # how variables begin that the libraries read when they are imported  # fmt: skip
 
 
+AT_FIRST = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+
+
 def environment(**extra: str) -> dict[str, str]:
-    """What our commands are started with."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", **extra}
-
-
-AT_FIRST = environment()  # before any test changes it
+    """What our commands are started with. What the libraries read is as this process found it: torch sets
+    TORCHINDUCTOR_CACHE_DIR once something was compiled here, and every later command would be a true start."""
+    ours = {k: v for k, v in os.environ.items() if not k.startswith(READ)}
+    return {**ours, **{k: v for k, v in AT_FIRST.items() if k.startswith(READ)}, **extra}
 
 
 def run(module: str, *arguments: object, cwd: Path = ROOT, **extra: str) -> subprocess.CompletedProcess[str]:
