@@ -94,11 +94,15 @@ docs: $(VENV)/.docs $(if $(shell command -v npm),web)
 web: $(NODE)
 	npm --prefix web run build
 
-# auditwheel names the oldest Linux that the compiler and C library here allow: manylinux_2_28 in that container.
+# auditwheel names the oldest Linux that the compiler and C library allow. `make wheel GLIBC=2.28` compiles with Zig's Clang
+# for that C library and links its own C++ library into the modules.
+ZIG = $(abspath $(BIN))/python-zig
 wheel: setup
 	rm -rf build/wheel
-	GDPO_BUILD_CSRC=1 $(BIN)/python -m build --no-isolation --outdir build/wheel/built .  # through a source distribution
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/built/*.whl
+	$(if $(GLIBC),$(PIP_INSTALL) ziglang)
+	$(if $(GLIBC),CC="$(ZIG) cc -target x86_64-linux-gnu.$(GLIBC)" CXX="$(ZIG) c++ -target x86_64-linux-gnu.$(GLIBC)") \
+	  GDPO_BUILD_CSRC=1 $(BIN)/python -m build --no-isolation --outdir build/wheel/built .  # through a source distribution
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --strip --wheel-dir dist build/wheel/built/*.whl
 	$(PYTHON) -m venv build/wheel/clean
 	build/wheel/clean/bin/pip -q install -c constraints.txt "$$(ls -t dist/*.whl | head -1)"
 	cd build/wheel && clean/bin/python -c "from PIL import Image; \
