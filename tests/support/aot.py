@@ -1,6 +1,7 @@
 """Compile the kernels as the public functions launch them, for GPUs that need not be there, and report what came out.
 
     python -m tests.support.aot 80 90 100        one JSON line a kernel, variant and target
+    python -m tests.support.aot 80 few           of the real models' normalisations the widest alone
 
 The launches are recorded on meta tensors, so grids, tile sizes and what Triton specialises on (alignment, ones) are
 those of real calls, at sizes that fit no memory here.
@@ -8,17 +9,16 @@ those of real calls, at sizes that fit no memory here.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import itertools
 import json
 import math
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported: its decorators look
@@ -91,38 +91,20 @@ def specialisation(launch: dict[str, Any]) -> tuple[dict[str, str], dict[tuple[i
     return signature, constants, attributes
 
 
-def compile_launch(launch: dict[str, Any], capability: int) -> Any:
-    """Compile one recorded launch."""
+def compile_launch(launch: dict[str, Any], capability: int) -> tuple[Any, str]:
+    """Compile one recorded launch, whatever is in Triton's cache: the kernel, and what the assembler said of it."""
     signature, constants, attributes = specialisation(launch)
     source = ASTSource(fn=launch["kernel"], signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch["options"])
+    knobs, said = triton.knobs, io.StringIO()
+    with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(said):
+        knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch["options"])
+    return compiled, said.getvalue()
 
 
-def _assemble(ptx: str) -> str:
-    """ptxas -v's words. Triton ships two assemblers, and which reads this PTX depends on its version."""
-    knobs = triton.knobs.nvidia
-    arch = re.search(r"^\.target (\w+)", ptx, re.M).group(1)
-    log = ""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        for tool in (knobs.ptxas, getattr(knobs, "ptxas_blackwell", None)):
-            if tool is None:
-                continue
-            done = subprocess.run(
-                [tool.path, "-v", f"--gpu-name={arch}", source, "-o", Path(folder, "kernel.cubin")],
-                capture_output=True, text=True,
-            )  # fmt: skip
-            log = done.stdout + done.stderr
-            if done.returncode == 0:
-                return log
-    raise RuntimeError(f"ptxas failed: {log[:500]}")
-
-
-def figures(compiled: Any) -> dict[str, int]:
+def figures(compiled: Any, log: str) -> dict[str, int]:
     """Registers, spilled bytes, shared memory and 128-bit global accesses of a compiled kernel."""
     ptx = compiled.asm["ptx"]
-    log = _assemble(ptx)
 
     def number(pattern: str) -> int:
         found = re.search(pattern, log)
@@ -245,8 +227,10 @@ def _chosen(kernel: str, variant: str, capability: int) -> bool:
     return capability == 90 or not variant.startswith(ONLY_H100)
 
 
-def cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """(variant, call): the sizes of training, the large ones, odd ones, and every type."""
+def cases(few: bool = False) -> Iterator[tuple[str, Callable[[], object]]]:
+    """(variant, call): the sizes of training, the large ones, odd ones, and every type. With `few`, of the real models'
+    normalisations, of which hardly two are one kernel, those alone that need most: the widest at each side, in a group.
+    """
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         yield f"training {name}", lambda dtype=dtype: _loss(1, 6, 64, dtype, False)
@@ -261,7 +245,9 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "unet large", lambda: _norm(1, 2560, 16, torch.bfloat16, True)
     yield "unet small", lambda: _norm(1, 1280, 8, torch.bfloat16, False)
     for part, norms in NORMS.items():
-        for images, shifted in ((1, False), (1, True), (6, False)):  # inference; a group in training
+        if few:
+            norms = list({side: (channels, side, silu) for channels, side, silu in sorted(norms)}.values())
+        for images, shifted in ((1, False), (1, True), (6, False))[2 * few :]:  # inference; a group in training
             for channels, side, silu in norms:
                 learning = images == 6 and part == "unet"
                 call = functools.partial(
@@ -297,15 +283,16 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def main() -> None:
-    targets = [int(a) for a in sys.argv[1:]] or [80, 90, 100]
+    words = sys.argv[1:]
+    targets = [int(word) for word in words if word != "few"] or [80, 90, 100]
     compiled: dict[str, dict[str, int]] = {}  # many shapes of a model are one kernel
-    for variant, call in cases():
+    for variant, call in cases("few" in words):
         for launch, capability in itertools.product(record(call), targets):
             if not _chosen(launch["name"], variant, capability):
                 continue
             same = repr((launch["name"], capability, launch["options"], *specialisation(launch)))
             if same not in compiled:
-                compiled[same] = figures(compile_launch(launch, capability))
+                compiled[same] = figures(*compile_launch(launch, capability))
             row = {"kernel": launch["name"], "variant": variant, "capability": capability}
             print(json.dumps(row | compiled[same]), flush=True)
 
