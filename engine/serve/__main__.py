@@ -71,6 +71,8 @@ def main() -> int:
         import uvicorn
     except ImportError as error:
         raise RuntimeError(f"{error.name} is not installed; pip install 'gdpo-sr[serve]'") from None
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
     from engine.serve.app import create_app
     from engine.serve.batches import SharedUpscaler
     from engine.serve.metrics import Metrics
@@ -123,7 +125,7 @@ def main() -> int:
             until = time.monotonic() + _FIRST_WORD
             # Whoever has just connected is told that the service stops; uvicorn would only hang up.
             while time.monotonic() < until and not self.force_exit:
-                if all(connection.cycle is not None for connection in self.server_state.connections):
+                if not any(isinstance(c, H11Protocol) and c.cycle is None for c in self.server_state.connections):
                     break
                 await asyncio.sleep(0.02)
             await super().shutdown(sockets)
