@@ -8,12 +8,11 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from PIL import Image
 
-from engine.io.files import atomic_path
+from engine.io.sink import Sink, atomic_file
 
 _LARGEST_SIDE = 16_384  # of a picture on the page: browsers show no more, a JPEG holds no more than 65,500
 
@@ -37,23 +36,30 @@ oninput="this.parentNode.style.setProperty('--cut',this.value+'%')"></div></figu
 class ComparePage:
     """A page being written, picture by picture, so that a long folder takes no memory."""
 
-    def __init__(self, file: IO[str]):
+    def __init__(self, file: Sink):
         self._file = file
-        file.write(_HEAD)
+        self._write(_HEAD)
 
     def add(self, name: str, before: np.ndarray, after: np.ndarray, icc: bytes | None = None) -> None:
         """before, after: [H,W,3] uint8 or uint16, of any two sizes, in the colours of the profile `icc`."""
         icc = icc if icc and icc[16:20] == b"RGB " else None  # a gray profile does not fit three channels
         urls = {"before": _data_url(before, icc), "after": _data_url(after, icc)}
-        self._file.write(_PAIR.format(name=html.escape(name, quote=True), **urls))
+        self._write(_PAIR.format(name=html.escape(name, quote=True), **urls))
+
+    def end(self) -> None:
+        self._write("</html>\n")
+
+    def _write(self, text: str) -> None:
+        self._file.write(text.encode("utf-8", "backslashreplace"))
 
 
 @contextmanager
 def compare_page(path: str | Path) -> Iterator[ComparePage]:
     """Write a page, whole or not at all."""
-    with atomic_path(path) as staged, open(staged, "w", encoding="utf-8", errors="backslashreplace") as f:
-        yield ComparePage(f)
-        f.write("</html>\n")
+    with atomic_file(path) as file:
+        page = ComparePage(file)
+        yield page
+        page.end()
 
 
 def _data_url(pixels: np.ndarray, icc: bytes | None) -> str:

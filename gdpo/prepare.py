@@ -29,8 +29,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from engine.io.cli import Parser, run
-from engine.io.files import atomic_path, atomic_write, naming, sha256
+from engine.io.files import atomic_write, naming, sha256
 from engine.io.images import READABLE, ImageError, read_image
+from engine.io.sink import atomic_file
 from gdpo.model.parts import read_json
 from gdpo.photos.crops import convert, cut, difference_hash, near_duplicates
 from gdpo.photos.dataset import SPLITS
@@ -337,8 +338,8 @@ def _sheet(root: Path, manifest: list[dict], columns: int = 10, rows: int = 8, s
             sheet.paste("red", (*corner, corner[0] + step, corner[1] + step))
         with Image.open(root / row["file"]) as crop:
             sheet.paste(crop.resize((side, side), Image.Resampling.BOX), (corner[0] + 2, corner[1] + 2))
-    with atomic_path(root / "sheet.png") as staged:
-        sheet.save(staged)
+    with atomic_file(root / "sheet.png") as file:
+        sheet.save(file, "PNG")
 
 
 def prepare(photos: list[Path], out: Path, settings: Settings, workers: int = 1, progress: bool = True) -> dict:

@@ -21,11 +21,10 @@ import numpy as np
 
 from engine.io import metadata, profiles
 from engine.io.bands import Bands
-from engine.io.files import atomic_path
 from engine.io.formats import BY_SUFFIX, LONGEST_HEAD, READABLE, SUFFIXES, Format, format_of
 from engine.io.notices import warn_once
 from engine.io.picture import Header, ImageError, Notice, Picture, to_8_bit, upright
-from engine.io.sink import Sink
+from engine.io.sink import atomic_file
 
 __all__ = ["MAX_BYTES", "MAX_PIXELS", "MAX_SIDE", "READABLE", "SUFFIXES", "ImageError", "Picture", "Put",
            "check_writable", "image_writer", "picture_size", "read_image", "read_srgb", "write_image"]  # fmt: skip
@@ -196,19 +195,13 @@ def image_writer(
 
     def encode() -> None:
         try:
-            sink = Sink(file)
             row.write(sink, bands, held, quality, lossless, about)  # type: ignore[misc]
-            sink.close()
         except ImageError as error:
             raise ImageError(f"{path}: {error}") from None
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from None
 
-    with (
-        atomic_path(path, sealed=sealed) as staged,
-        open(staged, "r+b", buffering=0) as file,
-        bands.encoding(encode),
-    ):
+    with atomic_file(path, sealed=sealed) as sink, bands.encoding(encode):
         yield put
 
 

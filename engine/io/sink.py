@@ -6,7 +6,10 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, BinaryIO
+
+from engine.io.files import atomic_path
 
 _HEAD = 1 << 16  # bytes collected before `edit` sees them
 Edit = Callable[[bytes], bytes]
@@ -31,14 +34,22 @@ class Sink:
             OSError: the disk is full or failed.
         """
         view = memoryview(data).cast("B")
-        size = len(view)
-        while len(view):
-            written = self._file.write(view)
+        start, size = self._file.tell(), len(view)
+        left = view
+        while len(left):
+            written = self._file.write(left)
             if not written:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            view = view[written:]
+            left = left[written:]
+        if start < self._end:  # the file's size does not show whether this was written
+            self._file.seek(start)
+            if _read(self._file, size) != view:
+                raise OSError(errno.EIO, "the disk holds something else than was written")
         self._end = max(self._end, self._file.tell())
         return size
+
+    def flush(self) -> None:
+        """Nothing is held back."""
 
     @contextmanager
     def target(self, edit: Edit | None = None, *, seekable: bool = False) -> Iterator[Any]:
@@ -99,3 +110,26 @@ class Sink:
         size = os.fstat(self._file.fileno()).st_size
         if size != self._end:
             raise OSError(errno.EIO, f"{size} bytes are on the disk where {self._end} were written")
+
+
+def _read(file: BinaryIO, size: int) -> bytes:
+    """So many bytes of an unbuffered file, or those up to its end."""
+    found = bytearray()
+    while len(found) < size and (part := file.read(size - len(found))):
+        found += part
+    return bytes(found)
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str], *, sealed: Callable[[Path], None] | None = None) -> Iterator[Any]:
+    """`atomic_path` for a writer that takes a file: every write is whole, else the file at `path` stays as it was.
+
+    Yields a Sink; libraries declare other types of file, and take it.
+
+    Raises:
+        OSError: as Sink and atomic_path.
+    """
+    with atomic_path(path, sealed=sealed) as staged, open(staged, "r+b", buffering=0) as file:
+        sink = Sink(file)
+        yield sink
+        sink.close()

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from engine.io.files import atomic_path, atomic_write
+from engine.io.files import atomic_write
+from engine.io.sink import atomic_file
 from gdpo.evaluation.columns import Metric
 from gdpo.scores.registry import PLACE
 
@@ -125,8 +126,8 @@ def write_sheet(path: Path, rows: list[tuple[str, list[tuple[str, np.ndarray]]]]
                 draw.text((x + 2, 2), title, fill="black", font=font)
             part = Image.fromarray(np.ascontiguousarray(pixels[top : top + crop, left : left + crop]))
             page.paste(part.resize((part.width * zoom, part.height * zoom), Image.Resampling.NEAREST), (x, y + bar))
-    with atomic_path(path) as staged:
-        page.save(staged)
+    with atomic_file(path) as file:
+        page.save(file, "PNG")
 
 
 def write_scatter(path: Path, a: str, b: str, values: dict[str, tuple[np.ndarray, np.ndarray, int]]) -> None:
@@ -153,5 +154,5 @@ def write_scatter(path: Path, a: str, b: str, values: dict[str, tuple[np.ndarray
         axes.plot(ends, ends, color="gray", linewidth=0.8)
         axes.scatter(vb, va, s=10)
         axes.set(title=name, xlabel=b, ylabel=a, xlim=ends, ylim=ends)
-    with atomic_path(path) as staged:
-        plot.savefig(staged, dpi=110)
+    with atomic_file(path) as file:
+        plot.savefig(file, dpi=110)

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from engine.io.files import atomic_path
 from engine.io.images import MAX_PIXELS, READABLE, picture_size
+from engine.io.sink import atomic_file
 
 # Pictures of other kinds: not read, and said by name.
 OTHER_SUFFIXES = frozenset({".gif", ".heic", ".heif", ".avif", ".jp2", ".j2k", ".jxl", ".mpo", ".psd", ".exr", ".hdr",
@@ -291,7 +291,7 @@ def write_cache(file: Path, rows: Sequence[tuple[str, tuple[int, ...]]]) -> None
     facts = np.array([f for _, f in rows], np.int64)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(file) as staged, open(staged, "wb") as f:
+        with atomic_file(file) as f:
             np.savez(f, names=names, facts=facts)
     except OSError:  # no home, or one that cannot be written: the headers are read again next time
         pass

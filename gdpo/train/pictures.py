@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from engine.io.files import atomic_path
+from engine.io.sink import atomic_file
 
 _BAR = 18
 
@@ -30,8 +30,8 @@ def sheet(columns: list[tuple[str, torch.Tensor]], path: Path) -> Image.Image:
         for y in range(b):
             page.paste(Image.fromarray(pixels[y]), (x * (w + 4), y * (h + 4) + _BAR))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as staged:
-        page.save(staged)
+    with atomic_file(path) as file:
+        page.save(file, "PNG")
     return page
 
 
@@ -77,5 +77,5 @@ def curves(metrics: Path, path: Path) -> None:
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("step", fontsize=8)
         axes.locator_params(nbins=4)
-    with atomic_path(path) as staged:
-        figure.savefig(staged, dpi=90)
+    with atomic_file(path) as file:
+        figure.savefig(file, dpi=90)

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.io import images
+from engine.io import sink
 from engine.io.codecs.png import chunks
 from engine.io.formats import FORMATS, READABLE, SUFFIXES
 from engine.io.images import ImageError, Picture, check_writable, picture_size, read_image, write_image
 from engine.io.libraries import vips
-from engine.io.sink import Sink
 from tests.support.pictures import SRGB, exif_block, gradient, installed, write_seeds
 
 WRITABLE = [row for row in FORMATS if row.write]
@@ -347,7 +346,7 @@ def test_a_full_disk_loses_no_picture_in_silence(tmp_path, monkeypatch, row, dee
     path = tmp_path / f"a{row.suffixes[0]}"
     write_image(path, picture)
     good = path.read_bytes()
-    monkeypatch.setattr(images, "open", lambda p, mode, buffering: Full(p, "r+"), raising=False)
+    monkeypatch.setattr(sink, "open", lambda p, mode, buffering: Full(p, "r+"), raising=False)
     monkeypatch.setattr(Full, "swallows", swallows)
     for Full.room in (0, 1, 30, 2000, len(good) - 1):
         with pytest.raises(OSError) as error:
@@ -360,16 +359,45 @@ def test_a_full_disk_loses_no_picture_in_silence(tmp_path, monkeypatch, row, dee
     assert path.read_bytes() == good
 
 
+class Lying(io.FileIO):
+    """A disk that swallows every write from number `at` on, wherever in the file it goes, and claims success."""
+
+    at = writes = 0
+
+    def write(self, data):
+        Lying.writes += 1
+        if not self.at or self.writes < self.at:
+            return super().write(data)
+        self.seek(len(data), io.SEEK_CUR)
+        return len(data)
+
+
+@pytest.mark.parametrize("row", WRITABLE, ids=lambda row: row.name)
+def test_no_write_is_lost_in_silence(tmp_path, monkeypatch, row):
+    needs(row.name)
+    monkeypatch.setattr(sink, "open", lambda p, mode, buffering: Lying(p, "r+"), raising=False)
+    picture, path = Picture(gradient(), exif=exif_block()[6:]), tmp_path / f"a{row.suffixes[0]}"
+    monkeypatch.setattr(Lying, "at", 0)
+    monkeypatch.setattr(Lying, "writes", 0)
+    write_image(path, picture)
+    good, writes = path.read_bytes(), Lying.writes
+    for Lying.at in range(1, writes + 1):
+        Lying.writes = 0
+        with pytest.raises(OSError, match=r"on the disk|something else than was written|encoder failed"):
+            write_image(path, picture)
+        assert path.read_bytes() == good and os.listdir(tmp_path) == [path.name]
+
+
 def test_writes_that_a_disk_swallows_are_seen_by_the_size(tmp_path):
     (tmp_path / "a").touch()
     with Full(tmp_path / "a", "r+") as file:
         file.room, file.swallows = 10, True
-        sink = Sink(file)
-        sink.write(b"0123456789")
-        sink.close()
-        sink.write(b"lost")
+        checked = sink.Sink(file)
+        checked.write(b"0123456789")
+        checked.close()
+        checked.write(b"lost")
         with pytest.raises(OSError, match="10 bytes are on the disk where 14 were written"):
-            sink.close()
+            checked.close()
 
 
 @pytest.mark.parametrize(("count", "read"), [(4000, True), (100_000, False)])

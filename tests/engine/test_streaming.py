@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from engine.io import images
+from engine.io import images, sink
 from engine.io.bands import Bands
 from engine.io.formats import FORMATS
 from engine.io.images import ImageError, Picture, image_writer, read_image
@@ -82,13 +82,13 @@ def test_what_ends_the_model_leaves_no_file(tmp_path, row, end):
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
 def test_a_full_disk_ends_the_model(tmp_path, monkeypatch, suffix):
-    class Full(images.Sink):
+    class Full(sink.Sink):
         def write(self, data):
             if self.tell() > 20_000:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return super().write(data)
 
-    monkeypatch.setattr(images, "Sink", Full)
+    monkeypatch.setattr(sink, "Sink", Full)
     model, noise = Model(), np.random.default_rng(0).integers(0, 256, (400, 500, 3), dtype=np.uint8)
     with pytest.raises(OSError, match="No space left on device") as caught:
         Settings().make(model, Picture(noise), tmp_path / f"a{suffix}")
