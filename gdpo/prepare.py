@@ -304,7 +304,7 @@ class Folder:
         unwanted = [f for split in SPLITS for f in (self.root / split).iterdir() if f not in wanted]
         moves = [(source, target) for source, target in places if source != target]
         path = self.root / "manifest.jsonl"
-        changed = bool(moves or unwanted) or not path.exists() or path.read_text() != manifest
+        changed = bool(moves or unwanted) or not _holds(path, manifest)
         if changed:
             path.unlink(missing_ok=True)  # while crops move, no manifest is better than a wrong one
         for source, target in moves:
@@ -319,8 +319,13 @@ class Folder:
 
 
 def _update(path: Path, text: str) -> None:
-    if not path.exists() or path.read_text() != text:
+    if not _holds(path, text):
         atomic_write(path, text)
+
+
+def _holds(path: Path, text: str) -> bool:
+    with naming(path):
+        return path.exists() and path.read_text() == text
 
 
 def _jsonl(rows: list[dict]) -> str:

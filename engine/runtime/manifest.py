@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from engine.io.files import atomic_write
+from engine.io.files import atomic_write, naming
 from engine.runtime import noise, resample
 from engine.runtime.backends.registry import FOLDERS
 from engine.runtime.foreign import explain, is_engine
@@ -387,7 +387,7 @@ def _is_file(path: Path) -> bool:
 def _regular(path: Path, limit: int) -> bytes:
     if not _is_file(path):
         raise FolderError(f"{path}: missing, or not a regular file; build the folder again")
-    with open(path, "rb") as f:
+    with naming(path), open(path, "rb") as f:
         if os.fstat(f.fileno()).st_size > limit:
             raise FolderError(f"{path}: larger than {limit} bytes")
         return f.read()

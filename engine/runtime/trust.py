@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from engine.io.files import atomic_write
+from engine.io.files import atomic_write, naming
 
 
 def _list() -> Path:
@@ -19,7 +19,8 @@ def remember_plan(sha256: str) -> None:
     """Add a plan that this user just built to the list of plans that load without being asked for."""
     path = _list()
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    known = path.read_text() if path.is_file() else ""
+    with naming(path):
+        known = path.read_text() if path.is_file() else ""
     atomic_write(path, known + f"{sha256}\n")
     path.chmod(0o600)
 
@@ -27,4 +28,5 @@ def remember_plan(sha256: str) -> None:
 def built_here(sha256: str) -> bool:
     """Whether this user built the plan of that hash."""
     path = _list()
-    return path.is_file() and sha256 in path.read_text().split()
+    with naming(path):
+        return path.is_file() and sha256 in path.read_text().split()

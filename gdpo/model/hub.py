@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from engine.io.files import naming
 from gdpo.model.parts import first_line, read_json
 
 PREFIX = "hub:"
@@ -180,7 +181,8 @@ def _figures(file: Path, row: str, dataset: str) -> list[Any]:
 
 def _credits(file: Path) -> list[str]:
     try:
-        entries = json.loads(file.read_text("utf-8"))
+        with naming(file):
+            entries = json.loads(file.read_text("utf-8"))
         return [f"| {e['title']} | {e['author']} | {e['licence']} |" for e in entries]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: must list title, author and licence of each picture ({error!r:.80})") from None

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.io.files import naming
+
 Layers = list[tuple[Tensor, ...]]
 _HALF = 0x01306B47  # ncnn's mark of fp16 weights
 
@@ -66,7 +68,8 @@ def load_ncnn(stem: str | Path) -> Layers:
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file; an ncnn network is a .param and a .bin file")
-    return read_ncnn(files[0].read_text("utf-8", errors="replace"), files[1].read_bytes(), str(stem))
+    with naming(stem):
+        return read_ncnn(files[0].read_text("utf-8", errors="replace"), files[1].read_bytes(), str(stem))
 
 
 def network(layers: Layers) -> nn.Module:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from engine.io.files import naming
 from engine.runtime.foreign import is_checkpoint, is_run
 
 
@@ -24,7 +25,8 @@ def read_json(file: Path) -> dict:
         ValueError: it is not one.
     """
     try:
-        content = json.loads(file.read_text())
+        with naming(file):
+            content = json.loads(file.read_text())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not valid JSON ({first_line(error)})") from None
     if not isinstance(content, dict):

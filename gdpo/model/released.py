@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from engine.io.files import naming
+
 ALLOWED_GLOBALS = {
     "collections OrderedDict",
     "torch._utils _rebuild_tensor_v2",
@@ -82,7 +84,8 @@ def read_released(path: str | os.PathLike[str]) -> Released:
 def _load(path: Path) -> Any:
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path}: refused: {path.stat().st_size / 2**30:.1f} GiB is too large for a LoRA file")
-    raw = path.read_bytes()
+    with naming(path):
+        raw = path.read_bytes()
     _judge_archive(path, raw)
     try:
         return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)

@@ -12,6 +12,7 @@ import tarfile
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from engine.io.files import naming
 from engine.io.images import READABLE, ImageError, Picture, picture_size, read_image
 from gdpo.photos.folder import cache_file, checked_size, read_cache, remembered_sizes, write_cache
 from gdpo.photos.store import Found, Store
@@ -116,7 +117,7 @@ class Shards(Archive):
         return read_image(label, data=data)
 
     def _bytes(self, part: _Part) -> bytes:
-        with open(self.shards[part.shard], "rb") as file:
+        with naming(self.shards[part.shard]), open(self.shards[part.shard], "rb") as file:
             file.seek(part.offset)
             return file.read(part.bytes)
 
@@ -126,7 +127,7 @@ class Shards(Archive):
             return None
         texts: dict[str, str] = {}
         for number, shard in enumerate(self.shards):
-            with open(shard, "rb") as file:
+            with naming(shard), open(shard, "rb") as file:
                 for key, part in self.texts.items():
                     if part.shard == number:
                         file.seek(part.offset)

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from engine.io.files import naming
 from engine.io.images import MAX_PIXELS, READABLE, picture_size
 from engine.io.sink import atomic_file
 
@@ -304,7 +305,8 @@ def read_text(path: Path) -> str:
         ValueError: it is not UTF-8.
     """
     try:
-        return path.read_text("utf-8-sig")
+        with naming(path):
+            return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error})") from None
 

@@ -13,6 +13,7 @@ import yaml
 from jsonargparse import ActionConfigFile, Namespace
 
 from engine.io.cli import Parser, run
+from engine.io.files import naming
 from gdpo.train.config import GDPOConfig, NAOSDConfig, TrainConfig
 
 
@@ -69,7 +70,8 @@ class ConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         if os.path.isfile(values):
             try:
-                options = yaml.load(Path(values).read_text("utf-8"), OptionsLoader)
+                with naming(values):
+                    options = yaml.load(Path(values).read_text("utf-8"), OptionsLoader)
             except (UnicodeDecodeError, yaml.YAMLError) as error:
                 raise ValueError(f"{values} is not a YAML file ({error})") from None
             if not isinstance(options, dict):

@@ -207,7 +207,8 @@ def _small(folder: Path, name: str) -> bytes:
         raise Damaged(f"{folder}: {name} is missing")
     if path.stat().st_size > _MAX_JSON:
         raise Damaged(f"{folder}: {name} is larger than {_MAX_JSON >> 20} MiB")
-    return path.read_bytes()
+    with naming(path):
+        return path.read_bytes()
 
 
 def _within(value: Any, depth: int) -> bool:

@@ -1,8 +1,10 @@
 """Nothing unhashed reaches a backend: mutants, foreign files, links, untrusted plans."""
 
 import contextlib
+import errno
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import random
@@ -368,3 +370,14 @@ def test_info_of_a_damaged_folder_is_a_failure(folder, capsys, monkeypatch):
     with pytest.raises(SystemExit) as end:
         cli.run(info.main)
     assert end.value.code == 1 and "NOT USABLE" in capsys.readouterr().out
+
+
+def test_a_disk_that_cannot_be_read_names_the_file(folder, monkeypatch):
+    class Broken(io.FileIO):
+        def read(self, size=-1):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(manifests, "open", Broken, raising=False)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        Upscaler.load(folder)
+    assert caught.value.filename == str(folder / "manifest.json")
