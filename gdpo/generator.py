@@ -18,7 +18,7 @@ from torch import nn
 
 from gdpo.model import folders, hub, lora, lora_files, lora_layers
 from gdpo.model.architectures import fresh_unet, works_on_pixels
-from gdpo.model.codecs import PixelCodec, load_codec, save_codec
+from gdpo.model.codecs import PixelCodec, load_codec
 from gdpo.model.compact import CompactUNetConfig
 from gdpo.model.network_unet import NetworkUNet
 from gdpo.model.parts import (
@@ -218,7 +218,7 @@ class OneStepGenerator(nn.Module):
 
         with disk_errors(Path(folder)), staged_folder(Path(folder)) as root:
             folders.save_unet(self.unet, root / "unet")
-            save_codec(folders.without_lora(self.codec), root / "vae")
+            folders.without_lora(self.codec).save(root / "vae")
             for module, part in ((self.unet, "unet"), (self.vae, "vae")):
                 if module is not None and lora.adapters(module):
                     lora.save(module, root / f"{part}_lora", part=part if self.uses_text else None)

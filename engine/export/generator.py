@@ -25,7 +25,7 @@ from engine.io.folders import staged_folder
 from engine.runtime.manifest import Geometry, Graph, Manifest, Profile, check_target
 from engine.runtime.noise import noise_field
 from gdpo.generator import OneStepGenerator
-from gdpo.model.compact import CompactUNet
+from gdpo.model.architectures import architecture_of
 from gdpo.model.layers import split_phases
 
 PRECISIONS = tuple(graphs.DTYPES)
@@ -91,8 +91,8 @@ def export_generator(
     }
     cases = list(parity_cases(generator, geometry, profile)) if check else []
     split_phases(graphs.cast(graphs.fold(generator), precision))
-    if precision == "fp32" and isinstance(generator.unet, CompactUNet):  # what a CPU runs
-        generator.unet.split_slopes()
+    if precision == "fp32":  # what a CPU runs
+        architecture_of(generator.unet).for_cpu(generator.unet)
     with staged_folder(out) as folder:
         entries: dict[str, Graph] = {}
         for name, (module, entry) in descriptors(generator, precision, split).items():

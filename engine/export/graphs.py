@@ -15,12 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from gdpo.generator import OneStepGenerator
-from gdpo.model.architectures import works_on_pixels
-from gdpo.model.codecs import PixelCodec
-from gdpo.model.compact import CompactUNet
-from gdpo.model.compact_step import CompactStep
+from gdpo.model.architectures import architecture_of, works_on_pixels
 from gdpo.model.diffusers_patches import fold_constants, fold_upsampling, skip_divisions
-from gdpo.model.layers import shuffled, unshuffled
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -75,20 +71,19 @@ class Encoder(nn.Module):
         self.codec, self.dtype = generator.codec, DTYPES[precision]
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        if isinstance(self.codec, PixelCodec):
-            return unshuffled(image, self.codec.factor)
-        return self.codec.encode(image.to(self.dtype)).float()
+        return self.codec.encode_in(image, self.dtype)
 
 
 def step_of(generator: OneStepGenerator, precision: str) -> nn.Module:
     """latent, noise [B,C,h,w] -> x0, float32: the one diffusion step of a folded generator."""
-    if isinstance(generator.unet, CompactUNet):
-        return CompactStep(generator.unet, math.sqrt(generator.a_n), math.sqrt(generator.b_n))
-    return Step(generator, precision)
+    own = architecture_of(generator.unet).step
+    if own is None:
+        return Step(generator, precision)
+    return own(generator.unet, math.sqrt(generator.a_n), math.sqrt(generator.b_n))
 
 
 class Step(nn.Module):
-    """The step of any other generator."""
+    """The step of a generator whose architecture has none of its own."""
 
     def __init__(self, generator: OneStepGenerator, precision: str):
         super().__init__()
@@ -118,9 +113,7 @@ class Decoder(nn.Module):
         self.codec, self.dtype = generator.codec, DTYPES[precision]
 
     def forward(self, x0: torch.Tensor) -> torch.Tensor:
-        if isinstance(self.codec, PixelCodec):
-            return shuffled(x0, self.codec.factor)
-        return self.codec.decode(x0.to(self.dtype)).float()
+        return self.codec.decode_in(x0, self.dtype)
 
 
 class Whole(nn.Module):

@@ -20,27 +20,37 @@ a row to FRESH in gdpo/train/start.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gdpo.model.compact import CompactUNet, CompactUNetConfig
+from gdpo.model.compact_step import CompactStep
 from gdpo.model.network_unet import NetworkUNet
 from gdpo.model.parts import first_line
 from gdpo.model.tiny import TinyUNet, TinyUNetConfig
 
 
 class Architecture(NamedTuple):
-    """A UNet's class, and that of its config; None where it is made of its weights alone."""
+    """A UNet's class, and what differs from one to the next.
+
+    Args:
+        config: the class of its config; None where it is made of its weights alone.
+        step: (folded UNet, sqrt(a_n), sqrt(b_n)) -> a module latent, noise -> x0, in an export; None is the usual one.
+        for_cpu: gives a folded UNet, in place, the layers that a CPU runs faster.
+    """
 
     unet: Any
     config: type | None
+    step: Callable[[Any, float, float], nn.Module] | None = None
+    for_cpu: Callable[[Any], None] = lambda unet: None
 
 
 ARCHITECTURES = {
     "TinyUNet": Architecture(TinyUNet, TinyUNetConfig),
-    "CompactUNet": Architecture(CompactUNet, CompactUNetConfig),
+    "CompactUNet": Architecture(CompactUNet, CompactUNetConfig, CompactStep, CompactUNet.split_slopes),
     "NetworkUNet": Architecture(NetworkUNet, None),
 }
 
@@ -71,6 +81,14 @@ def stored_unet(config: dict, weights: dict[str, Tensor], folder: str) -> Any:
     return unet
 
 
+OF_DIFFUSERS = Architecture(None, None)
+
+
+def architecture_of(unet: object) -> Architecture:
+    """Its row, or that of diffusers' UNets."""
+    return next((a for a in ARCHITECTURES.values() if isinstance(unet, a.unet)), OF_DIFFUSERS)
+
+
 def works_on_pixels(unet: object) -> bool:
     """Whether it is one of ARCHITECTURES, and not a UNet of diffusers."""
-    return isinstance(unet, tuple(a.unet for a in ARCHITECTURES.values()))
+    return architecture_of(unet) is not OF_DIFFUSERS

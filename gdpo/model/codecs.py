@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,11 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gdpo.model.layers import shuffled, unshuffled
 from gdpo.model.parts import load_pretrained, read_config
 
 
 class Codec(Protocol):
-    """`factor` is the spatial factor f, `channels` the latent's C."""
+    """`factor` is the spatial factor f, `channels` the latent's C.
+
+    An export calls `encode_in` and `decode_in`: float32 at both ends, computed in `dtype`.
+    """
 
     factor: int
     channels: int
@@ -22,6 +27,13 @@ class Codec(Protocol):
     def encode(self, images: torch.Tensor, sample_posterior: bool = False) -> torch.Tensor: ...
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor: ...
+
+    def encode_in(self, images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor: ...
+
+    def decode_in(self, latents: torch.Tensor, dtype: torch.dtype) -> torch.Tensor: ...
+
+    def save(self, folder: Path) -> None:
+        """Write it as the `vae/` folder of a diffusers model."""
 
 
 class PixelCodec(nn.Module):
@@ -37,43 +49,63 @@ class PixelCodec(nn.Module):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return F.pixel_shuffle(latents, self.factor)
 
-    def config_dict(self) -> dict:
-        return {"_class_name": "PixelCodec", "factor": self.factor}
+    def encode_in(self, images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return unshuffled(images, self.factor)
+
+    def decode_in(self, latents: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return shuffled(latents, self.factor)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"_class_name": "PixelCodec", "factor": self.factor}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-class KLCodec(nn.Module):
-    """Diffusers' AutoencoderKL (Stable Diffusion): the latent is scaled by `scaling_factor`."""
+class _Autoencoder(nn.Module):
+    """One of diffusers'; `levels` are the channels at each of its resolutions."""
 
-    def __init__(self, vae: Any):
+    def __init__(self, vae: Any, levels: Sequence[int]):
         super().__init__()
         self.vae: Any = vae
         self.scaling = float(vae.config.scaling_factor)
-        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.factor = 2 ** (len(levels) - 1)
         self.channels = int(vae.config.latent_channels)
+
+    def encode(self, images: torch.Tensor, sample_posterior: bool = False) -> torch.Tensor:
+        raise NotImplementedError
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.vae.decode(latents / self.scaling).sample
+
+    def encode_in(self, images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self.encode(images.to(dtype)).float()
+
+    def decode_in(self, latents: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self.decode(latents.to(dtype)).float()
+
+    def save(self, folder: Path) -> None:
+        self.vae.save_pretrained(folder)
+
+
+class KLCodec(_Autoencoder):
+    """Diffusers' AutoencoderKL (Stable Diffusion): the latent is scaled by `scaling_factor`."""
+
+    def __init__(self, vae: Any):
+        super().__init__(vae, vae.config.block_out_channels)
 
     def encode(self, images: torch.Tensor, sample_posterior: bool = False) -> torch.Tensor:
         posterior = self.vae.encode(images).latent_dist
         return (posterior.sample() if sample_posterior else posterior.mode()) * self.scaling
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return self.vae.decode(latents / self.scaling).sample
 
-
-class TinyAutoencoderCodec(nn.Module):
+class TinyAutoencoderCodec(_Autoencoder):
     """Diffusers' AutoencoderTiny (TAESD family): deterministic, latents already at the UNet's scale."""
 
     def __init__(self, vae: Any):
-        super().__init__()
-        self.vae: Any = vae
-        self.scaling = float(vae.config.scaling_factor)
-        self.factor = 2 ** (len(vae.config.encoder_block_out_channels) - 1)
-        self.channels = int(vae.config.latent_channels)
+        super().__init__(vae, vae.config.encoder_block_out_channels)
 
     def encode(self, images: torch.Tensor, sample_posterior: bool = False) -> torch.Tensor:
         return self.vae.encode(images).latents * self.scaling
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return self.vae.decode(latents / self.scaling).sample
 
 
 def load_codec(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
@@ -97,12 +129,3 @@ def load_codec(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
     if kind == "AutoencoderKL":
         return KLCodec(load_pretrained(AutoencoderKL, folder, dtype))
     return TinyAutoencoderCodec(load_pretrained(AutoencoderTiny, folder, dtype))
-
-
-def save_codec(codec: Any, folder: Path) -> None:
-    """Write a codec as the `vae/` folder of a diffusers model."""
-    if isinstance(codec, PixelCodec):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(codec.config_dict(), indent=2) + "\n")
-    else:
-        codec.vae.save_pretrained(folder)
