@@ -31,6 +31,11 @@ inline File open(const std::string& path, const char* mode) {
 }
 inline void ignore(png_structp, png_const_charp) {}
 
+inline void append(png_structp png, png_bytep data, png_size_t bytes) {
+  auto* content = static_cast<std::vector<png_byte>*>(png_get_io_ptr(png));
+  content->insert(content->end(), data, data + bytes);
+}
+
 /// What `fail` finds again: the path.
 inline void* owner(const std::string& path) { return const_cast<std::string*>(&path); }
 
@@ -76,36 +81,28 @@ inline Picture read_png(const std::string& path, std::int64_t max_pixels) {
   return picture;
 }
 
-/// Written beside and renamed.
+/// A whole file or nothing.
 inline void write_png(const std::string& path, const Picture& picture) {
-  const std::string staged = path + ".part";
-  try {
-    png::File file = png::open(staged, "wb");
-    png_structp writer = png_create_write_struct(PNG_LIBPNG_VER_STRING, png::owner(path), png::fail, png::ignore);
-    if (writer == nullptr) throw std::bad_alloc();
-    png_infop info = png_create_info_struct(writer);
-    const auto free = [&](void*) { png_destroy_write_struct(&writer, &info); };
-    const std::unique_ptr<void, decltype(free)> guard(writer, free);
-    if (info == nullptr) throw std::bad_alloc();
-    png_init_io(writer, file.get());
-    const int depth = picture.sample == Sample::u8 ? 8 : 16;
-    png_set_IHDR(writer, info, static_cast<png_uint_32>(picture.size.width),
-                 static_cast<png_uint_32>(picture.size.height), depth, PNG_COLOR_TYPE_RGB, PNG_INTERLACE_NONE,
-                 PNG_COMPRESSION_TYPE_DEFAULT, PNG_FILTER_TYPE_DEFAULT);
-    png_set_compression_level(writer, 3);
-    png_write_info(writer, info);
-    if (depth == 16) png_set_swap(writer);
-    Picture copy = picture;
-    auto lines = png::rows(copy);
-    png_write_image(writer, lines.data());
-    png_write_end(writer, nullptr);
-    if (std::fclose(file.release()) != 0 || std::rename(staged.c_str(), path.c_str()) != 0) {
-      throw std::system_error(errno, std::generic_category(), path);
-    }
-  } catch (...) {
-    std::remove(staged.c_str());
-    throw;
-  }
+  std::vector<png_byte> content;
+  png_structp writer = png_create_write_struct(PNG_LIBPNG_VER_STRING, png::owner(path), png::fail, png::ignore);
+  if (writer == nullptr) throw std::bad_alloc();
+  png_infop info = png_create_info_struct(writer);
+  const auto free = [&](void*) { png_destroy_write_struct(&writer, &info); };
+  const std::unique_ptr<void, decltype(free)> guard(writer, free);
+  if (info == nullptr) throw std::bad_alloc();
+  png_set_write_fn(writer, &content, png::append, nullptr);
+  const int depth = picture.sample == Sample::u8 ? 8 : 16;
+  png_set_IHDR(writer, info, static_cast<png_uint_32>(picture.size.width),
+               static_cast<png_uint_32>(picture.size.height), depth, PNG_COLOR_TYPE_RGB, PNG_INTERLACE_NONE,
+               PNG_COMPRESSION_TYPE_DEFAULT, PNG_FILTER_TYPE_DEFAULT);
+  png_set_compression_level(writer, 3);
+  png_write_info(writer, info);
+  if (depth == 16) png_set_swap(writer);
+  Picture copy = picture;
+  auto lines = png::rows(copy);
+  png_write_image(writer, lines.data());
+  png_write_end(writer, nullptr);
+  write_file(path, content.data(), content.size());
 }
 
 }  // namespace gdpo

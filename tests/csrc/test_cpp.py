@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from engine import Upscaler
+from tests.support import faulty
 from tests.support.cpp import CMAKE, ROOT, build, run
 from tests.support.folders import write_ppm
 
@@ -142,6 +144,26 @@ def test_the_tool_upscales_and_names_what_is_wrong(installed, folders, runtime, 
     ]:
         done = subprocess.run([tool, *arguments], capture_output=True, text=True, env=runtime, cwd=tmp_path)
         assert done.returncode == 2 and message in done.stderr and not (tmp_path / "b.ppm").exists(), message
+
+
+@pytest.mark.parametrize("kind", ["full", "short", "lost"])
+@pytest.mark.parametrize("suffix", [".ppm", ".png"])
+def test_the_tool_leaves_no_half_file_on_a_bad_disk(installed, folders, runtime, tmp_path, suffix, kind):
+    if faulty.missing():
+        pytest.skip(faulty.missing())
+    picture, out = tmp_path / f"in{suffix}", tmp_path / "disk" / f"out{suffix}"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)).save(picture)
+    command = [installed / "bin" / "gdpo-upscale-cpp", folders / "plain", picture, out, "--no-progress"]
+    out.parent.mkdir()
+    run(*command, env=runtime)
+    good, library, failed = out.read_bytes(), faulty.build(tmp_path), 0
+    for at in range(1, 5):  # the file, its only write, the flush, the rename
+        bad = runtime | faulty.environment(library, out.parent, kind, at)
+        done = subprocess.run(command, capture_output=True, text=True, env=bad)
+        failed += done.returncode != 0
+        assert done.returncode == 0 or str(out) in done.stderr, done.stderr
+        assert [p.name for p in out.parent.iterdir()] == [out.name] and out.read_bytes() == good
+    assert failed == (2 if kind == "lost" else 4)
 
 
 def test_every_source_is_formatted():

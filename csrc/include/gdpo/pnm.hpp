@@ -29,7 +29,10 @@ GDPO_API Picture parse_ppm(const void* data, std::size_t bytes, std::int64_t max
 /// @throws InvalidArgument, or std::system_error where the file cannot be read
 GDPO_API Picture read_ppm(const std::string& path, std::int64_t max_pixels = 100'000'000);
 
-/// Written beside and renamed. @throws std::system_error
+/// A whole file or nothing: written beside, flushed to the disk, its size compared, renamed. @throws std::system_error
+GDPO_API void write_file(const std::string& path, const void* data, std::size_t bytes);
+
+/// Through `write_file`. @throws std::system_error
 GDPO_API void write_ppm(const std::string& path, const Picture& picture);
 
 }  // namespace gdpo

@@ -1,3 +1,7 @@
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <cstdio>
@@ -14,6 +18,21 @@ namespace {
 using detail::text;
 
 [[noreturn]] void fail(const std::string& path) { throw std::system_error(errno, std::generic_category(), path); }
+
+/// Write everything and flush it. @return 0 or an error number
+int put(int file, const char* data, std::size_t bytes) {
+  for (std::size_t done = 0; done < bytes;) {
+    const ssize_t count = write(file, data + done, bytes - done);
+    if (count < 0 && errno != EINTR) return errno;
+    if (count == 0) return ENOSPC;
+    done += static_cast<std::size_t>(std::max<ssize_t>(count, 0));
+  }
+  // Other numbers: a file system that does not flush on request.
+  if (fsync(file) != 0 && (errno == EIO || errno == ENOSPC || errno == EDQUOT)) return errno;
+  struct stat status;
+  if (fstat(file, &status) != 0) return errno;
+  return static_cast<std::size_t>(status.st_size) == bytes ? 0 : EIO;
+}
 
 /// The header of a PPM: numbers between white space and comments.
 class Header {
@@ -103,21 +122,27 @@ Picture read_ppm(const std::string& path, std::int64_t max_pixels) {
   }
 }
 
-void write_ppm(const std::string& path, const Picture& picture) {
+void write_file(const std::string& path, const void* data, std::size_t bytes) {
   const std::string staged = path + ".part";
-  std::vector<std::uint8_t> samples = picture.bytes;
-  if (picture.sample == Sample::u16) swap_halves(samples.data(), samples.size());
-  std::ofstream file(staged, std::ios::binary);
-  file << text("P6\n", picture.size.width, " ", picture.size.height, "\n", picture.sample == Sample::u8 ? 255 : 65535,
-               "\n");
-  file.write(reinterpret_cast<const char*>(samples.data()), static_cast<std::streamsize>(samples.size()));
-  file.close();
-  if (!file || std::rename(staged.c_str(), path.c_str()) != 0) {
-    const int reason = errno;
+  const int file = open(staged.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+  if (file < 0) fail(path);
+  int error = put(file, static_cast<const char*>(data), bytes);
+  if (close(file) != 0 && error == 0) error = errno;
+  if (error == 0 && std::rename(staged.c_str(), path.c_str()) != 0) error = errno;
+  if (error != 0) {
     std::remove(staged.c_str());
-    errno = reason;
+    errno = error;
     fail(path);
   }
+}
+
+void write_ppm(const std::string& path, const Picture& picture) {
+  const std::string header = text("P6\n", picture.size.width, " ", picture.size.height, "\n",
+                                  picture.sample == Sample::u8 ? 255 : 65535, "\n");
+  std::vector<std::uint8_t> content(header.begin(), header.end());
+  content.insert(content.end(), picture.bytes.begin(), picture.bytes.end());
+  if (picture.sample == Sample::u16) swap_halves(content.data() + header.size(), picture.bytes.size());
+  write_file(path, content.data(), content.size());
 }
 
 }  // namespace gdpo
