@@ -71,10 +71,16 @@ def test_accumulating_four_by_one_equals_one_by_four(method, straight, tmp_path)
     assert distance(weights(straight), weights(out)) < 2e-5
 
 
-@pytest.mark.parametrize("method", [pytest.param("naosd", marks=pytest.mark.slow), "gdpo"], indirect=True)
-def test_two_processes_equal_one(method, straight, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "torchrun"),
+    [pytest.param("naosd", True, marks=pytest.mark.slow), ("gdpo", False)],
+    indirect=["method"],
+    ids=["naosd-torchrun", "gdpo"],
+)
+def test_two_processes_equal_one(method, torchrun, straight, tmp_path):
     out = tmp_path / "run"
-    train(*method, f"--output_dir={out}", "--max_train_steps=4", "--train_batch_size=2", processes=2)
+    lengths = ("--max_train_steps=4", "--train_batch_size=2")
+    train(*method, f"--output_dir={out}", *lengths, processes=2, torchrun=torchrun)
     assert distance(weights(straight), weights(out)) < 2e-5
 
 

@@ -16,6 +16,7 @@ import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -59,9 +60,23 @@ def run(module: str, *arguments: object, cwd: Path = ROOT, **extra: str) -> subp
     """
     variables, words = environment(**extra), list(map(str, arguments))
     if _read(variables) == _read(AT_FIRST):
-        return _server().run(module, words, variables, cwd)
+        return _server().run(module, words, [variables], cwd)
     command = [sys.executable, "-m", module, *words]
     return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def run_ranks(count: int, module: str, *arguments: object, **extra: str) -> subprocess.CompletedProcess[str]:
+    """The same command in `count` processes that find each other, with the variables that torchrun gives them.
+
+    As with torchrun, the others are told to end when one fails. Output and exit code are of all, one after the other.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    shared |= {"LOCAL_WORLD_SIZE": str(count)}
+    each = [environment(**extra, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
+    assert _read(each[0]) == _read(AT_FIRST), "ranks are forks"
+    return _server().run(module, list(map(str, arguments)), each, ROOT)
 
 
 def _read(variables: dict[str, str]) -> dict[str, str]:
@@ -76,7 +91,7 @@ def _server() -> Server:
 
 
 class Server:
-    """Takes one command at a time: a JSON line in, the process id and the exit code out."""
+    """Takes one command at a time, of one or several processes: a JSON line in, their ids and the exit code out."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
@@ -90,28 +105,34 @@ class Server:
         self.process.stdout.close()
 
     def run(
-        self, module: str, words: list[str], variables: dict[str, str], cwd: Path
+        self, module: str, words: list[str], each: list[dict[str, str]], cwd: Path
     ) -> subprocess.CompletedProcess[str]:
+        """Run it once for each environment, at the same time."""
         with tempfile.TemporaryDirectory() as folder:
-            out, err = (Path(folder, name) for name in ("out", "err"))
-            request = [module, words, variables, str(cwd), str(out), str(err)]
-            self.process.stdin.write(json.dumps(request) + "\n")
+            outs, errs = ([Path(folder, f"{name}{i}") for i in range(len(each))] for name in ("out", "err"))
+            requests = [
+                [module, words, variables, str(cwd), str(out), str(err)]
+                for variables, out, err in zip(each, outs, errs)
+            ]
+            self.process.stdin.write(json.dumps(requests) + "\n")
             self.process.stdin.flush()
-            pid = int(self.process.stdout.readline())
+            pids = json.loads(self.process.stdout.readline())
             try:
                 code = int(self.process.stdout.readline())
             except BaseException:  # Ctrl-C, or pytest's own time limit
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                for pid in pids:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
                 _server.cache_clear()
                 self.process.kill()
                 self.close()
                 raise
-            return subprocess.CompletedProcess([module, *words], code, out.read_text(), err.read_text())
+            out, err = ("".join(file.read_text() for file in files) for files in (outs, errs))
+            return subprocess.CompletedProcess([module, *words], code, out, err)
 
 
 def serve() -> str:
-    """Fork for each line of stdin. Returns in the child alone: the module that it is to run."""
+    """Fork for the requests of each line of stdin. Returns in a child alone: the module that it is to run."""
     for name in IMPORTED:
         with contextlib.suppress(ImportError):  # an extra that is not installed
             importlib.import_module(name)
@@ -121,11 +142,21 @@ def serve() -> str:
     assert len(os.listdir("/proc/self/task")) == 1, "a library started a thread (onnxruntime does): a fork may hang"
     gc.freeze()
     for line in sys.stdin:
-        pid = os.fork()
-        if not pid:
-            return become(*json.loads(line))
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        running = []
+        for request in json.loads(line):
+            running.append(os.fork())
+            if not running[-1]:
+                return become(*request)
+        print(running, flush=True)
+        failed = 0
+        while running:
+            pid, status = os.wait()
+            running.remove(pid)
+            if (code := os.waitstatus_to_exitcode(status)) and not failed:
+                failed = code
+                for other in running:
+                    os.kill(other, signal.SIGTERM)
+        print(failed, flush=True)
     sys.exit()
 
 
