@@ -26,13 +26,13 @@ def sections() -> list[Section]:
 
 def table(known: list[Section], results: dict[str, Result]) -> str:
     lines = [
-        "| what | tries | failures | worst time, s | worst memory, MiB |",
-        "|---|---|---|---|---|",
+        "| what | tries | failures | worst time, s | worst memory, MiB | commit |",
+        "|---|---|---|---|---|---|",
     ]
     for section in known:
-        if found := results.get(section.name):
+        if (found := results[section.name]).tries:
             figures = f"{found.tries} | {len(found.failures)} | {found.seconds:.1f} | {found.mib:.0f}"
-            lines.append(f"| {section.about} | {figures} |")
+            lines.append(f"| {section.about} | {figures} | {found.commit[:9]} |")
     return "\n".join(lines)
 
 
@@ -40,10 +40,10 @@ def report(known: list[Section], results: dict[str, Result]) -> None:
     text = DOCUMENT.read_text()
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     atomic_write(DOCUMENT, f"{before}{BEGIN}\n{table(known, results)}\n{END}{after}")
-    figures = {
-        name: {"tries": r.tries, "failures": len(r.failures), "worst_s": r.seconds, "worst_mib": r.mib}
-        for name, r in results.items()
-    }
+    figures = {}
+    for name, r in results.items():
+        worst = {"worst_s": r.seconds, "worst_mib": r.mib}
+        figures[name] = {"tries": r.tries, "failures": len(r.failures), **worst, "commit": r.commit}
     rows.append_row("attack", sections=figures)
 
 
@@ -64,12 +64,12 @@ def main() -> int:
     commit, dirty = rows.commit()
     log = Log(out, f"{commit}{'-dirty' if dirty else ''}")
     results = attack(chosen, log, out, time.monotonic() + 60 * options.minutes, options.tries)
-    print(table(known, results))
+    print(table(chosen, results))
     failures = [f for r in results.values() for f in r.failures]
     for failure in failures:
         print(failure)
     if options.report:
-        report(known, log.results())
+        report(known, {s.name: log.latest(s.name) for s in known})
     return 1 if failures else 0
 
 

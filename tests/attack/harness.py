@@ -52,6 +52,7 @@ class Section:
 class Result:
     """Of one section."""
 
+    commit: str
     tries: int = 0
     failures: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -64,20 +65,34 @@ class Result:
 
 
 class Log:
-    """The chunks that were tried at one commit."""
+    """The chunks that were tried, at this commit and at others."""
 
     def __init__(self, out: Path, commit: str):
         out.mkdir(parents=True, exist_ok=True)
         self.path, self.commit = out / "trials.jsonl", commit
 
-    def results(self) -> dict[str, Result]:
-        found: dict[str, Result] = {}
+    def result(self, section: str) -> Result:
+        """Of a section at this commit."""
+        return self._of(section, self.commit)
+
+    def latest(self, section: str) -> Result:
+        """Of a section at the commit at which it was tried last: once a fault is mended, it is tried again."""
+        commits = [row["commit"] for row in self._rows(section)]
+        return self._of(section, commits[-1] if commits else self.commit)
+
+    def _of(self, section: str, commit: str) -> Result:
+        result = Result(commit)
+        for row in self._rows(section):
+            if row["commit"] == commit:
+                result.add(row)
+        return result
+
+    def _rows(self, section: str) -> Iterator[dict[str, Any]]:
         for line in self.path.read_text().splitlines() if self.path.is_file() else ():
             with contextlib.suppress(ValueError):  # cut by a kill
                 row = json.loads(line)
-                if row["commit"] == self.commit:
-                    found.setdefault(row["section"], Result()).add(row)
-        return found
+                if row["section"] == section:
+                    yield row
 
     def append(self, section: str, row: dict[str, Any]) -> None:
         with open(self.path, "a") as f:
@@ -219,11 +234,11 @@ def attack(sections: list[Section], log: Log, out: Path, deadline: float, tries:
         tries: of each section, instead of its own number.
     """
     running: dict[str, Trial | Path] = {}
-    began, results = time.monotonic(), log.results()
+    began, results = time.monotonic(), {s.name: log.result(s.name) for s in sections}
     at_start = sum(r.tries for r in results.values())
     wanted = {s.name: min(tries or s.tries, s.tries) for s in sections}
     while time.monotonic() < deadline:
-        left = [s for s in sections if results.setdefault(s.name, Result()).tries < wanted[s.name]]
+        left = [s for s in sections if results[s.name].tries < wanted[s.name]]
         if not left:
             break
         section = min(left, key=lambda s: results[s.name].tries / wanted[s.name])
