@@ -50,9 +50,10 @@ FAULTS = [
         ":",
         f"{IN_FILES}::test_leftovers_of_killed_runs_go_and_nothing_else_does",
     ),
+    Fault(SINK, "if start < self._end:", "if False:", "tests/engine/test_formats.py::test_no_write_is_lost_in_silence"),
     Fault(
         SINK,
-        "            view = view[written:]\n",
+        "            left = left[written:]\n",
         "            break\n",
         "tests/engine/test_formats.py::test_a_full_disk_loses_no_picture_in_silence",
     ),
