@@ -8,6 +8,7 @@ a finished run, run again, changes nothing; new photos in the folders are added.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -352,6 +353,7 @@ def prepare(photos: list[Path], out: Path, settings: Settings, workers: int = 1,
 
     Raises:
         ValueError: bad arguments, or no photo gave a crop.
+        OSError: the disk is full or failed.
     """
     settings.validate()
     if workers < 1:
@@ -366,7 +368,12 @@ def prepare(photos: list[Path], out: Path, settings: Settings, workers: int = 1,
             return summary
         records = {source.unit: folder.record(source) for source in found.photos}
         todo = [source for source in found.photos if records[source.unit] is None]
+        made: set[str] = set()
         while True:
+            for source in todo:
+                if source.unit in made:
+                    raise OSError(errno.EIO, "what was written there cannot be read back", str(folder.work))
+                made.add(source.unit)
             process_all(todo, settings, folder.work, workers, progress)
             records |= {source.unit: folder.record(source) for source in todo}
             whole = {unit: record for unit, record in records.items() if record}

@@ -355,6 +355,13 @@ def test_links_are_followed_and_dangling_ones_are_named(photos, tmp_path):
     assert summary["skipped"]["links/gone.png"] == "a link to /nowhere/x.png, which is not there"
 
 
+def test_a_disk_that_cannot_be_read_ends_the_run(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("gdpo.prepare.read_record", lambda file: None)
+    with pytest.raises(OSError, match="cannot be read back") as caught:
+        prepare([photos], tmp_path / "out", SMALL, progress=False)
+    assert caught.value.filename == str(tmp_path / "out" / ".work")
+
+
 def test_nothing_to_do_looks_at_no_record(photos, tmp_path, monkeypatch):
     """A finished folder is recognised by one hash; whatever changes it is seen."""
     out = tmp_path / "out"
