@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -72,6 +73,10 @@ def libfuzzer(shared, compiler) -> Path:
     names = ["clang", *(f"clang-{version}" for version in range(25, 13, -1))]
     clang = next(filter(None, map(shutil.which, names)), None) or pytest.skip("needs clang and its sanitizers")
     beside = Path(clang).with_name(Path(clang).name.replace("clang", "clang++"))
+    probe = [beside, "-fsanitize=fuzzer,address,undefined", "-x", "c++", "-", "-o", os.devnull]
+    source = 'extern "C" int LLVMFuzzerTestOneInput(const char*, unsigned long) { return 0; }'
+    if subprocess.run(probe, input=source, text=True, capture_output=True).returncode:
+        pytest.skip(f"{beside} lacks its sanitizers (Debian: libclang-rt-dev)")
     chosen = (f"-DCMAKE_C_COMPILER={clang}", f"-DCMAKE_CXX_COMPILER={beside}")
     settings = ("-DGDPO_TESTS=ON", "-DGDPO_SANITIZE=address,undefined,fuzzer-no-link", "-DGDPO_CUDA=OFF")
     return shared("libfuzzer", lambda out: build(out, *chosen, *settings, "-DGDPO_WERROR=OFF", targets=FUZZERS))
