@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import kernel_bench
+from benchmarks import kernel_bench, kernel_cases
 from engine.io import rows
 from tests.support import commands
 
@@ -57,7 +57,7 @@ def test_every_case_is_compiled(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", counted)
     for n in range(2, 12):
-        case = kernel_bench.reward_case((2, n, 1, 2), torch.float32, "cpu")
+        case = kernel_cases.reward_case((2, n, 1, 2), torch.float32, "cpu")
         calls, before = dict(kernel_bench.implementations(case, "cpu", compiled=True)), len(graphs)
         torch.testing.assert_close(calls["compile"](), calls["eager"]())
         assert len(graphs) > before
@@ -95,7 +95,7 @@ def test_a_small_operation_is_timed_by_a_recorded_graph_too(monkeypatch):
 
 
 def test_a_wrong_result_gives_no_figure():
-    case = kernel_bench.reward_case((2, 3, 1, 2), torch.float32, "cpu")
+    case = kernel_cases.reward_case((2, 3, 1, 2), torch.float32, "cpu")
     right = case.call
     case.extra = {"wrong": lambda: right("torch") * 1.1}
     clock = kernel_bench.Clock("cpu", 0.001)
