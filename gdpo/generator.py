@@ -370,9 +370,13 @@ class OneStepGenerator(nn.Module):
             yield
 
     def merge_lora(self, strength: float = 1.0) -> OneStepGenerator:
-        """Fold live LoRA weights into the base, at a strength in [0,1] (0 drops them), and return self."""
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength must be in [0,1]; got {strength}")
+        """Fold live LoRA weights into the base, and return self.
+
+        Args:
+            strength: 0 drops them, 1 is the trained model; above 1 goes on in the direction of training.
+        """
+        if not 0 <= strength < math.inf:
+            raise ValueError(f"strength must be at least 0 and finite; got {strength}")
         for module in (self.unet, self.vae):
             if module is not None:
                 lora.merge(module, strength)

@@ -1,19 +1,21 @@
-"""Fold a LoRA into the weights: `python -m gdpo.merge FOLDER --out OUT [--strength 0..1] [--base BASE]`.
+"""Fold a LoRA into the weights: `python -m gdpo.merge FOLDER --out OUT [--strength S] [--base BASE]`.
 
 FOLDER is a model folder with a live LoRA, or a checkpoint of a run (RUN/checkpoint-N), of which this makes a model.
 The strength interpolates between the model that training started from (0) and the trained one (1): every LoRA layer
 becomes W + strength * scale * B A, every layer trained whole (1 - strength) * base + strength * trained. A model of
 which every weight was trained does not hold its base; --base names it (weight interpolation: Wang et al. 2018,
-arXiv 1809.00219, section 3.4; Wortsman et al. 2022, arXiv 2109.01903).
+arXiv 1809.00219, section 3.4; Wortsman et al. 2022, arXiv 2109.01903). A strength above 1 goes on in the direction of
+training, further than the trained model (Zheng et al. 2024, arXiv 2404.16792).
 """
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
 import torch
-from jsonargparse.typing import ClosedUnitInterval
+from jsonargparse.typing import NonNegativeFloat
 
 from engine.io.cli import Parser, run
 from engine.io.folders import check_target
@@ -35,13 +37,13 @@ def merge(
     Args:
         folder: a model folder with unet_lora/ or vae_lora/, or a checkpoint.
         out: the folder to make.
-        strength: in [0,1].
+        strength: at least 0.
         base: the model at strength 0 of a `folder` without a LoRA: a model folder or what `model.pretrained` takes.
         overwrite: replace an `out` that holds a model.
 
     Raises:
-        ValueError: neither a LoRA in `folder` nor a base, or both; a base of another kind; a strength outside [0,1], or
-            a damaged checkpoint. FileExistsError: `out` exists.
+        ValueError: neither a LoRA in `folder` nor a base, or both; a base of another kind; a strength below 0, or a
+            damaged checkpoint. FileExistsError: `out` exists.
     """
     target = check_target(out, overwrite, folder)
     checkpoint = is_checkpoint(Path(folder))
@@ -65,10 +67,10 @@ def interpolate(trained: OneStepGenerator, base: OneStepGenerator, strength: flo
     """Give `trained` the weights (1 - strength) * base + strength * trained.
 
     Raises:
-        ValueError: the two are not of one architecture, or of other timesteps; strength outside [0,1].
+        ValueError: the two are not of one architecture, or of other timesteps; strength below 0.
     """
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength must be in [0,1]; got {strength}")
+    if not 0 <= strength < math.inf:
+        raise ValueError(f"strength must be at least 0 and finite; got {strength}")
     steps = [(g.t_noise, g.t_diffusion, g.parametrization) for g in (trained, base)]
     weights, others = trained.state_dict(), base.state_dict()
     if steps[0] != steps[1] or {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in others.items()}:
@@ -100,7 +102,9 @@ def main() -> None:
     parser = Parser(prog="python -m gdpo.merge", description=description)
     parser.add_argument("folder", type=str, help="a model folder with unet_lora/ or vae_lora/, or RUN/checkpoint-N")
     parser.add_argument("--out", type=str, required=True, help="the model folder to make")
-    parser.add_argument("--strength", type=ClosedUnitInterval, default=1.0, help="0: the base, 1: the trained model")
+    parser.add_argument(
+        "--strength", type=NonNegativeFloat, default=1.0, help="0: the base, 1: the trained model, 2: twice as far"
+    )
     parser.add_argument("--base", type=str, help="the model at strength 0, if every weight was trained (no LoRA)")
     parser.add_argument("--overwrite", action="store_true", help="replace an --out that holds a model")
     args = parser.parse_args()

@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from jsonargparse.typing import NonNegativeFloat
 from tqdm import tqdm
 
 from engine.io import rows
@@ -24,6 +25,7 @@ from engine.io.files import atomic_write
 from gdpo.degradation import Degradation, DegradationConfig
 from gdpo.evaluation.columns import build_metrics
 from gdpo.generator import OneStepGenerator
+from gdpo.model import lora
 from gdpo.photos.dataset import CropDataset, loader
 from gdpo.photos.folder import read_jsonl
 from gdpo.scores.group import GroupReward, Normalization
@@ -43,6 +45,7 @@ class Options:
 
     Args:
         model: a folder that gdpo.train gdpo made (base and LoRA apart).
+        strength: how much of the LoRA, as in gdpo.merge: above 1, more than was trained.
         data: a folder made by gdpo.prepare; its val split is used.
         out: folder for the sheet.
         crops: number of held-out crops, at most all of them.
@@ -60,6 +63,7 @@ class Options:
     """
 
     model: str
+    strength: NonNegativeFloat = 1.0
     data: str = "data/crops"
     out: str = "runs/gain"
     crops: int = 64
@@ -190,10 +194,13 @@ def main() -> int:
     options = Options(**vars(parser().parse_args()))
     if options.write_rows:
         rows.require_clean()
-    result = measure(OneStepGenerator.from_pretrained(options.model), options)
+    generator = OneStepGenerator.from_pretrained(options.model)
+    lora.scale(generator.unet, options.strength)
+    result = measure(generator, options)
     text = table(result)
     atomic_write(Path(options.out) / "table.md", text)
     print(text)
     if options.write_rows:
-        rows.append_row("gdpo_gain", model=Path(options.model).parent.name, preset=options.preset, **result)
+        about = {"model": Path(options.model).parent.name, "strength": options.strength, "preset": options.preset}
+        rows.append_row("gdpo_gain", **about, **result)
     return 0

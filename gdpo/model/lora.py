@@ -167,6 +167,21 @@ def _merge_pair(module: Any, plain: Any, strength: float, adapter: str) -> None:
     plain.bias.copy_((plain.bias.double() + change).to(plain.bias.dtype))
 
 
+@torch.no_grad()
+def scale(model: Any, strength: float, adapter: str = "default") -> None:
+    """Make the live adapter's change `strength` times what it was.
+
+    Raises:
+        ValueError: a DoRA or modules trained whole, whose change is no product.
+    """
+    own = parameters(model, adapter)
+    if not all(".lora_A." in name or ".lora_B." in name for name in own):
+        raise ValueError("only a plain LoRA can be scaled as it is; python -m gdpo.merge takes every kind")
+    for name, parameter in own.items():
+        if ".lora_B." in name:
+            parameter.mul_(strength)
+
+
 def save(model: Any, folder: Path, adapter: str = "default", *, part: str | None = None) -> None:
     """Write the adapter as peft does and, for a part of a diffusers pipeline ("unet" or "vae"), as diffusers does."""
     from peft import get_peft_model_state_dict

@@ -79,15 +79,17 @@ def test_what_meets_a_checkpoint_names_the_command(run, crops, tmp_path, monkeyp
 @pytest.mark.parametrize("run", [("naosd",)], ids=["naosd"], indirect=True)
 def test_a_model_of_new_weights_is_interpolated_with_the_base_that_is_named(run, trained, tmp_path):
     start, end = load_file(trained / WEIGHTS), load_file(run / "model" / WEIGHTS)
-    for source in (run / "model", run / "checkpoint-0000004"):
-        merge(source, out := tmp_path / source.name, strength=0.25, base=trained)
+    for source, strength in ((run / "model", 0.25), (run / "checkpoint-0000004", 0.25), (run / "model", 2)):
+        merge(source, out := tmp_path / f"{source.name}-{strength}", strength=strength, base=trained)
         found = load_file(out / WEIGHTS)
-        assert all(torch.allclose(found[k], 0.75 * start[k] + 0.25 * end[k], atol=1e-6) for k in end)
+        assert all(torch.allclose(found[k], start[k] + strength * (end[k] - start[k]), atol=1e-6) for k in end)
         assert not same(out, run / "model")
     merge(run / "model", tmp_path / "base", strength=0, base=trained)
     assert same(tmp_path / "base", trained)
     with pytest.raises(ValueError, match="trained all weights; say with --base"):
         merge(run / "checkpoint-0000004", tmp_path / "x", strength=0.5)
+    with pytest.raises(ValueError, match="strength must be at least 0 and finite; got -1"):
+        merge(run / "model", tmp_path / "x", strength=-1, base=trained)
     with pytest.raises(ValueError, match="nothing to merge"):
         merge(run / "model", tmp_path / "x", strength=0.5)
     with pytest.raises(ValueError, match="--base: another architecture"):
