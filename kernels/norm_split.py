@@ -43,6 +43,16 @@ def _coefficients(coefficient_ptr, bias_ptr, n, channels, c):
     return mean, scale, tl.load(bias_ptr + c, mask=there, other=0.0).to(tl.float32)
 
 
+@jit
+def _keep(partial_ptr, n, channels, chunks, c, first, second):
+    """Two numbers of each of the channels c, [1,COLUMNS], into this chunk's place in [N,2,C,chunks]."""
+    there = c < channels
+    target = partial_ptr + (2 * n * channels + c) * chunks + tl.program_id(0)
+    tl.store(target, first, mask=there)
+    target = partial_ptr + ((2 * n + 1) * channels + c) * chunks + tl.program_id(0)
+    tl.store(target, second, mask=there)
+
+
 # ---- forward
 
 
@@ -96,10 +106,8 @@ def _group_norm_partial_kernel(
         squares += d * d
     sums = tl.sum(total, 0, keep_dims=True)
     away = tl.div_rn(sums, count.to(tl.float32))
-    target = partial_ptr + (2 * n * channels + c) * chunks + tl.program_id(0)
-    tl.store(target, centre + away, mask=there)
-    target = partial_ptr + ((2 * n + 1) * channels + c) * chunks + tl.program_id(0)
-    tl.store(target, tl.sum(squares, 0, keep_dims=True) - sums * away, mask=there)
+    squares = tl.sum(squares, 0, keep_dims=True) - sums * away
+    _keep(partial_ptr, n, channels, chunks, c, centre + away, squares)
 
 
 @jit
@@ -222,10 +230,8 @@ def _group_norm_partial_bwd_kernel(
         grad, d = _gradient(grad_ptr, x_ptr, here, inside, mean, scale, bias, SILU)
         sums += grad
         products += grad * d
-    target = partial_ptr + (2 * n * channels + c) * chunks + tl.program_id(0)
-    tl.store(target, tl.sum(sums, 0, keep_dims=True), mask=there)
-    target = partial_ptr + ((2 * n + 1) * channels + c) * chunks + tl.program_id(0)
-    tl.store(target, tl.sum(products, 0, keep_dims=True), mask=there)
+    sums, products = tl.sum(sums, 0, keep_dims=True), tl.sum(products, 0, keep_dims=True)
+    _keep(partial_ptr, n, channels, chunks, c, sums, products)
 
 
 @jit

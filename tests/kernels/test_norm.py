@@ -283,7 +283,7 @@ def _fault(old, new, folder, small=False):
     [
         ("inside & there, SUM) - centre, 0.0)", "inside & there, SUM) - centre, 1.0)"),
         ("keep_dims=True) - sums * away", "keep_dims=True)"),
-        ("tl.store(target, centre + away", "tl.store(target, centre"),
+        ("c, centre + away", "c, centre"),
         ("own + count * d * d", "own"),
         ("(mean - centre) * count", "(mean - centre)"),
         ("range(1, STEPS):", "range(1, 1):"),
