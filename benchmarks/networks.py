@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from benchmarks.peers import dat_light
 from engine.io import rows
@@ -65,6 +65,7 @@ def main() -> int:
     p.add_argument("--crop", type=PositiveInt, default=128, help="side of the training crops")
     p.add_argument("--batch", type=PositiveInt, nargs=2, default=[2, 2], help="pictures of a step of NAOSD and of GDPO")
     p.add_argument("--group", type=PositiveInt, default=6, help="samples of a picture in GDPO")
+    p.add_argument("--learning-rate", type=PositiveFloat, default=1e-4, help="of GDPO; transformers want a smaller one")
     p.add_argument("--crops", type=PositiveInt, default=64, help="held-out crops of the comparison")
     p.add_argument("--noises", type=PositiveInt, default=4, help="samples of each model per crop")
     p.add_argument("--write-rows", action="store_true", help="append to benchmarks/results/networks.jsonl")
@@ -80,7 +81,8 @@ def main() -> int:
         train("naosd", start, naosd, [*options, args.batch[0]])
         if not noisy.is_dir():
             command("gdpo.merge", naosd / "model", "--out", noisy)
-        train("gdpo", noisy, gdpo, [*options, args.batch[1], "--num_generations", args.group])
+        more = ["--num_generations", args.group, "--learning_rate", args.learning_rate]
+        train("gdpo", noisy, gdpo, [*options, args.batch[1], *more])
         generator = OneStepGenerator.from_pretrained(gdpo / "model")
         result = measure(generator, Options(str(gdpo / "model"), out=str(folder), crops=args.crops, noises=args.noises))
         text = table(result)
@@ -88,6 +90,7 @@ def main() -> int:
         print(f"\n{name}\n\n{text}")
         about = {"network": name, "parameters": parameters(start), "steps": args.steps, "crop": args.crop}
         about |= {"naosd_batch": args.batch[0], "gdpo_batch": args.batch[1], "group": args.group}
+        about |= {"gdpo_learning_rate": args.learning_rate}
         about |= {"naosd_step_s": step_time(naosd), "gdpo_step_s": step_time(gdpo)}
         if args.write_rows:
             rows.append_row("networks", **about, **result)
