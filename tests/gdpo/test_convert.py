@@ -329,7 +329,7 @@ def test_the_command_lines(stage_one, mini_sd, tmp_path, monkeypatch, capsys):
     done = commands.run("gdpo.merge", live, "--out", merged)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == f"error: {merged} exists; give another folder, or --overwrite"
-    monkeypatch.setattr(sys, "argv", ["merge", str(live), "--out", str(tmp_path / "x"), "--strength", "1.5"])
+    monkeypatch.setattr(sys, "argv", ["merge", str(live), "--out", str(tmp_path / "x"), "--strength", "-0.5"])
     with pytest.raises(SystemExit, match="2"):
         merge_main()
     assert "strength" in capsys.readouterr().err and not (tmp_path / "x").exists()
