@@ -199,6 +199,8 @@ def image_writer(
         except ImageError as error:
             raise ImageError(f"{path}: {error}") from None
         except OSError as error:
+            if error.errno is None:
+                raise OSError(f"{path}: {error}") from None
             raise OSError(error.errno, error.strerror, str(path)) from None
 
     with atomic_file(path, sealed=sealed) as sink, bands.encoding(encode):

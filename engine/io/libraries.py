@@ -65,7 +65,10 @@ def sensible_dpi(dpi: Any) -> tuple[float, float] | None:
 def vips() -> Any:
     """libvips, on first use: it takes 60 ms to load and few pictures need it."""
     os.environ.setdefault("VIPS_WARNING", "0")  # its warnings go to stderr in lines of their own
-    import pyvips
+    try:
+        import pyvips
+    except OSError:  # it names the system's library, which it looks for last
+        raise ImageError("libvips could not be loaded; is there enough memory?") from None
 
     pyvips.cache_set_max(0)  # a cache of operations would grow over a long folder
     pyvips._remove_log_handler()  # it prints a traceback where a file's own words, in no encoding, are in a warning

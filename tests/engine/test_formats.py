@@ -359,6 +359,21 @@ def test_a_full_disk_loses_no_picture_in_silence(tmp_path, monkeypatch, row, dee
     assert path.read_bytes() == good
 
 
+def test_a_library_that_cannot_be_loaded_for_want_of_memory_is_one_line(tmp_path, monkeypatch):
+    """pyvips tells of the system's library, which it looks for last."""
+
+    class Loader:
+        def find_spec(self, name, path=None, target=None):
+            if name == "pyvips":
+                raise OSError("cannot load library 'libvips.so.42'")
+
+    monkeypatch.delitem(sys.modules, "pyvips", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Loader(), *sys.meta_path])
+    with pytest.raises(ImageError, match=r"a\.png: libvips could not be loaded; is there enough memory"):
+        write_image(tmp_path / "a.png", Picture(gradient()))
+    assert not os.listdir(tmp_path)
+
+
 class Lying(io.FileIO):
     """A disk that swallows every write from number `at` on, wherever in the file it goes, and claims success."""
 

@@ -256,7 +256,7 @@ def test_closed_and_full_streams_cost_no_picture(tiny_engine, photo, tmp_path, s
 
 
 @pytest.mark.parametrize(
-    "limits", ["ulimit -n 64;", "LANG=C LC_ALL=C", "unset HOME;", "HOME=/proc/nowhere", "ulimit -v 250000;"]
+    "limits", ["ulimit -n 64;", "LANG=C LC_ALL=C", "unset HOME;", "HOME=/proc/nowhere", "ulimit -v 150000;"]
 )
 def test_poor_surroundings_are_one_line_or_success(photo, tmp_path, limits):
     save(tmp_path / "in.png", photo[:16, :16])
