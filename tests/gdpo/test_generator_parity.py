@@ -202,6 +202,8 @@ def test_lora_on_and_off_and_merged(adapted, mini_sd, inputs):
     assert torch.equal(on, again), "after the reference, also after an error, the LoRA is on again"
 
     half = with_lora(Plain(mini_sd), adapted, 0.5).predict(latents, noise, text)[0]
+    with pytest.raises(ValueError, match="only a plain LoRA can be scaled"):  # conv_in is trained whole
+        lora.scale(adapted.unet, 0.5)
     with torch.no_grad():
         merged = adapted.merge_lora(0.5).predict(latents, noise, text).noise_pred
     assert relative(merged, half) < 1e-10 and not lora.adapters(adapted.unet)
