@@ -100,7 +100,7 @@ ZIG = $(abspath $(BIN))/python-zig
 wheel: setup
 	rm -rf build/wheel
 	$(if $(GLIBC),$(PIP_INSTALL) ziglang)
-	$(if $(GLIBC),CC="$(ZIG) cc -target x86_64-linux-gnu.$(GLIBC)" CXX="$(ZIG) c++ -target x86_64-linux-gnu.$(GLIBC)") \
+	$(if $(GLIBC),CC="$(ZIG) cc -target $(shell uname -m)-linux-gnu.$(GLIBC)" CXX="$(ZIG) c++ -target $(shell uname -m)-linux-gnu.$(GLIBC)") \
 	  GDPO_BUILD_CSRC=1 $(BIN)/python -m build --no-isolation --outdir build/wheel/built .  # through a source distribution
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --strip --wheel-dir dist build/wheel/built/*.whl
 	$(PYTHON) -m venv build/wheel/clean

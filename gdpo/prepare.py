@@ -371,7 +371,7 @@ def prepare(photos: list[Path], out: Path, settings: Settings, workers: int = 1,
         made: set[str] = set()
         while True:
             for source in todo:
-                if source.unit in made:
+                if source.unit in made and read_record(folder.work / f"{source.unit}.json") is None:
                     raise OSError(errno.EIO, "what was written there cannot be read back", str(folder.work))
                 made.add(source.unit)
             process_all(todo, settings, folder.work, workers, progress)

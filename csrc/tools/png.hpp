@@ -19,8 +19,8 @@ struct Close {
 };
 using File = std::unique_ptr<std::FILE, Close>;
 
-inline File open(const std::string& path, const char* mode) {
-  File file(std::fopen(path.c_str(), mode));
+inline File open(const std::string& path) {
+  File file(std::fopen(path.c_str(), "rb"));
   if (!file) throw std::system_error(errno, std::generic_category(), path);
   return file;
 }
@@ -50,7 +50,7 @@ inline std::vector<png_bytep> rows(Picture& picture) {
 
 /// RGB of any PNG that is not transparent; palettes and gray are expanded.
 inline Picture read_png(const std::string& path, std::int64_t max_pixels) {
-  const png::File file = png::open(path, "rb");
+  const png::File file = png::open(path);
   png_structp reader = png_create_read_struct(PNG_LIBPNG_VER_STRING, png::owner(path), png::fail, png::ignore);
   if (reader == nullptr) throw std::bad_alloc();
   png_infop info = png_create_info_struct(reader);

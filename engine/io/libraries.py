@@ -67,8 +67,8 @@ def vips() -> Any:
     os.environ.setdefault("VIPS_WARNING", "0")  # its warnings go to stderr in lines of their own
     try:
         import pyvips
-    except OSError:  # it names the system's library, which it looks for last
-        raise ImageError("libvips could not be loaded; is there enough memory?") from None
+    except OSError as error:  # it names the system's library, which it looks for last
+        raise ImageError(f"libvips could not be loaded; is there enough memory? ({str(error)[:80]})") from None
 
     pyvips.cache_set_max(0)  # a cache of operations would grow over a long folder
     pyvips._remove_log_handler()  # it prints a traceback where a file's own words, in no encoding, are in a warning

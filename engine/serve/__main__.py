@@ -21,7 +21,7 @@ from engine.runtime.backends.registry import BACKENDS
 from engine.runtime.upscaler import Upscaler
 
 TOKEN = "GDPO_TOKEN"
-_FIRST_WORD = 2.0  # seconds that a new connection has for its first request when the service stops
+_FIRST_WORD = 5.0  # seconds that a new connection has for its first request when the service stops
 
 
 def parser() -> cli.Parser:

@@ -75,10 +75,11 @@ class Log:
         """Of a section at this commit."""
         return self._of(section, self.commit)
 
-    def latest(self, section: str) -> Result:
-        """Of a section at the commit at which it was tried last: once a fault is mended, it is tried again."""
-        commits = [row["commit"] for row in self._rows(section)]
-        return self._of(section, commits[-1] if commits else self.commit)
+    def latest(self, section: str, tries: int) -> Result:
+        """Of a section at the last commit with so many tries, else at this one: it is tried again after a mend."""
+        commits = dict.fromkeys(row["commit"] for row in reversed([*self._rows(section)]))
+        whole = (found for commit in commits if (found := self._of(section, commit)).tries >= tries)
+        return next(whole, self.result(section))
 
     def _of(self, section: str, commit: str) -> Result:
         result = Result(commit)

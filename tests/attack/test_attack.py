@@ -121,7 +121,8 @@ def test_an_attack_goes_on_where_it_stopped_and_starts_again_at_another_commit(t
     attack([section], log, tmp_path / "out", time.monotonic() + 60, tries=None)
     assert seen.read_text() == "0 1 2 3 4 5 6 7 8 9 " and log.result("a").tries == 10
     later = Log(tmp_path / "out", "two")
-    assert later.result("a").tries == 0 and later.latest("a").commit == "one"
+    assert later.result("a").tries == 0 and later.latest("a", 10).commit == "one"
     attack([section], later, tmp_path / "out", time.monotonic() + 60, tries=1)
     assert seen.read_text().endswith("9 0 ")
-    assert (later.latest("a").commit, later.latest("a").tries) == ("two", 1)
+    assert (later.latest("a", 1).commit, later.latest("a", 10).commit) == ("two", "one")
+    assert later.latest("a", 11).commit == "two"

@@ -3,7 +3,6 @@
 import io
 import itertools
 import json
-import re
 import socket
 import struct
 import subprocess
@@ -304,8 +303,8 @@ def test_sigterm_under_load_loses_nothing_that_was_accepted(folders):
                 try:
                     answer = running.post(content)
                 except requests.ConnectionError as error:
-                    if not re.search("refused|reset by peer", str(error)):  # else it was never accepted
-                        lost.append(error)
+                    if "refused" not in str(error):  # else it was never accepted
+                        lost.append(str(error))
                     return
                 answers.append(answer)
                 if answer.status_code == 503:
@@ -320,7 +319,8 @@ def test_sigterm_under_load_loses_nothing_that_was_accepted(folders):
         for client in clients:
             client.join()
         code, stderr = running.wait()
-    assert lost == []
+    # Whoever connects while the service stops to listen is reset by the system, which nobody can prevent.
+    assert len(lost) <= 1 and all("reset by peer" in error for error in lost), lost
     assert {answer.status_code for answer in answers} <= {200, 503}
     assert {answer.content for answer in answers if answer.status_code == 200} == {expected}
     assert code == 0 and "all accepted pictures were finished" in stderr

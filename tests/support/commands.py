@@ -48,7 +48,8 @@ AT_FIRST = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHON
 
 def environment(**extra: str) -> dict[str, str]:
     """What our commands are started with. What the libraries read is as this process found it: torch sets
-    TORCHINDUCTOR_CACHE_DIR once something was compiled here, and every later command would be a true start."""
+    TORCHINDUCTOR_CACHE_DIR once something was compiled here, and every later command would be a true start. A test that
+    wants such a variable to differ gives it as `extra`."""
     ours = {k: v for k, v in os.environ.items() if not k.startswith(READ)}
     return {**ours, **{k: v for k, v in AT_FIRST.items() if k.startswith(READ)}, **extra}
 
@@ -68,7 +69,8 @@ def run(module: str, *arguments: object, cwd: Path = ROOT, **extra: str) -> subp
 def run_ranks(count: int, module: str, *arguments: object, **extra: str) -> subprocess.CompletedProcess[str]:
     """The same command in `count` processes that find each other, with the variables that torchrun gives them.
 
-    As with torchrun, the others are told to end when one fails. Output and exit code are of all, one after the other.
+    As with torchrun, the others are told to end when one fails, and are killed after a minute. Output and exit code are
+    of all, one after the other.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -148,12 +150,18 @@ def serve() -> str:
             if not running[-1]:
                 return become(*request)
         print(running, flush=True)
-        failed = 0
+        failed, until = 0, 0.0
         while running:
-            pid, status = os.wait()
+            pid, status = os.waitpid(-1, os.WNOHANG if failed else 0)
+            if not pid:
+                if time.monotonic() > until:  # it waits for one that has ended
+                    for other in running:
+                        os.kill(other, signal.SIGKILL)
+                time.sleep(0.05)
+                continue
             running.remove(pid)
             if (code := os.waitstatus_to_exitcode(status)) and not failed:
-                failed = code
+                failed, until = code, time.monotonic() + 60
                 for other in running:
                     os.kill(other, signal.SIGTERM)
         print(failed, flush=True)
