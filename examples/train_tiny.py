@@ -23,12 +23,12 @@ CROPS = Path("data/crops")
 FIRST = {"tiny-naosd": "naosd", "tiny-naosd-2": "naosd", "tiny-gdpo": "gdpo"}
 TINY = {"tiny-gdpo-2": "gdpo"}
 FAITHFUL = {"tiny-naosd-3": "naosd", "tiny-naosd-4": "naosd"}
-BLEND = 0.75  # of the trained weights, the rest is what they started from: after GDPO, and at the end
+BLEND = 0.75  # of the trained weights, the rest of others: after the first GDPO, and at the end of faithful
 NOISE = 1.75  # times the noise that the network sees: fewer dots, and groups of samples that differ more
 STRENGTH = 1.5  # of the second GDPO's change, chosen on held-out crops
 NOTES = {  # stage -> what is done with its weights
     "tiny-gdpo": f"{BLEND:.0%} of these weights and the rest of the published network's",
-    "tiny-gdpo-2": f"from {NOISE:g} times the noise, and {STRENGTH:g} times its change",
+    "tiny-gdpo-2": f"started with {NOISE:g} times the noise; {STRENGTH:g} times what training changed",
     "tiny-naosd-4": f"{BLEND:.0%} of these weights and the rest of the stage before",
 }
 CARD = """# {title} of GDPO-SR
@@ -77,8 +77,6 @@ def blend(model: str, *, base: str, out: str | Path) -> None:
 
 def noisier(model: str, out: str) -> None:
     """A compact model that sees NOISE times the noise."""
-    if Path(out).exists():
-        return
     generator = OneStepGenerator.from_pretrained(model)
     with torch.no_grad():
         generator.unet.grain.weight.mul_(NOISE)

@@ -10,6 +10,7 @@ interval over crops, the raw scores, scores that training did not optimise (`met
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -192,10 +193,17 @@ HELP = "a model that gdpo.train gdpo made: compare it with what it was before"
 def main() -> int:
     """Measure, print the table, write table.md and sheet.png."""
     options = Options(**vars(parser().parse_args()))
+    if not math.isfinite(options.strength):
+        raise ValueError(f"strength must be finite; got {options.strength}")
     if options.write_rows:
         rows.require_clean()
     generator = OneStepGenerator.from_pretrained(options.model)
-    lora.scale(generator.unet, options.strength)
+    if options.strength != 1:
+        adapted = [m for m in (generator.unet, generator.vae) if m is not None and lora.adapters(m)]
+        if not adapted:
+            raise ValueError(f"{options.model} has no LoRA apart; strength {options.strength} needs one")
+        for module in adapted:
+            lora.scale(module, options.strength)
     result = measure(generator, options)
     text = table(result)
     atomic_write(Path(options.out) / "table.md", text)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -84,17 +85,45 @@ def test_the_command_takes_what_training_took(tmp_path, crops, trained, monkeypa
     words = ["--before-after", trained, "--data", tmp_path / "crops", "--out", out, "--crops", 2, "--crop_size", 64]
     words += ["--noises", 1, "--preset", "light", "--reward_funcs=[psnr_y,region_detail]", "--reward_weights=[9,1]"]
     words += ["--reward_normalization", "weighted", "--rho", "0.5", "--texture_threshold", "40"]
-    words += ["--metrics=[ssim_y]", "--strength", 2]
-    monkeypatch.setattr(gdpo_gain.lora, "scale", lambda model, strength: seen.append(strength))
+    words += ["--metrics=[ssim_y]"]
     monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, words)])
     assert evaluate.main() == 0
-    assert seen == [2.0, ((9.0, 1.0), "weighted", 0.5, 40.0)]
+    assert seen == [((9.0, 1.0), "weighted", 0.5, 40.0)]
     text = (out / "table.md").read_text()
     assert capsys.readouterr().out.strip() == text.strip() and (out / "sheet.png").is_file()
     assert "| ssim_y |" in text and "grid_artefact" not in text
     with pytest.raises(ValueError, match="unknown metric 'nonsense'"):
         gdpo_gain.load_metrics(("nonsense",))
     assert {"grid_artefact", "lattice_artefact", "oversharpening"} <= gdpo_gain.load_metrics(("auto",)).keys()
+
+
+def test_a_strength_goes_further_than_training(tmp_path, crops, trained, monkeypatch):
+    shutil.copytree(crops, tmp_path / "crops" / "val")
+    generator = OneStepGenerator.from_pretrained(trained)
+    lora.add(generator.unet, 2, ["conv1"])
+    with torch.no_grad():
+        for name, parameter in lora.parameters(generator.unet).items():
+            if ".lora_B." in name:
+                parameter += 0.02
+    generator.save_pretrained(tmp_path / "model")
+
+    def shown(strength: str, model: Path) -> float:
+        words = ["--before-after", model, "--data", tmp_path / "crops", "--out", tmp_path / "out", "--crops", 2]
+        words += ["--crop_size", 64, "--noises", 1, "--preset", "light", "--reward_funcs=[psnr_y]", "--metrics=[]"]
+        monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, words), "--strength", strength])
+        assert evaluate.main() == 0
+        _, before, after, *_ = next(
+            line.strip("| ").split(" | ") for line in (tmp_path / "out" / "table.md").read_text().splitlines()
+            if line.startswith("| psnr_y")
+        )  # fmt: skip
+        return abs(float(after) - float(before))
+
+    change = [shown(strength, tmp_path / "model") for strength in ("0", "1", "2")]
+    assert change[0] == 0 < change[1] < change[2]
+    with pytest.raises(ValueError, match="has no LoRA apart; strength 2"):
+        shown("2", trained)
+    with pytest.raises(ValueError, match="strength must be finite"):
+        shown("inf", trained)
 
 
 def test_a_crop_is_counted_once_and_its_photo_is_told(tmp_path, crops, trained):
