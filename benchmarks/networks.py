@@ -61,7 +61,7 @@ def main() -> int:
     p = Parser(prog="python -m benchmarks.networks", description=__doc__)
     p.add_argument("names", nargs="+", choices=NETWORKS, help="networks to tune")
     p.add_argument("--out", type=Path, default=Path("runs/networks"), help="folder of the runs")
-    p.add_argument("--steps", type=PositiveInt, default=200, help="of each of the two stages")
+    p.add_argument("--steps", type=PositiveInt, nargs=2, default=[200, 200], help="of NAOSD and of GDPO")
     p.add_argument("--crop", type=PositiveInt, default=128, help="side of the training crops")
     p.add_argument("--batch", type=PositiveInt, nargs=2, default=[2, 2], help="pictures of a step of NAOSD and of GDPO")
     p.add_argument("--group", type=PositiveInt, default=6, help="samples of a picture in GDPO")
@@ -77,20 +77,20 @@ def main() -> int:
         start, noisy, naosd, gdpo = (folder / part for part in ("start", "noisy", "naosd", "gdpo"))
         if not start.is_dir():
             command("gdpo.convert", NETWORKS[name](), "--out", start)
-        options = ["--max_train_steps", args.steps, "--data.crop_size", args.crop, "--train_batch_size"]
-        train("naosd", start, naosd, [*options, args.batch[0]])
+        options = ["--data.crop_size", args.crop, "--max_train_steps"]
+        train("naosd", start, naosd, [*options, args.steps[0], "--train_batch_size", args.batch[0]])
         if not noisy.is_dir():
             command("gdpo.merge", naosd / "model", "--out", noisy)
         more = ["--num_generations", args.group, "--learning_rate", args.learning_rate]
-        train("gdpo", noisy, gdpo, [*options, args.batch[1], *more])
+        train("gdpo", noisy, gdpo, [*options, args.steps[1], "--train_batch_size", args.batch[1], *more])
         generator = OneStepGenerator.from_pretrained(gdpo / "model")
         result = measure(generator, Options(str(gdpo / "model"), out=str(folder), crops=args.crops, noises=args.noises))
         text = table(result)
         atomic_write(folder / "table.md", text)
         print(f"\n{name}\n\n{text}")
-        about = {"network": name, "parameters": parameters(start), "steps": args.steps, "crop": args.crop}
+        about = {"network": name, "parameters": parameters(start), "steps": args.steps[1], "crop": args.crop}
         about |= {"naosd_batch": args.batch[0], "gdpo_batch": args.batch[1], "group": args.group}
-        about |= {"gdpo_learning_rate": args.learning_rate}
+        about |= {"naosd_steps": args.steps[0], "gdpo_learning_rate": args.learning_rate}
         about |= {"naosd_step_s": step_time(naosd), "gdpo_step_s": step_time(gdpo)}
         if args.write_rows:
             rows.append_row("networks", **about, **result)
