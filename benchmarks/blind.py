@@ -35,6 +35,8 @@ def make(realsr: Path, model: str, against: str, out: Path, every: int, seed: in
         every: take every n-th picture.
         seed: of the order of the two.
     """
+    if "=" not in against and against != "bicubic" and against not in PEERS:
+        raise ValueError(f"against must be NAME=FOLDER, bicubic or one of {', '.join(PEERS)}; got {against!r}")
     models = [model] + ([against] if "=" in against else [])
     nets, _ = networks(models, [against] if against in PEERS else [])
     ours, other = parse_source(model)[0], against.partition("=")[0]
