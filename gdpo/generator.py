@@ -375,8 +375,7 @@ class OneStepGenerator(nn.Module):
         Args:
             strength: 0 drops them, 1 is the trained model; above 1 goes on in the direction of training.
         """
-        if not 0 <= strength < math.inf:
-            raise ValueError(f"strength must be at least 0 and finite; got {strength}")
+        lora.check_strength(strength)
         for module in (self.unet, self.vae):
             if module is not None:
                 lora.merge(module, strength)

@@ -10,7 +10,6 @@ training, further than the trained model (Zheng et al. 2024, arXiv 2404.16792).
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 
@@ -69,8 +68,7 @@ def interpolate(trained: OneStepGenerator, base: OneStepGenerator, strength: flo
     Raises:
         ValueError: the two are not of one architecture, or of other timesteps; strength below 0.
     """
-    if not 0 <= strength < math.inf:
-        raise ValueError(f"strength must be at least 0 and finite; got {strength}")
+    lora.check_strength(strength)
     steps = [(g.t_noise, g.t_diffusion, g.parametrization) for g in (trained, base)]
     weights, others = trained.state_dict(), base.state_dict()
     if steps[0] != steps[1] or {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in others.items()}:

@@ -43,7 +43,7 @@ class Sink:
             left = left[written:]
         if start < self._end:  # the file's size does not show whether this was written
             self._file.seek(start)
-            if _read(self._file, size) != view:
+            if read_back(self._file, size) != view:
                 raise OSError(errno.EIO, "the disk holds something else than was written")
         self._end = max(self._end, self._file.tell())
         return size
@@ -112,11 +112,17 @@ class Sink:
             raise OSError(errno.EIO, f"{size} bytes are on the disk where {self._end} were written")
 
 
-def _read(file: BinaryIO, size: int) -> bytes:
-    """So many bytes of an unbuffered file, or those up to its end."""
+def read_back(file: Any, size: int) -> bytes:
+    """So many bytes that were written before, of an unbuffered file.
+
+    Raises:
+        OSError: the disk lost them.
+    """
     found = bytearray()
     while len(found) < size and (part := file.read(size - len(found))):
         found += part
+    if len(found) < size:
+        raise OSError(errno.EIO, "the disk lost what was written")
     return bytes(found)
 
 

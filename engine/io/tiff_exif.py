@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import struct
 import warnings
@@ -10,7 +9,7 @@ from typing import Any
 
 from PIL import Image, TiffImagePlugin
 
-from engine.io.sink import Sink
+from engine.io.sink import Sink, read_back
 
 # What a TIFF's own directory says about the photo, not about its storage: description, make, model, software, date,
 # artist, copyright; and the pointers to its EXIF and GPS directories.
@@ -53,27 +52,15 @@ def clear_resolution(file: Sink) -> None:
         file.write(struct.pack("<HH", 1, 0))
 
 
-def _read(file: Sink, size: int) -> bytes:
-    """Bytes that were written before.
-
-    Raises:
-        OSError: the disk lost them.
-    """
-    data = file.read(size)
-    if len(data) < size:
-        raise OSError(errno.EIO, "the disk lost what was written")
-    return data
-
-
 def _find(file: Sink, wanted: int) -> int | None:
     """Where a tag stands in the first directory of a TIFF that libvips wrote; None in a BigTIFF, or if it lacks it."""
     file.seek(0)
-    magic, start = struct.unpack("<4sI", _read(file, 8))
+    magic, start = struct.unpack("<4sI", read_back(file, 8))
     if magic != b"II*\0":
         return None
     file.seek(start)
-    (count,) = struct.unpack("<H", _read(file, 2))
-    block = _read(file, 12 * count)
+    (count,) = struct.unpack("<H", read_back(file, 2))
+    block = read_back(file, 12 * count)
     places = (at for at in range(0, len(block), 12) if struct.unpack_from("<H", block, at)[0] == wanted)
     return next((start + 2 + at for at in places), None)
 
@@ -114,13 +101,13 @@ def _append_directory(file: Sink, exif: bytes | None, blocks: dict[int, bytes | 
     if exif:
         said.load(exif)
     file.seek(0)
-    magic, start = struct.unpack("<4sI", _read(file, 8))
+    magic, start = struct.unpack("<4sI", read_back(file, 8))
     end = file.seek(0, io.SEEK_END)
     if magic != b"II*\0" or end + sum(len(block or b"") for block in (exif, *blocks.values())) > 0xFFFF0000:
         return False  # BigTIFF, or no room for another offset of 32 bits
     file.seek(start)
-    (count,) = struct.unpack("<H", _read(file, 2))
-    old = [_read(file, 12) for _ in range(count)]
+    (count,) = struct.unpack("<H", read_back(file, 2))
+    old = [read_back(file, 12) for _ in range(count)]
     entries = {struct.unpack_from("<H", entry)[0]: entry for entry in old}
     end = file.seek(end + end % 2)
 

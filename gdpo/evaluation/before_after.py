@@ -10,7 +10,6 @@ interval over crops, the raw scores, scores that training did not optimise (`met
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -193,8 +192,7 @@ HELP = "a model that gdpo.train gdpo made: compare it with what it was before"
 def main() -> int:
     """Measure, print the table, write table.md and sheet.png."""
     options = Options(**vars(parser().parse_args()))
-    if not math.isfinite(options.strength):
-        raise ValueError(f"strength must be finite; got {options.strength}")
+    lora.check_strength(options.strength)
     if options.write_rows:
         rows.require_clean()
     generator = OneStepGenerator.from_pretrained(options.model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,15 +64,14 @@ class PixelCodec(nn.Module):
 class _Autoencoder(nn.Module):
     """One of diffusers'; `levels` are the channels at each of its resolutions."""
 
+    encode: Callable[..., torch.Tensor]
+
     def __init__(self, vae: Any, levels: Sequence[int]):
         super().__init__()
         self.vae: Any = vae
         self.scaling = float(vae.config.scaling_factor)
         self.factor = 2 ** (len(levels) - 1)
         self.channels = int(vae.config.latent_channels)
-
-    def encode(self, images: torch.Tensor, sample_posterior: bool = False) -> torch.Tensor:
-        raise NotImplementedError
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return self.vae.decode(latents / self.scaling).sample

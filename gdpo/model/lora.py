@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -168,6 +169,12 @@ def _merge_pair(module: Any, plain: Any, strength: float, adapter: str) -> None:
 
 
 @torch.no_grad()
+def check_strength(strength: float) -> None:
+    """Refuse a strength that is below 0 or not finite: ValueError."""
+    if not 0 <= strength < math.inf:
+        raise ValueError(f"strength must be at least 0 and finite; got {strength}")
+
+
 def scale(model: Any, strength: float, adapter: str = "default") -> None:
     """Make the live adapter's change `strength` times what it was.
 

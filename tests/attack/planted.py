@@ -50,18 +50,18 @@ FAULTS = [
         ":",
         f"{IN_FILES}::test_leftovers_of_killed_runs_go_and_nothing_else_does",
     ),
-    Fault(SINK, "if start < self._end:", "if False:", "tests/engine/test_formats.py::test_no_write_is_lost_in_silence"),
+    Fault(SINK, "if start < self._end:", "if False:", "tests/engine/test_sink.py::test_no_write_is_lost_in_silence"),
     Fault(
         SINK,
         "            left = left[written:]\n",
         "            break\n",
-        "tests/engine/test_formats.py::test_a_full_disk_loses_no_picture_in_silence",
+        "tests/engine/test_sink.py::test_a_full_disk_loses_no_picture_in_silence",
     ),
     Fault(
         SINK,
         "        if size != self._end:\n",
         "        if False:\n",
-        "tests/engine/test_formats.py::test_writes_that_a_disk_swallows_are_seen_by_the_size",
+        "tests/engine/test_sink.py::test_writes_that_a_disk_swallows_are_seen_by_the_size",
     ),
     Fault(
         FOLDERS,

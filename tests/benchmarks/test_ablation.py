@@ -122,7 +122,7 @@ def test_a_strength_goes_further_than_training(tmp_path, crops, trained, monkeyp
     assert change[0] == 0 < change[1] < change[2]
     with pytest.raises(ValueError, match="has no LoRA apart; strength 2"):
         shown("2", trained)
-    with pytest.raises(ValueError, match="strength must be finite"):
+    with pytest.raises(ValueError, match="strength must be at least 0 and finite"):
         shown("inf", trained)
 
 

@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
+import pytest
 import pyvips
 from PIL import Image, ImageCms
 
@@ -21,6 +22,12 @@ PACKAGES = {"JXL": "pillow_jxl", "HEIC": "pillow_heif"}  # format -> what reads 
 def installed(kind: str) -> bool:
     """Whether what reads a format is installed."""
     return kind not in PACKAGES or importlib.util.find_spec(PACKAGES[kind]) is not None
+
+
+def needs(kind: str) -> None:
+    """Skip the test where a format's codec is not installed."""
+    if not installed(kind):
+        pytest.skip(f"{kind} needs the extra `formats`")
 
 
 def gradient(height: int = 24, width: int = 37, dtype: type = np.uint8) -> np.ndarray:
