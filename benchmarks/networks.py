@@ -2,9 +2,9 @@
 
     python -m benchmarks.networks animevideov3 dat-light --write-rows
 
-For each: gdpo.convert, a short NAOSD, gdpo.merge, GDPO, and the comparison on held-out crops; with --write-rows, a row
-in benchmarks/results/networks.jsonl. After an interruption the same command goes on where it stopped. The crops are
-those of configs/tiny-naosd.yaml.
+For each: gdpo.convert, a short NAOSD, gdpo.merge (or, with --noise, gdpo.convert --noise alone), GDPO, and the
+comparison on held-out crops; with --write-rows, a row in benchmarks/results/networks.jsonl. After an interruption the
+same command goes on where it stopped. The crops are those of configs/tiny-naosd.yaml.
 """
 
 from __future__ import annotations
@@ -66,6 +66,10 @@ def main() -> int:
     p.add_argument("--batch", type=PositiveInt, nargs=2, default=[2, 2], help="pictures of a step of NAOSD and of GDPO")
     p.add_argument("--group", type=PositiveInt, default=6, help="samples of a picture in GDPO")
     p.add_argument("--learning-rate", type=PositiveFloat, default=1e-4, help="of GDPO; transformers want a smaller one")
+    p.add_argument("--beta", type=PositiveFloat, default=5000, help="of GDPO; a smaller one where samples differ much")
+    p.add_argument(
+        "--noise", type=PositiveFloat | None, help="the network sees so much noise on its LR (8-bit levels): no NAOSD"
+    )
     p.add_argument("--crops", type=PositiveInt, default=64, help="held-out crops of the comparison")
     p.add_argument("--noises", type=PositiveInt, default=4, help="samples of each model per crop")
     p.add_argument("--write-rows", action="store_true", help="append to benchmarks/results/networks.jsonl")
@@ -75,23 +79,28 @@ def main() -> int:
     for name in args.names:
         folder = args.out / name
         start, noisy, naosd, gdpo = (folder / part for part in ("start", "noisy", "naosd", "gdpo"))
-        if not start.is_dir():
-            command("gdpo.convert", NETWORKS[name](), "--out", start)
         options = ["--data.crop_size", args.crop, "--max_train_steps"]
-        train("naosd", start, naosd, [*options, args.steps[0], "--train_batch_size", args.batch[0]])
-        if not noisy.is_dir():
+        if not noisy.is_dir() and args.noise:
+            command("gdpo.convert", NETWORKS[name](), "--noise", args.noise, "--out", noisy)
+        elif not noisy.is_dir():
+            if not start.is_dir():
+                command("gdpo.convert", NETWORKS[name](), "--out", start)
+            train("naosd", start, naosd, [*options, args.steps[0], "--train_batch_size", args.batch[0]])
             command("gdpo.merge", naosd / "model", "--out", noisy)
-        more = ["--num_generations", args.group, "--learning_rate", args.learning_rate]
+        more = ["--num_generations", args.group, "--learning_rate", args.learning_rate, "--beta", args.beta]
         train("gdpo", noisy, gdpo, [*options, args.steps[1], "--train_batch_size", args.batch[1], *more])
         generator = OneStepGenerator.from_pretrained(gdpo / "model")
         result = measure(generator, Options(str(gdpo / "model"), out=str(folder), crops=args.crops, noises=args.noises))
         text = table(result)
         atomic_write(folder / "table.md", text)
         print(f"\n{name}\n\n{text}")
-        about = {"network": name, "parameters": parameters(start), "steps": args.steps[1], "crop": args.crop}
-        about |= {"naosd_batch": args.batch[0], "gdpo_batch": args.batch[1], "group": args.group}
-        about |= {"naosd_steps": args.steps[0], "gdpo_learning_rate": args.learning_rate}
-        about |= {"naosd_step_s": step_time(naosd), "gdpo_step_s": step_time(gdpo)}
+        about = {"network": name, "parameters": parameters(noisy), "steps": args.steps[1], "crop": args.crop}
+        about |= {"gdpo_batch": args.batch[1], "group": args.group, "gdpo_learning_rate": args.learning_rate}
+        about |= {"beta": args.beta, "gdpo_step_s": step_time(gdpo)}
+        if args.noise:
+            about |= {"noise": args.noise}
+        else:
+            about |= {"naosd_steps": args.steps[0], "naosd_batch": args.batch[0], "naosd_step_s": step_time(naosd)}
         if args.write_rows:
             rows.append_row("networks", **about, **result)
     return 0

@@ -131,15 +131,19 @@ class OneStepGenerator(nn.Module):
             return cls(fresh_unet(config or TinyUNetConfig()), PixelCodec(4), parametrization="residual", **kwargs)
 
     @classmethod
-    def of_network(cls, name: str, blocks: Sequence[int] | None = None, **kwargs) -> OneStepGenerator:
+    def of_network(
+        cls, name: str, blocks: Sequence[int] | None = None, noise: float = 0.0, **kwargs
+    ) -> OneStepGenerator:
         """A generator that gives a published x4 or x2 network's own picture, whatever the noise, until it is trained.
 
         Args:
             name: a file of weights, or a name of gdpo.model.spandrel_networks.PUBLISHED, which gdpo.assets has fetched.
             blocks: keep these of an RRDBNet's residual blocks alone; None: all.
+            noise: above 0, the network sees its LR with so much noise (standard deviation, 8-bit levels).
 
         Raises:
-            FileNotFoundError, ValueError, RuntimeError: see gdpo.model.spandrel_networks.load_network.
+            FileNotFoundError, ValueError, RuntimeError: see gdpo.model.spandrel_networks.load_network; a generator
+                without noise (t_noise -1) has none to see.
         """
         file = Path(name)
         if name in PUBLISHED:
@@ -151,6 +155,10 @@ class OneStepGenerator(nn.Module):
         unet = NetworkUNet(network, source)
         generator = cls(unet, PixelCodec(4), parametrization="residual", **kwargs).requires_grad_(False).eval()
         unet.signal = math.sqrt(generator.a_n)
+        if noise:
+            if generator.t_noise == NO_NOISE:
+                raise ValueError(f"noise {noise:g} for the network to see, but t_noise {NO_NOISE} adds none")
+            unet.see_noise(noise)
         unet.check()
         return generator
 

@@ -2,7 +2,8 @@
 
 It draws the network's own picture of the LR. The LR is a function of the condition, its bicubic enlargement, and is
 solved for: to the bit, for 8-bit pictures. The noise enters beside the picture, by channels of the network's first
-convolution that start at zero: an untrained generator gives the network's pixels whatever the noise.
+convolution that start at zero: an untrained generator gives the network's pixels whatever the noise. Or the
+network sees the noise on its LR from the start (`see_noise`): one trained as a GAN answers it with other texture.
 
 A x2 network is applied twice; the noise enters the first time.
 """
@@ -214,6 +215,26 @@ class NetworkUNet(nn.Module):
             if not torch.equal(changed(sample, 0).sample, loaded(sample, 0).sample):
                 raise ValueError(f"{self.architecture}: derives weights from others, so training them is not supported")
         return self
+
+    def see_noise(self, level: float) -> None:
+        """Have the network see its LR with the noise on it: a standard deviation of `level`, of 8-bit levels.
+
+        The noise of a latent [B,48,h,w] is pooled to the LR's pixels, and its channels are given the weights of the
+        picture's own in the first convolution. What is added to the picture elsewhere (a skip from it) stays clean.
+
+        Raises:
+            ValueError: a network whose first convolution takes more than the picture.
+        """
+        picture: Any = self.network.get_submodule(self.first).weight
+        if picture.shape[1] != 3 * self.unshuffle**2:
+            raise ValueError(
+                f"{self.architecture}: its first convolution takes {picture.shape[1]} channels, "
+                f"not the {3 * self.unshuffle**2} of the picture, so it cannot see noise on it"
+            )
+        scale = level / 255 / math.sqrt(1 - self.signal**2) / math.sqrt(CHANNELS // 3)
+        channels = picture.detach().unflatten(1, (3, 1, self.unshuffle**2)).expand(-1, -1, CHANNELS // 3, -1, -1, -1)
+        with torch.no_grad():
+            self.noise.weight.copy_(channels.flatten(1, 3) * scale)
 
     def fold(self, timestep: int) -> None:
         """Nothing depends on the timestep."""

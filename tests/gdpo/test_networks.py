@@ -138,6 +138,38 @@ def test_a_folder_gives_the_networks_pixels_whatever_the_noise(name, tmp_path):
         assert not torch.equal(generator.decode(generator.predict(latents, noise).x0), drawn)
 
 
+@pytest.mark.parametrize("name", ["ESRGAN", "ESRGAN x2"])
+def test_a_network_can_see_the_noise_on_its_lr(name, tmp_path):
+    """The same as the network's picture of the LR with the pooled noise on it: ESRGAN has no skip from the LR."""
+    net = NETWORKS[name]()
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    convert(tmp_path / "net.pth", tmp_path / "model", noise=2.0)
+    unet = OneStepGenerator.from_pretrained(tmp_path / "model").unet
+    lr, rng = to_tensor(photo(32, 48)), torch.Generator().manual_seed(0)
+    amount = (1 - unet.signal**2) ** 0.5  # of the noise in a noisy latent
+    noise = torch.randn(1, 48, 32, 48, generator=rng) * amount
+    on_the_lr = noise.unflatten(1, (3, 16)).mean(2) * (2 * 4 / amount / 255)
+    assert on_the_lr.std() * 255 == pytest.approx(2, rel=0.05)
+    with torch.no_grad():
+        expected = net(lr + on_the_lr)
+        if "x2" in name:
+            expected = net(expected.clamp(0, 1))
+        drawn, change = unet.draw(lr, noise), (expected - unet.draw(lr)).abs().max()
+    torch.testing.assert_close(drawn, expected, atol=1e-6, rtol=0)
+    assert change > 2e-5
+
+
+def test_noise_where_there_is_none_to_see_is_refused(file, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"noise 2 for the network to see, but t_noise -1 adds none"):
+        convert(file, tmp_path / "model", noise=2.0, t_noise=-1)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="is not a network; --noise is what a network sees on its LR"):
+        convert(tmp_path / "folder", tmp_path / "model", noise=2.0)
+    monkeypatch.setattr(sys, "argv", ["convert", "model", "--noise=2", "--out", str(tmp_path / "n.safetensors")])
+    with pytest.raises(ValueError, match="--blocks and --noise make a model folder"):
+        main()
+
+
 def test_the_engine_gives_the_networks_pixels(file, tmp_path):
     from engine import Upscaler
     from engine.export.generator import export_generator
@@ -227,7 +259,7 @@ def test_some_blocks_of_a_network_are_a_network(tmp_path):
 
 def test_blocks_of_what_has_none_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["convert", "model", "--blocks=[0]", "--out", str(tmp_path / "n.safetensors")])
-    with pytest.raises(ValueError, match="--blocks makes a model folder"):
+    with pytest.raises(ValueError, match="--blocks and --noise make a model folder"):
         main()
     save_file(compact().state_dict(), tmp_path / "net.safetensors")
     with pytest.raises(ValueError, match=r"only the blocks of an RRDBNet can be chosen"):
