@@ -9,6 +9,7 @@ same command goes on where it stopped. The crops are those of configs/tiny-naosd
 
 from __future__ import annotations
 
+import json
 import statistics
 import subprocess
 import sys
@@ -66,6 +67,7 @@ def main() -> int:
     p.add_argument("--batch", type=PositiveInt, nargs=2, default=[2, 2], help="pictures of a step of NAOSD and of GDPO")
     p.add_argument("--group", type=PositiveInt, default=6, help="samples of a picture in GDPO")
     p.add_argument("--learning-rate", type=PositiveFloat, default=1e-4, help="of GDPO; transformers want a smaller one")
+    p.add_argument("--rewards", nargs="+", default=["psnr_y", "naturalness"], help="of GDPO and of the comparison")
     p.add_argument("--beta", type=PositiveFloat, default=5000, help="of GDPO; a smaller one where samples differ much")
     p.add_argument(
         "--noise", type=PositiveFloat | None, help="the network sees so much noise on its LR (8-bit levels): no NAOSD"
@@ -88,15 +90,17 @@ def main() -> int:
             train("naosd", start, naosd, [*options, args.steps[0], "--train_batch_size", args.batch[0]])
             command("gdpo.merge", naosd / "model", "--out", noisy)
         more = ["--num_generations", args.group, "--learning_rate", args.learning_rate, "--beta", args.beta]
+        more += ["--reward_funcs", json.dumps(args.rewards)]
         train("gdpo", noisy, gdpo, [*options, args.steps[1], "--train_batch_size", args.batch[1], *more])
         generator = OneStepGenerator.from_pretrained(gdpo / "model")
-        result = measure(generator, Options(str(gdpo / "model"), out=str(folder), crops=args.crops, noises=args.noises))
+        how = {"out": str(folder), "crops": args.crops, "noises": args.noises, "reward_funcs": tuple(args.rewards)}
+        result = measure(generator, Options(str(gdpo / "model"), **how))
         text = table(result)
         atomic_write(folder / "table.md", text)
         print(f"\n{name}\n\n{text}")
         about = {"network": name, "parameters": parameters(noisy), "steps": args.steps[1], "crop": args.crop}
         about |= {"gdpo_batch": args.batch[1], "group": args.group, "gdpo_learning_rate": args.learning_rate}
-        about |= {"beta": args.beta, "gdpo_step_s": step_time(gdpo)}
+        about |= {"beta": args.beta, "rewards": args.rewards, "gdpo_step_s": step_time(gdpo)}
         if args.noise:
             about |= {"noise": args.noise}
         else:

@@ -122,7 +122,7 @@ def networks() -> str:
         raise ValueError("benchmarks/results/networks.jsonl has no row: measure first")
     known = {"reward": 2, "psnr_y": 2, "naturalness": 2, "brisque": 1, "oversharpening": 2}  # name -> digits
     keys = {k: d for k, d in known.items() if all(f"{k}_gain" in row for row in found.values())}
-    head = ["", "parameters", "steps", *keys]
+    head = ["", "parameters", "steps", "rewards", *keys]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, row in found.items():
         cells = [
@@ -131,7 +131,9 @@ def networks() -> str:
             )
             for key, digits in keys.items()
         ]
-        lines.append("| " + " | ".join([name, f"{row['parameters'] / 1e6:.2f} M", str(row["steps"]), *cells]) + " |")
+        about = [name, f"{row['parameters'] / 1e6:.2f} M", str(row["steps"])]
+        about.append(", ".join(row.get("rewards", ["psnr_y", "naturalness"])))  # the only ones, before rows told them
+        lines.append("| " + " | ".join([*about, *cells]) + " |")
     return "\n".join(lines)
 
 
