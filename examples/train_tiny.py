@@ -22,14 +22,23 @@ from gdpo.generator import OneStepGenerator
 CROPS = Path("data/crops")
 FIRST = {"tiny-naosd": "naosd", "tiny-naosd-2": "naosd", "tiny-gdpo": "gdpo"}
 TINY = {"tiny-gdpo-2": "gdpo"}
-FAITHFUL = {"tiny-naosd-3": "naosd", "tiny-naosd-4": "naosd"}
-BLEND = 0.75  # of the trained weights, the rest of others: after the first GDPO, and at the end of faithful
+SAFE = {"tiny-naosd-3": "naosd", "tiny-naosd-4": "naosd"}
+SHARP = {"tiny-gdpo-3": "gdpo"}
+FAITHFUL = {"tiny-naosd-5": "naosd", "tiny-naosd-6": "naosd", "tiny-gdpo-4": "gdpo"}
+BLEND = 0.75  # of the trained weights, the rest of others: after the first GDPO, and where clean photos are safe
 NOISE = 1.75  # times the noise that the network sees: fewer dots, and groups of samples that differ more
-STRENGTH = 1.5  # of the second GDPO's change, chosen on held-out crops
+STRENGTH = 1.5  # of the second and third GDPO's change, chosen on held-out crops
+MIXTURE = 0.65  # of tiny in the model that the third GDPO starts from
+STUDENT, MORE_NOISE, LAST = 0.7, 1.2, 0.6  # of faithful: share beside its teacher, noise of a stage, last strength
 NOTES = {  # stage -> what is done with its weights
     "tiny-gdpo": f"{BLEND:.0%} of these weights and the rest of the published network's",
     "tiny-gdpo-2": f"started with {NOISE:g} times the noise; {STRENGTH:g} times what training changed",
     "tiny-naosd-4": f"{BLEND:.0%} of these weights and the rest of the stage before",
+    "tiny-gdpo-3": f"from {MIXTURE:.0%} of tiny-gdpo-2 and the rest of tiny-naosd-4; {STRENGTH:g} times the "
+    "change: the teacher of what follows",
+    "tiny-naosd-5": f"from tiny-naosd-4, {NOISE:g} times the noise; {STUDENT:.0%} of these weights "
+    "and the rest of the teacher's",
+    "tiny-gdpo-4": f"{LAST:.0%} of what training changed",
 }
 CARD = """# {title} of GDPO-SR
 
@@ -70,16 +79,21 @@ def train(stages: dict[str, str]) -> None:
         run("gdpo.train", method, "--config", f"configs/{name}.yaml", "--resume_from_checkpoint", "auto")
 
 
-def blend(model: str, *, base: str, out: str | Path) -> None:
-    """BLEND of a model's weights, the rest from what it was trained from."""
-    run("gdpo.merge", model, "--base", base, "--strength", BLEND, "--out", out, "--overwrite")
+def blend(model: str, *, base: str, out: str | Path, share: float = BLEND) -> None:
+    """A share of a model's weights, the rest from another."""
+    run("gdpo.merge", model, "--base", base, "--strength", share, "--out", out, "--overwrite")
 
 
-def noisier(model: str, out: str) -> None:
-    """A compact model that sees NOISE times the noise."""
+def merge(stage: str, *, strength: float, out: str) -> None:
+    """What a GDPO stage trained, in the weights."""
+    run("gdpo.merge", f"runs/{stage}/model", "--strength", strength, "--out", out, "--overwrite")
+
+
+def noisier(model: str, out: str, times: float = NOISE) -> None:
+    """A compact model that sees so many times the noise."""
     generator = OneStepGenerator.from_pretrained(model)
     with torch.no_grad():
-        generator.unet.grain.weight.mul_(NOISE)
+        generator.unet.grain.weight.mul_(times)
     generator.save_pretrained(Path(out))
 
 
@@ -131,18 +145,30 @@ def main() -> None:
     run("gdpo.targets", "--config", "configs/tiny-naosd.yaml")
     train(FIRST)
     # A quarter of the published network's weights: cleaner edges, less speckle (docs/results.md, the blind choice).
-    run("gdpo.merge", "runs/tiny-gdpo/model", "--out", "runs/tiny-merged", "--overwrite")
+    merge("tiny-gdpo", strength=1, out="runs/tiny-merged")
     blend("runs/tiny-merged", base="compact", out="runs/tiny-blended")
     # More of the noise, then rewards for features, fidelity and detail (docs/results.md, what GDPO gains).
     noisier("runs/tiny-blended", "runs/tiny-noisier")
     train(TINY)
-    run("gdpo.merge", "runs/tiny-gdpo-2/model", "--strength", STRENGTH, "--out", "runs/tiny", "--overwrite")
+    merge("tiny-gdpo-2", strength=STRENGTH, out="runs/tiny")
     export("The tiny generator", FIRST | TINY, Path("runs/tiny"), out / "tiny")
     # From before that: clean photos, then the texture that this costs; a quarter of the weights in between are closer
     # to bicubic.
-    train(FAITHFUL)
-    blend("runs/tiny-naosd-4/model", base="runs/tiny-naosd-3/model", out="runs/faithful")
-    export("The faithful generator", FIRST | FAITHFUL, Path("runs/faithful"), out / "faithful")
+    train(SAFE)
+    blend("runs/tiny-naosd-4/model", base="runs/tiny-naosd-3/model", out="runs/safe")
+    noisier("runs/safe", "runs/safe-noisier")
+    # Between the two, GDPO makes a teacher that is sharp on degraded input; the safe model learns that, and no more.
+    blend("runs/tiny", base="runs/safe-noisier", out="runs/tiny-mixed", share=MIXTURE)
+    train(SHARP)
+    merge("tiny-gdpo-3", strength=STRENGTH, out="runs/tiny-sharp")
+    train({"tiny-naosd-5": "naosd"})
+    blend("runs/tiny-naosd-5/model", base="runs/tiny-sharp", out="runs/faithful-blended", share=STUDENT)
+    noisier("runs/faithful-blended", "runs/faithful-start", MORE_NOISE)
+    train({"tiny-naosd-6": "naosd"})
+    noisier("runs/tiny-naosd-6/model", "runs/faithful-noisier", MORE_NOISE)
+    train({"tiny-gdpo-4": "gdpo"})
+    merge("tiny-gdpo-4", strength=LAST, out="runs/faithful")
+    export("The faithful generator", FIRST | TINY | SAFE | SHARP | FAITHFUL, Path("runs/faithful"), out / "faithful")
     print(f"Try it: python -m engine.upscale PHOTO OUT --model {out / 'tiny'}", file=sys.stderr)
 
 
