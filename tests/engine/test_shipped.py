@@ -33,7 +33,23 @@ def small_and_noisy(photo: np.ndarray, sigma: float) -> np.ndarray:
     return small.clip(0, 255).round().astype(np.uint8)
 
 
-@pytest.mark.parametrize(("name", "y", "x"), [("astronaut", 20, 120), ("chelsea", 20, 100), ("coffee", 120, 200)])
+PHOTOS = pytest.mark.parametrize(
+    ("name", "y", "x"), [("astronaut", 20, 120), ("chelsea", 20, 100), ("coffee", 120, 200)]
+)
+
+
+@PHOTOS
+def test_faithful_is_closer_than_bicubic_to_a_photo_that_was_only_reduced(name, y, x):
+    from skimage import data
+
+    photo = np.ascontiguousarray(getattr(data, name)()[y : y + 256, x : x + 256])
+    small = resize(photo, (64, 64))
+    ours = Upscaler.load("faithful", threads=1).upscale(small, seed=0)
+    errors = [np.square(p.astype(float) - photo).mean() for p in (ours, resize(small, (256, 256)))]
+    assert errors[0] < 0.97 * errors[1]
+
+
+@PHOTOS
 def test_it_sharpens_clean_photos_and_cleans_noisy_ones(up, name, y, x):
     from skimage import data
 
