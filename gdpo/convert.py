@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
 
 from engine.io.cli import Parser, run
 from engine.io.folders import check_target
@@ -52,7 +52,7 @@ def convert(
     t_noise: int | None = None,
     t_diffusion: int | None = None,
     blocks: Sequence[int] | None = None,
-    noise: float | None = None,
+    noise: float = 0.0,
     overwrite: bool = False,
 ) -> None:
     """Write the model folder `out` of released weights, whole or not at all. No pickle is executed.
@@ -66,7 +66,7 @@ def convert(
         t_noise, t_diffusion: timesteps to remember; None means the paper's 250 and 100, or OSEDiff's for its file.
         blocks: keep these of a network's residual blocks alone (an RRDBNet's, such as Real-ESRGAN x4plus).
         noise: the network sees its LR with so much noise on it (standard deviation, 8-bit levels), so that the samples
-            of a picture differ without a NAOSD; None: none, until NAOSD has taught it to use the noise.
+            of a picture differ without a NAOSD; 0: none, until NAOSD has taught it to use the noise.
         overwrite: replace an `out` that holds a model.
 
     Raises:
@@ -76,20 +76,21 @@ def convert(
     if not released.exists() and released.name == str(released) and is_engine(BUNDLED / released):
         released = BUNDLED / released
     target = check_target(out, overwrite, released, *([] if base is None else [base]))
-    if not (base is None and not released.is_dir() and is_network(str(released))):
-        if blocks is not None:
-            raise ValueError(f"{released} is not a network; --blocks chooses blocks of a network")
-        if noise is not None:
-            raise ValueError(f"{released} is not a network; --noise is what a network sees on its LR")
+    network = not released.is_dir() and is_network(str(released))
+    for option, given in (("--blocks", blocks is not None), ("--noise", bool(noise))):
+        if given and (network and base is not None):
+            raise ValueError(f"{option} is for a network, and a network takes no --base; leave one of them out")
+        if given and released.exists() and not network:
+            raise ValueError(f"{released} is not a network, and {option} is for networks alone")
     if (released / "manifest.json").is_file():
         if (base, t_noise, t_diffusion) != (None, None, None):
             raise ValueError(f"{released} is an exported model, whole as it is: no --base, --t-noise, --t-diffusion")
         generator = from_export(released)
     elif released.is_dir():
         generator = _from_folder(released, None if base is None else Path(base), t_noise, t_diffusion)
-    elif base is None and is_network(str(released)):
+    elif base is None and network:
         timesteps = {"t_noise": t_noise, "t_diffusion": t_diffusion}
-        generator = OneStepGenerator.of_network(str(released), blocks, noise or 0.0, **timesteps)
+        generator = OneStepGenerator.of_network(str(released), blocks, noise, **timesteps)
     else:
         unet, vae, osediff = read_released(released)
         if base is None:
@@ -262,14 +263,15 @@ def main() -> None:
     )
     parser.add_argument(
         "--noise",
-        type=PositiveFloat | None,
+        type=NonNegativeFloat,
+        default=0.0,
         help="noise that a network sees on its LR, a standard deviation in 8-bit levels such as 1.3: the samples of a "
-        "picture differ from the start (default: none; NAOSD teaches the network to use it)",
+        "picture differ from the start (default: 0, none; NAOSD teaches the network to use it)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an --out that holds a model")
     args = parser.parse_args()
     if Path(args.out).suffix == ".safetensors":
-        if args.blocks is not None or args.noise is not None:
+        if args.blocks is not None or args.noise:
             raise ValueError("--blocks and --noise make a model folder; --out must not end in .safetensors")
         name = to_network(args.released, args.out, seed=args.seed, overwrite=args.overwrite)
         print(f"{args.out}: {args.released} as a network of spandrel's architecture {name}")

@@ -139,11 +139,11 @@ class OneStepGenerator(nn.Module):
         Args:
             name: a file of weights, or a name of gdpo.model.spandrel_networks.PUBLISHED, which gdpo.assets has fetched.
             blocks: keep these of an RRDBNet's residual blocks alone; None: all.
-            noise: above 0, the network sees its LR with so much noise (standard deviation, 8-bit levels).
+            noise: the network sees its LR with so much noise (standard deviation, 8-bit levels, at most 64); 0: none.
 
         Raises:
-            FileNotFoundError, ValueError, RuntimeError: see gdpo.model.spandrel_networks.load_network; a generator
-                without noise (t_noise -1) has none to see.
+            FileNotFoundError, ValueError, RuntimeError: see gdpo.model.spandrel_networks.load_network and
+                NetworkUNet.see_noise; a generator without noise (t_noise -1) has none to see.
         """
         file = Path(name)
         if name in PUBLISHED:

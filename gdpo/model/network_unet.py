@@ -25,6 +25,8 @@ from gdpo.model.spandrel_networks import Network, network_of
 from gdpo.model.tiny import UNetOutput
 
 CHANNELS = 48  # of a latent: 3 colours, unshuffled by 4
+_PIXELS = CHANNELS // 3  # of the enlarged picture in one of the LR
+_MOST_NOISE = 64  # 8-bit levels
 _STEPS, _RATE = 6, 1.35  # of `Recovery`: the worst error, of black and white noise, is then 0.085 of an 8-bit level
 _NEAR = 0.1  # of an 8-bit level: so near to a whole one counts as that
 _SIDE = 16  # of the picture that a network is tried on
@@ -223,18 +225,35 @@ class NetworkUNet(nn.Module):
         picture's own in the first convolution. What is added to the picture elsewhere (a skip from it) stays clean.
 
         Raises:
-            ValueError: a network whose first convolution takes more than the picture.
+            ValueError: a level that is not above 0 and at most 64; a network that does more with the LR before its
+                first convolution than to scale it.
         """
-        picture: Any = self.network.get_submodule(self.first).weight
-        if picture.shape[1] != 3 * self.unshuffle**2:
+        if not 0 < level <= _MOST_NOISE:
+            raise ValueError(f"noise must be above 0 and at most {_MOST_NOISE} levels of 255; got {level}")
+        dark, bright = (torch.full((1, 3, self.multiple * _SIDE, self.multiple * _SIDE), v) for v in (0.25, 0.75))
+        gain = (self._first_input(bright) - self._first_input(dark)) / 0.5
+        first: Any = self.network.get_submodule(self.first)
+        plain = first.in_channels == 3 * self.unshuffle**2 and not self.extra and first.groups == 1
+        if not plain or (gain - gain.mean()).abs().max() > 1e-3 * gain.mean().abs():
             raise ValueError(
-                f"{self.architecture}: its first convolution takes {picture.shape[1]} channels, "
-                f"not the {3 * self.unshuffle**2} of the picture, so it cannot see noise on it"
+                f"{self.architecture}: does more with a picture before its first convolution than to scale it, so it "
+                "cannot see noise there; without --noise, NAOSD teaches it to use the noise"
             )
-        scale = level / 255 / math.sqrt(1 - self.signal**2) / math.sqrt(CHANNELS // 3)
-        channels = picture.detach().unflatten(1, (3, 1, self.unshuffle**2)).expand(-1, -1, CHANNELS // 3, -1, -1, -1)
+        scale = float(gain.mean()) * level / 255 / math.sqrt(1 - self.signal**2) / math.sqrt(_PIXELS)
+        weight = first.weight.detach().unflatten(1, (3, 1, self.unshuffle**2)).expand(-1, -1, _PIXELS, -1, -1, -1)
         with torch.no_grad():
-            self.noise.weight.copy_(channels.flatten(1, 3) * scale)
+            self.noise.weight.copy_(weight.flatten(1, 3) * scale)
+
+    def _first_input(self, picture: Tensor) -> Tensor:
+        """What the first convolution gets of a picture [B,3,h,w]."""
+        seen: list[Tensor] = []
+        hook = self.network.get_submodule(self.first).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            with torch.no_grad():
+                self.network(picture.clone())
+        finally:
+            hook.remove()
+        return seen[0]
 
     def fold(self, timestep: int) -> None:
         """Nothing depends on the timestep."""
