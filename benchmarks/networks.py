@@ -9,6 +9,7 @@ same command goes on where it stopped. The crops are those of configs/tiny-naosd
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import subprocess
@@ -46,11 +47,31 @@ def command(*words: Any) -> None:
         sys.exit(status)
 
 
-def train(stage: str, model: Path, out: Path, options: list[Any]) -> None:
-    """A stage of configs/network-*.yaml, or the rest of it."""
+def train(stage: str, model: Path, out: Path, options: dict[str, Any]) -> None:
+    """A stage of configs/network-*.yaml, or the rest of it.
+
+    Raises:
+        ValueError: `out` holds a run with other options.
+    """
+    if (out / "config.json").is_file():
+        found = json.loads((out / "config.json").read_text("utf-8"))
+        for name, value in {"model.pretrained": str(model), **options}.items():
+            had = functools.reduce(lambda part, key: part[key], name.split("."), found)
+            if had != value:
+                raise ValueError(f"{out} was trained with {name} {had}, not {value}; give another --out")
     if not (out / "model").is_dir():
         words = ["--config", f"configs/network-{stage}.yaml", "--model.pretrained", model, "--output_dir", out]
-        command("gdpo.train", stage, *words, "--resume_from_checkpoint", "auto", *options)
+        words += [word for name, value in options.items() for word in (f"--{name}", json.dumps(value))]
+        command("gdpo.train", stage, *words, "--resume_from_checkpoint", "auto")
+
+
+def options(args: Any, stage: int) -> dict[str, Any]:
+    """What both stages take."""
+    return {
+        "data.crop_size": args.crop,
+        "max_train_steps": args.steps[stage],
+        "train_batch_size": args.batch[stage],
+    }
 
 
 def step_time(out: Path) -> float:
@@ -80,18 +101,17 @@ def main() -> int:
         rows.require_clean()
     for name in args.names:
         folder = args.out / name
-        start, noisy, naosd, gdpo = (folder / part for part in ("start", "noisy", "naosd", "gdpo"))
-        options = ["--data.crop_size", args.crop, "--max_train_steps"]
-        if not noisy.is_dir() and args.noise:
+        start, naosd, gdpo = (folder / part for part in ("start", "naosd", "gdpo"))
+        noisy = folder / (f"noise-{args.noise:g}" if args.noise else "noisy")
+        if args.noise and not noisy.is_dir():
             command("gdpo.convert", NETWORKS[name](), "--noise", args.noise, "--out", noisy)
         elif not noisy.is_dir():
             if not start.is_dir():
                 command("gdpo.convert", NETWORKS[name](), "--out", start)
-            train("naosd", start, naosd, [*options, args.steps[0], "--train_batch_size", args.batch[0]])
+            train("naosd", start, naosd, options(args, 0))
             command("gdpo.merge", naosd / "model", "--out", noisy)
-        more = ["--num_generations", args.group, "--learning_rate", args.learning_rate, "--beta", args.beta]
-        more += ["--reward_funcs", json.dumps(args.rewards)]
-        train("gdpo", noisy, gdpo, [*options, args.steps[1], "--train_batch_size", args.batch[1], *more])
+        more = {"num_generations": args.group, "learning_rate": args.learning_rate, "beta": args.beta}
+        train("gdpo", noisy, gdpo, options(args, 1) | more | {"reward_funcs": args.rewards})
         generator = OneStepGenerator.from_pretrained(gdpo / "model")
         how = {"out": str(folder), "crops": args.crops, "noises": args.noises, "reward_funcs": tuple(args.rewards)}
         result = measure(generator, Options(str(gdpo / "model"), **how))

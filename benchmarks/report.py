@@ -116,22 +116,33 @@ def gain() -> str:
 
 
 def networks() -> str:
-    """What GDPO changed in published networks."""
-    found = {r["network"]: r for r in rows.read_rows("networks")}
+    """What GDPO changed in published networks: the newest row of each, and of each that saw noise from the start."""
+    found = {(r["network"], r.get("noise")): r for r in rows.read_rows("networks")}
     if not found:
         raise ValueError("benchmarks/results/networks.jsonl has no row: measure first")
-    known = {"reward": 2, "psnr_y": 2, "naturalness": 2, "brisque": 1, "oversharpening": 2}  # name -> digits
-    keys = {k: d for k, d in known.items() if all(f"{k}_gain" in row for row in found.values())}
-    head = ["", "parameters", "steps", "rewards", *keys]
+    keys = {"reward": 2, "psnr_y": 2, "brisque": 1, "lattice_artefact": 2, "oversharpening": 2}  # name -> digits
+    head = [
+        "",
+        "parameters",
+        "uses noise by",
+        "steps",
+        "rewards",
+        *({"lattice_artefact": "dots"}.get(k, k) for k in keys),
+    ]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name, row in found.items():
+    for (name, noise), row in sorted(found.items(), key=lambda item: (item[0][0], item[0][1] or 0)):
         cells = [
             "{:.{d}f} → {:.{d}f} ({:+.{d}f}, {:+.{d}f} to {:+.{d}f})".format(
                 *(row[f"{key}_{part}"] for part in ("before", "after", "gain", "low", "high")), d=digits
             )
             for key, digits in keys.items()
         ]
-        about = [name, f"{row['parameters'] / 1e6:.2f} M", str(row["steps"])]
+        about = [
+            name,
+            f"{row['parameters'] / 1e6:.2f} M",
+            f"--noise {noise:g}" if noise else "NAOSD",
+            str(row["steps"]),
+        ]
         about.append(", ".join(row.get("rewards", ["psnr_y", "naturalness"])))  # the only ones, before rows told them
         lines.append("| " + " | ".join([*about, *cells]) + " |")
     return "\n".join(lines)

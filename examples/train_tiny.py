@@ -30,15 +30,15 @@ NOISE = 1.75  # times the noise that the network sees: fewer dots, and groups of
 STRENGTH = 1.5  # of the second and third GDPO's change, chosen on held-out crops
 MIXTURE = 0.65  # of tiny in the model that the third GDPO starts from
 STUDENT, MORE_NOISE, LAST = 0.7, 1.2, 0.6  # of faithful: share beside its teacher, noise of a stage, last strength
-NOTES = {  # stage -> what is done with its weights
+NOTES = {  # stage -> where it starts, and what is done with its weights
     "tiny-gdpo": f"{BLEND:.0%} of these weights and the rest of the published network's",
     "tiny-gdpo-2": f"started with {NOISE:g} times the noise; {STRENGTH:g} times what training changed",
-    "tiny-naosd-4": f"{BLEND:.0%} of these weights and the rest of the stage before",
-    "tiny-gdpo-3": f"from {MIXTURE:.0%} of tiny-gdpo-2 and the rest of tiny-naosd-4; {STRENGTH:g} times the "
-    "change: the teacher of what follows",
-    "tiny-naosd-5": f"from tiny-naosd-4, {NOISE:g} times the noise; {STUDENT:.0%} of these weights "
-    "and the rest of the teacher's",
-    "tiny-gdpo-4": f"{LAST:.0%} of what training changed",
+    "tiny-naosd-3": "from what tiny-gdpo gave",
+    "tiny-naosd-4": f"{BLEND:.0%} of these weights and the rest of the stage before, {NOISE:g} times the noise: safe",
+    "tiny-gdpo-3": f"from {MIXTURE:.0%} of tiny-gdpo-2, the rest safe; {STRENGTH:g} times what training changed: sharp",
+    "tiny-naosd-5": f"from safe, taught by sharp; {STUDENT:.0%} of these weights and the rest of sharp",
+    "tiny-naosd-6": f"started with {MORE_NOISE:g} times the noise",
+    "tiny-gdpo-4": f"started with {MORE_NOISE:g} times the noise; {LAST:g} times what training changed",
 }
 CARD = """# {title} of GDPO-SR
 
