@@ -266,7 +266,7 @@ def main() -> None:
         type=NonNegativeFloat,
         default=0.0,
         help="noise that a network sees on its LR, a standard deviation in 8-bit levels such as 1.3: the samples of a "
-        "picture differ from the start (default: 0, none; NAOSD teaches the network to use it)",
+        "picture differ from the start; with 0, NAOSD teaches the network to use noise",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an --out that holds a model")
     args = parser.parse_args()

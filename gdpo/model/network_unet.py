@@ -230,7 +230,8 @@ class NetworkUNet(nn.Module):
         """
         if not 0 < level <= _MOST_NOISE:
             raise ValueError(f"noise must be above 0 and at most {_MOST_NOISE} levels of 255; got {level}")
-        dark, bright = (torch.full((1, 3, self.multiple * _SIDE, self.multiple * _SIDE), v) for v in (0.25, 0.75))
+        side = self.multiple * math.ceil(_SIDE / self.multiple)
+        dark, bright = (torch.full((1, 3, side, side), value) for value in (0.25, 0.75))
         gain = (self._first_input(bright) - self._first_input(dark)) / 0.5
         first: Any = self.network.get_submodule(self.first)
         plain = first.in_channels == 3 * self.unshuffle**2 and not self.extra and first.groups == 1
