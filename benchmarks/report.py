@@ -120,30 +120,20 @@ def networks() -> str:
     found = {(r["network"], r.get("noise")): r for r in rows.read_rows("networks")}
     if not found:
         raise ValueError("benchmarks/results/networks.jsonl has no row: measure first")
-    keys = {"reward": 2, "psnr_y": 2, "brisque": 1, "lattice_artefact": 2, "oversharpening": 2}  # name -> digits
-    head = [
-        "",
-        "parameters",
-        "uses noise by",
-        "steps",
-        "rewards",
-        *({"lattice_artefact": "dots"}.get(k, k) for k in keys),
-    ]
+    columns = {"reward": ("reward", 2), "brisque": ("BRISQUE", 1)}
+    columns |= {key: _COLUMNS[key] for key in ("psnr_y", "lattice_artefact", "oversharpening")}
+    head = ["", "parameters", "uses noise by", "steps", "rewards", *(heading for heading, _ in columns.values())]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for (name, noise), row in sorted(found.items(), key=lambda item: (item[0][0], item[0][1] or 0)):
         cells = [
             "{:.{d}f} → {:.{d}f} ({:+.{d}f}, {:+.{d}f} to {:+.{d}f})".format(
                 *(row[f"{key}_{part}"] for part in ("before", "after", "gain", "low", "high")), d=digits
             )
-            for key, digits in keys.items()
+            for key, (_, digits) in columns.items()
         ]
-        about = [
-            name,
-            f"{row['parameters'] / 1e6:.2f} M",
-            f"--noise {noise:g}" if noise else "NAOSD",
-            str(row["steps"]),
-        ]
-        about.append(", ".join(row.get("rewards", ["psnr_y", "naturalness"])))  # the only ones, before rows told them
+        about = [name, f"{row['parameters'] / 1e6:.2f} M", f"--noise {noise:g}" if noise else "NAOSD"]
+        rewards = row.get("rewards", ["psnr_y", "naturalness"])  # the only ones, before rows told them
+        about += [str(row["steps"]), ", ".join(rewards)]
         lines.append("| " + " | ".join([*about, *cells]) + " |")
     return "\n".join(lines)
 

@@ -100,12 +100,16 @@ class NetworkUNet(nn.Module):
         """Whether it is a transformer, whose windows are laid out for one size of picture when it is exported."""
         return any(isinstance(module, nn.LayerNorm) for module in self.network.modules())
 
+    @property
+    def _side(self) -> int:
+        """Of the smallest picture that it is tried on."""
+        return self.multiple * math.ceil(_SIDE / self.multiple)
+
     def _probe(self) -> None:
         """Try the network: find its first convolution, whose sisters the noise's channels are, and what a LoRA adapts:
         the layers that run."""
         first: list[tuple[str, Tensor]] = []
         ran: list[str] = []
-        side = self.multiple * math.ceil(_SIDE / self.multiple)
 
         def seen(name: str) -> Any:
             def hook(module: nn.Module, args: tuple) -> None:
@@ -118,6 +122,7 @@ class NetworkUNet(nn.Module):
 
         layers = {n: m for n, m in self.network.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
         hooks = [m.register_forward_pre_hook(seen(n)) for n, m in layers.items()]
+        side = self._side
         picture = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
         try:
             with torch.no_grad():
@@ -207,8 +212,7 @@ class NetworkUNet(nn.Module):
                     weight: Any = module.weight
                     weight.mul_(1 + 0.01 * torch.randn(weight.shape, generator=rng))
         state = {k: v.clone() for k, v in changed.state_dict().items()}
-        side = self.multiple * math.ceil(_SIDE / self.multiple)
-        sample = torch.rand(1, 2 * CHANNELS, side, side, generator=rng)
+        sample = torch.rand(1, 2 * CHANNELS, self._side, self._side, generator=rng)
         try:
             loaded = type(self).from_weights(self.config_dict(), state, self.architecture)
         except ValueError as error:
@@ -230,8 +234,7 @@ class NetworkUNet(nn.Module):
         """
         if not 0 < level <= _MOST_NOISE:
             raise ValueError(f"noise must be above 0 and at most {_MOST_NOISE} levels of 255; got {level}")
-        side = self.multiple * math.ceil(_SIDE / self.multiple)
-        dark, bright = (torch.full((1, 3, side, side), value) for value in (0.25, 0.75))
+        dark, bright = (torch.full((1, 3, self._side, self._side), value) for value in (0.25, 0.75))
         gain = (self._first_input(bright) - self._first_input(dark)) / 0.5
         first: Any = self.network.get_submodule(self.first)
         plain = first.in_channels == 3 * self.unshuffle**2 and not self.extra and first.groups == 1
