@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,6 @@ def convert(
     lora_alpha: int = RELEASED_ALPHA,
     t_noise: int | None = None,
     t_diffusion: int | None = None,
-    blocks: Sequence[int] | None = None,
     noise: float = 0.0,
     overwrite: bool = False,
 ) -> None:
@@ -64,7 +62,6 @@ def convert(
         base: the diffusers folder to complete them from; a released folder that is complete needs none.
         lora_alpha: the LoRA's scale is lora_alpha / rank.
         t_noise, t_diffusion: timesteps to remember; None means the paper's 250 and 100, or OSEDiff's for its file.
-        blocks: keep these of a network's residual blocks alone (an RRDBNet's, such as Real-ESRGAN x4plus).
         noise: the network sees its LR with so much noise on it (standard deviation, 8-bit levels), so that the samples
             of a picture differ without a NAOSD; 0: none, until NAOSD has taught it to use the noise.
         overwrite: replace an `out` that holds a model.
@@ -77,11 +74,10 @@ def convert(
         released = BUNDLED / released
     target = check_target(out, overwrite, released, *([] if base is None else [base]))
     network = not released.is_dir() and is_network(str(released))
-    for option, given in (("--blocks", blocks is not None), ("--noise", bool(noise))):
-        if given and (network and base is not None):
-            raise ValueError(f"{option} is for a network, and a network takes no --base; leave one of them out")
-        if given and released.exists() and not network:
-            raise ValueError(f"{released} is not a network, and {option} is for networks alone")
+    if noise and network and base is not None:
+        raise ValueError("--noise is for a network, and a network takes no --base; leave one of them out")
+    if noise and released.exists() and not network:
+        raise ValueError(f"{released} is not a network, and --noise is for networks alone")
     if (released / "manifest.json").is_file():
         if (base, t_noise, t_diffusion) != (None, None, None):
             raise ValueError(f"{released} is an exported model, whole as it is: no --base, --t-noise, --t-diffusion")
@@ -90,7 +86,7 @@ def convert(
         generator = _from_folder(released, None if base is None else Path(base), t_noise, t_diffusion)
     elif base is None and network:
         timesteps = {"t_noise": t_noise, "t_diffusion": t_diffusion}
-        generator = OneStepGenerator.of_network(str(released), blocks, noise, **timesteps)
+        generator = OneStepGenerator.of_network(str(released), noise, **timesteps)
     else:
         unet, vae, osediff = read_released(released)
         if base is None:
@@ -256,12 +252,6 @@ def main() -> None:
         "--t-diffusion", type=int | None, help="timestep given to the UNet (default: 100; OSEDiff: 999)"
     )
     parser.add_argument(
-        "--blocks",
-        type=list[int] | None,
-        help="residual blocks of an RRDBNet to keep, such as [0,5,9]: a smaller network, to be trained with the whole "
-        "one as its teacher",
-    )
-    parser.add_argument(
         "--noise",
         type=NonNegativeFloat,
         default=0.0,
@@ -271,8 +261,8 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an --out that holds a model")
     args = parser.parse_args()
     if Path(args.out).suffix == ".safetensors":
-        if args.blocks is not None or args.noise:
-            raise ValueError("--blocks and --noise make a model folder; --out must not end in .safetensors")
+        if args.noise:
+            raise ValueError("--noise makes a model folder; --out must not end in .safetensors")
         name = to_network(args.released, args.out, seed=args.seed, overwrite=args.overwrite)
         print(f"{args.out}: {args.released} as a network of spandrel's architecture {name}")
         return
@@ -283,7 +273,6 @@ def main() -> None:
         lora_alpha=args.lora_alpha,
         t_noise=args.t_noise,
         t_diffusion=args.t_diffusion,
-        blocks=args.blocks,
         noise=args.noise,
         overwrite=args.overwrite,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,14 +131,11 @@ class OneStepGenerator(nn.Module):
             return cls(fresh_unet(config or TinyUNetConfig()), PixelCodec(4), parametrization="residual", **kwargs)
 
     @classmethod
-    def of_network(
-        cls, name: str, blocks: Sequence[int] | None = None, noise: float = 0.0, **kwargs
-    ) -> OneStepGenerator:
+    def of_network(cls, name: str, noise: float = 0.0, **kwargs) -> OneStepGenerator:
         """A generator that gives a published x4 or x2 network's own picture, whatever the noise, until it is trained.
 
         Args:
             name: a file of weights, or a name of gdpo.model.spandrel_networks.PUBLISHED, which gdpo.assets has fetched.
-            blocks: keep these of an RRDBNet's residual blocks alone; None: all.
             noise: the network sees its LR with so much noise (standard deviation, 8-bit levels, at most 64); 0: none.
 
         Raises:
@@ -151,7 +148,7 @@ class OneStepGenerator(nn.Module):
 
             folder, stem = PUBLISHED[name]
             file = asset(folder) / f"{stem}.bin"
-        network, source = load_network(file, blocks)
+        network, source = load_network(file)
         unet = NetworkUNet(network, source)
         generator = cls(unet, PixelCodec(4), parametrization="residual", **kwargs).requires_grad_(False).eval()
         unet.signal = math.sqrt(generator.a_n)

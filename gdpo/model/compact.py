@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from gdpo.model.tiny import UNetOutput
@@ -35,6 +36,7 @@ class CompactUNetConfig:
     Args:
         width: channels of the body.
         layers: convolutions between the first and the last.
+        inner_width: channels of every second activation, the second, the fourth and so on; 0: as many as the others.
         base_kernel: side of the linear upsampler's kernels, in LR pixels.
     """
 
@@ -43,6 +45,7 @@ class CompactUNetConfig:
     width: int = 64
     layers: int = 16
     base_kernel: int = 5
+    inner_width: int = 0
 
     def __post_init__(self):
         if self.in_channels != 2 * self.out_channels:
@@ -51,6 +54,13 @@ class CompactUNetConfig:
             raise ValueError(f"out_channels must be a multiple of 16 (pixel-unshuffle by 4); got {self.out_channels}")
         if self.base_kernel % 2 == 0 or self.base_kernel < 3:
             raise ValueError(f"base_kernel must be odd and at least 3; got {self.base_kernel}")
+        if not 0 <= self.inner_width <= self.width:
+            raise ValueError(f"inner_width must be from 0 to width {self.width}; got {self.inner_width}")
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each activation."""
+        return [self.inner_width or self.width if i % 2 else self.width for i in range(self.layers + 1)]
 
 
 class EvenConv2d(nn.Conv2d):
@@ -111,10 +121,10 @@ class CompactUNet(nn.Module):
         self.grain = nn.Conv2d(config.in_channels, channels, 1, bias=False)  # noise of the latent -> noise of the LR
         self.base: Any = EvenConv2d(channels, config.out_channels, config.base_kernel, bias=False)
         self.conv_in = nn.Conv2d(2 * channels, config.width, 3)  # the LR with grain, the LR
-        self.convs = nn.ModuleList(nn.Conv2d(config.width, config.width, 3) for _ in range(config.layers))
-        self.acts = nn.ModuleList(nn.PReLU(config.width) for _ in range(config.layers + 1))
+        self.convs = nn.ModuleList(nn.Conv2d(*pair, 3) for pair in pairwise(config.widths))
+        self.acts = nn.ModuleList(nn.PReLU(width) for width in config.widths)
         self.beyond = nn.Parameter(torch.zeros(config.layers + 1, config.width))  # the picture's border, of each act
-        self.conv_out = nn.Conv2d(config.width, config.out_channels, 3)
+        self.conv_out = nn.Conv2d(config.widths[-1], config.out_channels, 3)
         self.gradient_checkpointing = False
         self._reset()
 
@@ -165,12 +175,15 @@ class CompactUNet(nn.Module):
     @staticmethod
     def config_of(weights: dict[str, torch.Tensor]) -> CompactUNetConfig:
         """The shape of the network, read off its weights."""
+        width = len(weights["conv_in.bias"])
+        inner = len(weights.get("convs.0.bias", weights["conv_in.bias"]))
         return CompactUNetConfig(
             in_channels=weights["grain.weight"].shape[1],
             out_channels=weights["recover.weight"].shape[1],
-            width=len(weights["conv_in.bias"]),
+            width=width,
             layers=sum(name.startswith("convs.") and name.endswith(".weight") for name in weights),
             base_kernel=weights["base.weight"].shape[-1],
+            inner_width=0 if inner == width else inner,
         )
 
     @torch.no_grad()
@@ -192,7 +205,7 @@ class CompactUNet(nn.Module):
             before.weight.mul_(split.sign[:, None, None, None])
             before.bias.mul_(split.sign)
             following.weight.mul_(split.sign[:, None, None])
-            self.beyond[i].mul_(split.sign)
+            self.beyond[i, : len(slope)].mul_(split.sign)
 
     @staticmethod
     def join_slopes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -208,8 +221,8 @@ class CompactUNet(nn.Module):
             weights[f"{before}.weight"] = weights[f"{before}.weight"] * sign[:, None, None, None]
             weights[f"{before}.bias"] = weights[f"{before}.bias"] * sign
             weights[f"{following}.weight"] = weights[f"{following}.weight"] * sign[:, None, None]
-            beyond.append(weights["beyond"][i] * sign)
-        return weights | {"beyond": torch.stack(beyond)}
+            beyond.append(weights["beyond"][i, : len(sign)] * sign)
+        return weights | {"beyond": pad_sequence(beyond, batch_first=True)}
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor | int, encoder_hidden_states: torch.Tensor | None = None
@@ -231,18 +244,19 @@ class CompactUNet(nn.Module):
         margin = self.base.kernel_size[0] // 2 - 1
         x = 0.5 * lr[:, :, margin : lr.shape[2] - margin, margin : lr.shape[3] - margin] + 0.5  # as it was published
         if not (self.gradient_checkpointing and torch.is_grad_enabled()):
-            return self._layers(x, 0, len(self.acts), measure)
+            return self.run(x, 0, len(self.acts), measure)
         for first in range(0, len(self.acts), TOGETHER):
-            x = checkpoint(self._layers, x, first, first + TOGETHER, use_reentrant=False)
+            x = checkpoint(self.run, x, first, first + TOGETHER, use_reentrant=False)
         return x
 
-    def _layers(self, x: torch.Tensor, first: int, end: int, measure: bool = False) -> torch.Tensor:
-        """[B,C,h+2,w+2] through the layers from `first` to before `end`."""
+    def run(self, x: torch.Tensor, first: int, end: int, measure: bool = False) -> torch.Tensor:
+        """[B,C,h+2,w+2], what layer `first` gets, through the layers before `end`."""
         for i, (conv, act) in list(enumerate(zip([self.conv_in, *self.convs], self.acts)))[first:end]:
             x = act(conv(x))
+            beyond = self.beyond[i, : x.shape[1]]
             if measure:
-                self.beyond[i] = x.mean((0, 2, 3))
-            x = framed(x, self.beyond[i])
+                beyond.copy_(x.mean((0, 2, 3)))
+            x = framed(x, beyond)
         return x
 
 

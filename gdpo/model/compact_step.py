@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from gdpo.model.compact import CompactUNet, SplitPReLU, mirrored
 
@@ -67,6 +68,7 @@ class CompactStep(nn.Module):
         weights[0] = 0.5 * weights[0]
         self.acts = nn.ModuleList()
         for i, (act, beyond) in enumerate(zip(unet.acts, unet.beyond.double())):
+            beyond = beyond[: weights[i + 1].shape[1]]
             biases[i + 1] = biases[i + 1] + weights[i + 1].sum((2, 3)) @ beyond
             if isinstance(act, SplitPReLU):  # at no cost: x + relu(rest(x)) takes it off x, and puts it back in `rest`
                 biases[i] = biases[i] - beyond
@@ -122,5 +124,5 @@ def unet_weights(step: Mapping[str, torch.Tensor], signal: float, noise: float) 
     weights[0] = 2 * weights[0]
     for name, weight, bias in zip([*layers[:-1], "conv_out"], weights, biases):
         found |= {f"{name}.weight": weight, f"{name}.bias": bias}
-    found["beyond"] = torch.stack(beyond)
+    found["beyond"] = pad_sequence(beyond, batch_first=True)
     return {name: weight.float() for name, weight in CompactUNet.join_slopes(found).items()}

@@ -11,7 +11,6 @@ import re
 import sys
 import types
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,16 +52,15 @@ def is_network(name: str) -> bool:
     return name in PUBLISHED or Path(name).suffix.lower() in SUFFIXES
 
 
-def load_network(file: Path, blocks: Sequence[int] | None = None) -> tuple[Network, dict[str, str]]:
+def load_network(file: Path) -> tuple[Network, dict[str, str]]:
     """A network and where it is from ("file", "sha256").
 
     Args:
         file: .pth, .pt, .ckpt, .safetensors, or ncnn's .param or .bin, which has the other beside it.
-        blocks: keep these of its residual blocks alone; see keep_blocks.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is damaged, holds code, or is not a x2 or x4 network of colour pictures; or see keep_blocks.
+        ValueError: it is damaged, holds code, or is not a x2 or x4 network of colour pictures.
         RuntimeError: spandrel is not installed.
     """
     ncnn = file.suffix.lower() in (".param", ".bin")
@@ -70,33 +68,7 @@ def load_network(file: Path, blocks: Sequence[int] | None = None) -> tuple[Netwo
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; expected a network's weights ({', '.join(SUFFIXES)})")
     state = state_of_ncnn(load_ncnn(file.with_suffix(""))) if ncnn else read_state(file)
-    if blocks is not None:
-        state = keep_blocks(state, blocks, str(file))
     return network_of(state, str(file)), {"file": file.name, "sha256": sha256(file)}
-
-
-_BLOCK = re.compile(r"(body|RRDB_trunk)\.(\d+)\.(rdb\d.*)", re.IGNORECASE)
-
-
-def keep_blocks(state: State, blocks: Sequence[int], where: str) -> State:
-    """An RRDBNet with some of its residual blocks: what each adds is small, so that a shallower network still draws a
-    like picture, and learns the rest from the whole one as its teacher.
-
-    Raises:
-        ValueError: not an RRDBNet, or it has no such blocks; `where` is named.
-    """
-    found = {name: match for name in state if (match := _BLOCK.fullmatch(name))}
-    count = 1 + max((int(match[2]) for match in found.values()), default=-1)
-    if not found:
-        raise ValueError(f"{where}: has no residual-in-residual blocks; only the blocks of an RRDBNet can be chosen")
-    if not blocks or list(blocks) != sorted(set(blocks)) or not 0 <= blocks[0] <= blocks[-1] < count:
-        raise ValueError(f"{where}: blocks must be numbers from 0 to {count - 1}, ascending; got {list(blocks)}")
-    place = {old: new for new, old in enumerate(blocks)}
-    kept = {name: value for name, value in state.items() if name not in found}
-    for name, match in found.items():
-        if int(match[2]) in place:
-            kept[f"{match[1]}.{place[int(match[2])]}.{match[3]}"] = state[name]
-    return kept
 
 
 def read_state(file: Path) -> State:

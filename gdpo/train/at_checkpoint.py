@@ -14,6 +14,7 @@ from gdpo.train import checkpoint as checkpoints
 from gdpo.train.options import ModelConfig
 from gdpo.train.start import starting_generator
 
+_BESIDE = ("fake", "discriminator")  # groups of parameters that are not the generator's
 _ADAPTED = re.compile(r"(?P<name>.+\.(lora_A|lora_B|lora_magnitude_vector))\.default(?P<leaf>\.weight|\.bias)?")
 _WHOLE = ".modules_to_save.default."
 
@@ -52,14 +53,14 @@ def generator_at(folder: Path) -> OneStepGenerator:
 
 
 def _of_part(trained: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
-    """The tensors of the generator's UNet or VAE by their names in it; a method trains other models beside ("fake")."""
+    """The tensors of the generator's UNet or VAE by their names in it; a method trains other models beside."""
     found = {}
     for key, value in trained.items():
         group, _, name = key.partition("/")
         prefix, _, rest = name.partition(".")
         if prefix not in ("unet", "vae"):  # gdpo trains the UNet alone
             prefix, rest = "unet", name
-        if group != "fake" and prefix == part:
+        if group not in _BESIDE and prefix == part:
             found[rest] = value
     return found
 

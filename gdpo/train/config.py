@@ -190,6 +190,9 @@ class NAOSDConfig(TrainConfig):
         spectrum_weight: weight of a penalty on a mean spectrum unlike the target's (the same file); if there is a
             teacher, of its samples.
         chroma_weight: weight of a penalty on colour errors (gdpo.train.losses.chroma; not in the paper).
+        adversarial_weight: weight of a discriminator's loss (gdpo.train.losses.adversarial; not in the paper); if there
+            is a teacher, it knows only its pictures. 0 is off.
+        adversarial_learning_rate: learning rate of the discriminator.
         teacher: network whose pictures are targets beside the HR (gdpo.train.teacher; not in the paper).
         vsd_cfg: guidance scale of the VSD teacher.
         vsd_t: range of VSD timesteps as fractions of T.
@@ -213,6 +216,8 @@ class NAOSDConfig(TrainConfig):
     lattice_weight: float = 0.0
     spectrum_weight: float = 0.0
     chroma_weight: float = 0.0
+    adversarial_weight: float = 0.0
+    adversarial_learning_rate: float = future(1e-4)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     vsd_weight: float = 1.0
     vsd_cfg: float = 7.5
@@ -225,9 +230,10 @@ class NAOSDConfig(TrainConfig):
         super().validate()
         at_least(0, self, "pixel_weight", "perceptual_weight", "vsd_weight", "diversity", "perceptual_size")
         at_least(0, self, "grid_weight", "lattice_weight", "spectrum_weight", "pixel_relative", "chroma_weight")
+        at_least(0, self, "adversarial_weight")
         require(0 < self.perceptual_share <= 1, "perceptual_share", "above 0, at most 1", self.perceptual_share)
         at_least(1, self, "num_noises", "vsd_lora_rank")
-        above_0(self, "vsd_learning_rate")
+        above_0(self, "vsd_learning_rate", "adversarial_learning_rate")
         require(1 <= self.perceptual_blocks <= 5, "perceptual_blocks", "1 to 5", self.perceptual_blocks)
         if self.grid_weight or self.lattice_weight or self.spectrum_weight:
             side = self.data.crop_size

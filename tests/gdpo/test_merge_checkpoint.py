@@ -35,7 +35,7 @@ def run(request, crops, trained, tmp_path, monkeypatch) -> Path:
 
 RUNS = [
     ("naosd", "--lr_scheduler=cosine"),
-    ("naosd", "--ema_decay=0.9"),
+    ("naosd", "--ema_decay=0.9", "--adversarial_weight=0.1"),
     ("gdpo", "--model.lora_alpha=5", "--lr_scheduler=linear"),
     ("gdpo", "--mixed_precision=bf16"),
 ]

@@ -3,7 +3,7 @@
 loss = pixel (L2) + 2 * perceptual + VSD
 
 With a teacher (not in the paper), part of the samples are windows of its targets; their losses look at the teacher's
-picture as well as at the HR.
+picture as well as at the HR. A discriminator (not in the paper either) may compare what is restored with the targets.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from gdpo.randomness import moved, uniform
 from gdpo.scores.features import load_perceptual
 from gdpo.scores.registry import SCORES
 from gdpo.train.config import NAOSDConfig
+from gdpo.train.losses.adversarial import Discriminator
 from gdpo.train.losses.chroma import chroma_distance
 from gdpo.train.losses.energy import EnergyScore
 from gdpo.train.losses.grid import grid_penalty, lattice_penalty, spectrum_penalty
@@ -69,6 +70,11 @@ class NAOSD(Method):
         if config.vsd_weight:
             self.vsd = VSD(self.generator, config)
             self.groups["fake"] = (config.vsd_learning_rate, self.vsd.parameters)
+        self.discriminator = None
+        if config.adversarial_weight:
+            self.discriminator = Discriminator(config.seed).to(accelerator.device)
+            weights = dict(self.discriminator.named_parameters())
+            self.groups["discriminator"] = (config.adversarial_learning_rate, weights)
 
     def _make_trainable(self) -> None:
         """Every weight of the UNet, or its LoRA with conv_in whole and the LoRA of the VAE's encoder."""
@@ -120,7 +126,14 @@ class NAOSD(Method):
                 vsd = self.vsd.loss(x0.float(), many_text, batch.samples)
                 loss = loss + config.vsd_weight * vsd
                 metrics["vsd"] = vsd
+            judged = self._judged(restored.float(), hr, taught)
+            if self.discriminator is not None and judged is not None:
+                metrics["adversarial"] = self.discriminator.generator_loss(judged[0])
+                loss = loss + config.adversarial_weight * metrics["adversarial"]
         backward(loss)
+        if self.discriminator is not None and judged is not None:
+            metrics["discriminator"] = self.discriminator.own_loss(*judged)
+            backward(metrics["discriminator"])
         if self.vsd is not None:
             with self.accelerator.autocast():
                 fake = self.vsd.fake_loss(x0.detach().float(), many_text, batch.samples)
@@ -128,6 +141,17 @@ class NAOSD(Method):
                 backward(fake)
             metrics["vsd_fake"] = fake
         return {"loss": loss.detach(), **{k: v.detach() for k, v in metrics.items()}}
+
+    def _judged(
+        self, restored: torch.Tensor, hr: torch.Tensor, taught: Taught | None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What the discriminator compares: restored [N,3,H,W] and the HR, or the teacher's pictures where it drew any.
+
+        None: a teacher, and none of its pictures in this batch.
+        """
+        if self.targets is None and self.own_teacher is None:
+            return restored, hr.repeat_interleave(self.config.num_noises, dim=0)
+        return None if taught is None else (restored[taught.rows], taught.pictures)
 
     def _own_teacher(self) -> OneStepGenerator:
         """A generator as the teacher, frozen: the model before training, or that of a folder."""

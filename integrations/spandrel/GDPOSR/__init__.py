@@ -30,13 +30,14 @@ class GDPOSRArch(Architecture[GDPOSR]):
     def load(self, state_dict: StateDict) -> ImageModelDescriptor[GDPOSR]:
         multiple = 1
         if "unet.recover.weight" in state_dict:
-            width, layers = len(state_dict["unet.conv_in.bias"]), get_seq_len(state_dict, "unet.convs")
-            unet, tag = CompactUNet(width, layers, state_dict["unet.base.weight"].shape[-1]), "compact"
+            layers = get_seq_len(state_dict, "unet.convs")
+            widths = [len(state_dict[f"unet.acts.{i}.weight"]) for i in range(layers + 1)]
+            unet, tag = CompactUNet(widths, state_dict["unet.base.weight"].shape[-1]), "compact"
         else:
             levels = get_seq_len(state_dict, "unet.encoder")
-            widths = tuple(len(state_dict[f"unet.encoder.{i}.0.conv1.bias"]) for i in range(levels))
+            widths = [len(state_dict[f"unet.encoder.{i}.0.conv1.bias"]) for i in range(levels)]
             head = tuple(len(state_dict[f"unet.head.conv{i}.bias"]) for i in (1, 2))
-            unet, tag = TinyUNet(widths, get_seq_len(state_dict, "unet.encoder.0"), head), "tiny"
+            unet, tag = TinyUNet(tuple(widths), get_seq_len(state_dict, "unet.encoder.0"), head), "tiny"
             multiple = 2 ** (levels - 1)
         return ImageModelDescriptor(
             GDPOSR(unet, state_dict["noise"].shape[-1]),

@@ -73,18 +73,18 @@ class TinyUNet(nn.Module):
 
 
 class CompactUNet(nn.Module):
-    """A stack of convolutions at the LR's resolution."""
+    """A stack of convolutions at the LR's resolution, with so many channels after each but the last."""
 
-    def __init__(self, width: int, layers: int, base_kernel: int):
+    def __init__(self, widths: list[int], base_kernel: int):
         super().__init__()
         self.recover = nn.Conv2d(48, 3, 3, bias=False)
         self.grain = nn.Conv2d(96, 3, 1, bias=False)
         self.base = nn.Conv2d(3, 48, base_kernel, bias=False)
-        self.conv_in = nn.Conv2d(6, width, 3)
-        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3) for _ in range(layers))
-        self.acts = nn.ModuleList(nn.PReLU(width) for _ in range(layers + 1))
-        self.beyond = nn.Parameter(torch.zeros(layers + 1, width))  # the picture's border, of each act
-        self.conv_out = nn.Conv2d(width, 48, 3)
+        self.conv_in = nn.Conv2d(6, widths[0], 3)
+        self.convs = nn.ModuleList(nn.Conv2d(*pair, 3) for pair in pairwise(widths))
+        self.acts = nn.ModuleList(nn.PReLU(width) for width in widths)
+        self.beyond = nn.Parameter(torch.zeros(len(widths), max(widths)))  # the picture's border, of each act
+        self.conv_out = nn.Conv2d(widths[-1], 48, 3)
 
     def forward(self, sample: Tensor) -> Tensor:
         condition = sample[:, 48:]
@@ -93,7 +93,8 @@ class CompactUNet(nn.Module):
         lr = _mirrored(torch.cat([lr + self.grain(sample), lr], 1), margin)
         spare = margin - 1
         x = 0.5 * lr[:, :, spare : lr.shape[2] - spare, spare : lr.shape[3] - spare] + 0.5
-        for conv, act, values in zip([self.conv_in, *self.convs], self.acts, self.beyond[..., None, None]):
+        for conv, act, values in zip([self.conv_in, *self.convs], self.acts, self.beyond):
+            values = values[: conv.out_channels, None, None]
             x = F.pad(act(conv(x)) - values, (1, 1, 1, 1)) + values
         return 2 * self.conv_out(x) + self.base(lr[:, 3:]) - condition
 
