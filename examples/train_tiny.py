@@ -26,18 +26,12 @@ NARROW = {"tiny-naosd-7": "naosd"}
 SAFE = {"tiny-naosd-3": "naosd", "tiny-naosd-4": "naosd"}
 SHARP = {"tiny-gdpo-3": "gdpo"}
 FAITHFUL = {"tiny-naosd-5": "naosd", "tiny-naosd-6": "naosd", "tiny-gdpo-4": "gdpo"}
-QUALITY = {"quality-naosd": "naosd"}
 BLEND = 0.75  # of the trained weights, the rest of others: after the first GDPO, and where clean photos are safe
 NOISE = 1.75  # times the noise that the network sees: fewer dots, and groups of samples that differ more
 STRENGTH = 1.5  # of the second and third GDPO's change, chosen on held-out crops
 MIXTURE = 0.65  # of tiny in the model that the third GDPO starts from
 WIDTH, TAUGHT = 48, 0.8  # tiny: channels of every second activation, of 64; share of what teaching that changed
 STUDENT, MORE_NOISE, LAST = 0.7, 1.2, 0.6  # of faithful: share beside its teacher, noise of a stage, last strength
-BLOCKS = [10, 19, 21, 23]  # of Real-ESRGAN x4plus's 23: where the four of the quality model end
-COMPACT = """Real-ESRGAN animevideov3 (compact network), BSD-3-Clause, copyright 2021 Xintao Wang; licence
-  below. Penalties on grid and lattice (gdpo.train.losses.grid) take away the dots that its upsampler draws."""
-X4PLUS = """Real-ESRGAN x4plus, BSD-3-Clause, copyright 2021 Xintao Wang; licence below. Four residual blocks
-  stand for its 23 (gdpo.shrink)."""
 NOTES = {  # stage -> where it starts, and what is done with its weights
     "tiny-gdpo": f"{BLEND:.0%} of these weights and the rest of the published network's",
     "tiny-gdpo-2": f"started with {NOISE:g} times the noise; {STRENGTH:g} times what training changed",
@@ -47,14 +41,15 @@ NOTES = {  # stage -> where it starts, and what is done with its weights
     "tiny-naosd-5": f"from safe, taught by sharp; {STUDENT:.0%} of these weights and the rest of sharp",
     "tiny-naosd-6": f"started with {MORE_NOISE:g} times the noise",
     "tiny-gdpo-4": f"started with {MORE_NOISE:g} times the noise; {LAST:g} times what training changed",
-    "tiny-naosd-7": f"tiny with {WIDTH} channels in every second activation, taught by tiny with 64; {TAUGHT:g} of the change",
+    "tiny-naosd-7": f"{WIDTH} channels in every second activation, taught by tiny with 64; {TAUGHT:g} of the change",
 }
 CARD = """# {title} of GDPO-SR
 
 One-step x4 super-resolution without a VAE: {parameters:.2f} M parameters on pixel-unshuffled latents; noise added at
 t={t_noise}, removed in one step. In: a photo; out: a sharper one, four times its size. Made for a laptop's CPU.
 
-- **Starting weights**: {start}
+- **Starting weights**: Real-ESRGAN animevideov3 (compact network), BSD-3-Clause, copyright 2021 Xintao Wang; licence
+  below. Penalties on grid and lattice (gdpo.train.losses.grid) take away the dots that its upsampler draws.
 - **Recipe**: `python examples/train_tiny.py`, that is {stages}.
   On {train} crops of 256x256 from the photos below and two drawn pages of print, halved by area averaging.
   Degradation: from a plain bicubic reduction to the second-order process of Real-ESRGAN; of degraded crops, pictures
@@ -105,13 +100,13 @@ def noisier(model: str, out: str, times: float = NOISE) -> None:
     generator.save_pretrained(Path(out))
 
 
-def export(title: str, stages: Iterable[str], model: Path, out: Path, start: str = COMPACT, *options: str) -> None:
+def export(title: str, stages: Iterable[str], model: Path, out: Path) -> None:
     """Write an engine folder with its card."""
-    run("engine.export", model, "--out", out, *options)
-    atomic_write(out / "README.md", model_card(title, stages, model, out, start))
+    run("engine.export", model, "--out", out)
+    atomic_write(out / "README.md", model_card(title, stages, model, out))
 
 
-def model_card(title: str, names: Iterable[str], model: Path, engine: Path, start: str) -> str:
+def model_card(title: str, names: Iterable[str], model: Path, engine: Path) -> str:
     """The card of a model folder made in these stages, exported to `engine`, from what training has recorded."""
     crops = [json.loads(line) for line in (CROPS / "manifest.jsonl").read_text("utf-8").splitlines()]
     used = {c["source_sha256"]: "training" if c["file"].startswith("train/") else "held out" for c in crops}
@@ -130,7 +125,6 @@ def model_card(title: str, names: Iterable[str], model: Path, engine: Path, star
     held = sum(c["file"].startswith("val/") for c in crops)
     return CARD.format(
         title=title,
-        start=start,
         parameters=json.loads((engine / "manifest.json").read_text())["model"]["parameters"] / 1e6,
         t_noise=generator["t_noise"],
         t_diffusion=generator["t_diffusion"],
@@ -181,14 +175,6 @@ def main() -> None:
     train({"tiny-gdpo-4": "gdpo"})
     merge("tiny-gdpo-4", strength=LAST, out="runs/faithful")
     export("The faithful generator", FIRST | TINY | SAFE | SHARP | FAITHFUL, Path("runs/faithful"), out / "faithful")
-    # The large network's first steps in fewer blocks; it is the teacher of its own short form.
-    run("gdpo.convert", "real-esrgan-x4plus", "--noise", 1.3, "--out", "runs/x4plus", "--overwrite")
-    shorter = ("--blocks", BLOCKS, "--crops", CROPS, "--count", 40, "--out", "runs/quality-start", "--overwrite")
-    run("gdpo.shrink", "runs/x4plus", *shorter)
-    run("gdpo.targets", "--config", "configs/quality-naosd.yaml")
-    train(QUALITY)
-    trained = Path("runs/quality-naosd/model")
-    export("The quality generator", QUALITY, trained, out / "quality", X4PLUS, "--weights", "fp16")
     print(f"Try it: python -m engine.upscale PHOTO OUT --model {out / 'tiny'}", file=sys.stderr)
 
 

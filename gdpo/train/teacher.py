@@ -58,8 +58,6 @@ class TeacherConfig:
         noise: standard deviation of the noise on the teacher's LR, for pictures in [0,1]; 0 is none.
         count: number of targets.
         crop_size: side of a target's HR.
-        lines: with a generator as the teacher: a second one, a model folder or "compact", that draws what is no texture
-            in the HR (gdpo.train.texture), without noise. Empty: the teacher draws all.
         folder: crops that the targets are made of; empty: data.folder, which must be one folder then.
         cache: folder of the targets.
     """
@@ -71,7 +69,6 @@ class TeacherConfig:
     noise: float = 0.0
     count: int = 400
     crop_size: int = 256
-    lines: str = path_option("")
     folder: str = path_option("")
     cache: str = path_option("data/targets")
 
@@ -92,8 +89,6 @@ class TeacherConfig:
                 raise ValueError(f"teacher.{name} must be from 0 to 1; got {value}")
         if self.is_generator:
             return
-        if self.lines:
-            raise ValueError(f"teacher.lines needs a generator as teacher.name; got {self.name!r}")
         if not 0 <= self.noise <= 0.2:
             raise ValueError(f"teacher.noise must be from 0 to 0.2 (of a picture in [0,1]); got {self.noise}")
         if len(folders) > 1 and not self.folder:

@@ -19,13 +19,11 @@ from gdpo.generator import OneStepGenerator
 from gdpo.model.ncnn import load_ncnn, network
 from gdpo.model.tiny import TinyUNetConfig
 from gdpo.photos.dataset import CropDataset, loader
-from gdpo.photos.drawn import small_pictures
 from gdpo.train.config import NAOSDConfig
 from gdpo.train.methods.naosd import NAOSD
 from gdpo.train.options import DataConfig, ModelConfig
 from gdpo.train.setup import group_noise
 from gdpo.train.teacher import Targets, TeacherConfig, load_teacher, upsampled, with_grain
-from gdpo.train.texture import texture_share
 from tests.support import commands
 
 
@@ -222,47 +220,8 @@ def test_the_generator_of_a_folder_may_teach(world, tmp_path):
     batch = next(iter(loader(CropDataset(config.data.folder, "train", 64), [[0, 1, 2, 3]], seed=0)))
     assert float(method.step(batch, 0, lambda loss: None)["taught"]) == pytest.approx(0.1, abs=5e-3)  # decode clamps
     OneStepGenerator.tiny(shape, t_noise=100).save_pretrained(tmp_path / "foreign")
-    with pytest.raises(ValueError, match=r"teacher: .*foreign must have the parametrisation, t_noise"):
+    with pytest.raises(ValueError, match=r"teacher\.name: .*foreign must have the parametrisation, t_noise"):
         NAOSD(config_of(world, teacher=TeacherConfig(name=str(tmp_path / "foreign"))), Accelerator(cpu=True))
-
-
-def test_a_second_generator_draws_what_is_no_texture(world, tmp_path):
-    shape = TinyUNetConfig(block_out_channels=(8, 16), layers_per_block=1)
-    for name, offset in (("textures", 0.1), ("lines", -0.2)):
-        made = OneStepGenerator.tiny(shape, seed=0)
-        torch.nn.init.constant_(made.unet.head.out.bias, offset)
-        made.save_pretrained(tmp_path / name)
-    both = TeacherConfig(name=str(tmp_path / "textures"), lines=str(tmp_path / "lines"), weight=1.0, on="all")
-    config = config_of(world, teacher=both)
-    config.validate()
-    method = NAOSD(config, Accelerator(cpu=True))
-    batch = next(iter(loader(CropDataset(config.data.folder, "train", 64), [[0, 1, 2, 3]], seed=0)))
-    rough = torch.randn(4, 3, 64, 32, generator=torch.Generator().manual_seed(0))
-    batch.hr[:] = 0.5
-    batch.hr[..., :32] += 0.3 * F.avg_pool2d(rough, 3, 1, 1)
-    share = texture_share(batch.hr * 2 - 1)
-    assert 0.1 < share.mean() < 0.9
-    expected = (share * 0.1 - (1 - share) * 0.2).abs().mean()
-    assert float(method.step(batch, 0, lambda loss: None)["taught"]) == pytest.approx(float(expected), abs=5e-3)
-    with pytest.raises(
-        ValueError, match=r"teacher\.lines needs a generator as teacher\.name; got 'real-esrgan-x4plus'"
-    ):
-        config_of(world, teacher=TeacherConfig(name="real-esrgan-x4plus", lines=both.lines)).validate()
-
-
-def test_texture_is_no_line_no_print_and_not_flat():
-    rng = torch.Generator().manual_seed(1)
-    at = torch.linspace(0, 12 * torch.pi, 96)
-    pictures = {
-        "texture": 0.8 * F.avg_pool2d(torch.randn(1, 3, 96, 96, generator=rng).mean(1, True), 3, 1, 1),
-        "noise of two levels": 2 / 127.5 * torch.randn(1, 1, 96, 96, generator=rng),
-        "stripes": 0.3 * at.sin().expand(1, 1, 96, 96),
-        "an edge": torch.where(at < 18, -0.5, 0.5).expand(1, 1, 96, 96),
-        "print": 2 * small_pictures(2, 96)[1:].mean(1, True) - 1,
-    }
-    found = {name: float(texture_share(x.expand(1, 3, 96, 96)).mean()) for name, x in pictures.items()}
-    assert found.pop("texture") > 0.8
-    assert max(found.values()) < 0.1, found
 
 
 def test_the_perceptual_distance_looks_at_a_share_of_the_degraded_samples(world):

@@ -9,7 +9,6 @@ picture as well as at the HR. A discriminator (not in the paper either) may comp
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -32,9 +31,7 @@ from gdpo.train.losses.vsd import VSD
 from gdpo.train.methods.base import Backward, Columns, Method, Metrics
 from gdpo.train.options import several
 from gdpo.train.setup import add_lora, group_noise
-from gdpo.train.start import FRESH
 from gdpo.train.teacher import SELF, Targets, upsampled, with_grain
-from gdpo.train.texture import texture_share
 
 _HELD_OUT = ("psnr_y", "ssim_y", "grid_artefact", "lattice_artefact")  # logged with each sheet
 _EASIEST = 0.003  # of [-1,1]: an input with less error than this counts as one that has it
@@ -59,11 +56,9 @@ class NAOSD(Method):
             blocks = config.perceptual_blocks
             score = EnergyScore(blocks) if config.diversity else load_perceptual(config.perceptual, blocks)
             self.perceptual = score.to(accelerator.device)
-        self.targets = self.own_teacher = self.lines_teacher = None
+        self.targets = self.own_teacher = None
         if config.teacher.is_generator:
-            self.own_teacher = self._own_teacher(config.teacher.name)
-            if config.teacher.lines:
-                self.lines_teacher = self._own_teacher(config.teacher.lines)
+            self.own_teacher = self._own_teacher()
         elif config.teacher.name:
             crops = config.teacher.crops(several(config.data.folder))
             self.targets = Targets(config.teacher, crops, self.degrade, config.seed, accelerator.device)
@@ -158,21 +153,16 @@ class NAOSD(Method):
             return restored, hr.repeat_interleave(self.config.num_noises, dim=0)
         return None if taught is None else (restored[taught.rows], taught.pictures)
 
-    def _own_teacher(self, name: str) -> OneStepGenerator:
-        """A generator as the teacher, frozen: the model before training, that of a folder, or a fresh one by name."""
-        ours = self.generator
+    def _own_teacher(self) -> OneStepGenerator:
+        """A generator as the teacher, frozen: the model before training, or that of a folder."""
+        name, ours = self.config.teacher.name, self.generator
         if name == SELF:
             return copy.deepcopy(ours).requires_grad_(False)
-        if name in FRESH:
-            timesteps = {"t_noise": ours.t_noise, "t_diffusion": ours.t_diffusion}
-            teacher = FRESH[name](replace(self.config.model, **timesteps), self.config.seed)
-        else:
-            teacher = OneStepGenerator.from_pretrained(name).merge_lora()
-        teacher.requires_grad_(False)
+        teacher = OneStepGenerator.from_pretrained(name).merge_lora().requires_grad_(False)
         kinds = [(g.parametrization, g.t_noise, g.codec.factor, g.codec.channels) for g in (teacher, ours)]
         if kinds[0] != kinds[1]:
             raise ValueError(
-                f"teacher: {name} must have the parametrisation, t_noise, factor and channels of the model that "
+                f"teacher.name: {name} must have the parametrisation, t_noise, factor and channels of the model that "
                 f"is trained, {', '.join(map(str, kinds[1]))}; got {', '.join(map(str, kinds[0]))}"
             )
         return teacher.to(self.accelerator.device).eval()
@@ -190,12 +180,8 @@ class NAOSD(Method):
         rows = [i for i, c in enumerate(clean) if on == "all" or c == (on == "clean")]
         if not rows:
             return None
-        text = None if text is None else text[rows]
-        drawn = self.own_teacher.decode(self.own_teacher.predict(latents[rows], noise[rows], text).x0).float()
-        if self.lines_teacher is not None:
-            x0 = self.lines_teacher.predict(latents[rows], torch.zeros_like(noise[rows]), text).x0
-            drawn = torch.lerp(self.lines_teacher.decode(x0).float(), drawn, texture_share(batch.hr[rows] * 2 - 1))
-        return Taught(rows, drawn)
+        x0 = self.own_teacher.predict(latents[rows], noise[rows], None if text is None else text[rows]).x0
+        return Taught(rows, self.own_teacher.decode(x0).float())
 
     def _losses(
         self,
