@@ -59,11 +59,10 @@ def shrink(
     target = check_target(out, overwrite, model)
     generator = OneStepGenerator.from_pretrained(model).merge_lora().requires_grad_(False).eval()
     unet = generator.unet
-    expected, kind, option = (CompactUNet, "a compact model", "--width")
-    if blocks is not None:
-        expected, kind, option = (NetworkUNet, "a published network", "--blocks")
-    if not isinstance(unet, expected):
-        raise ValueError(f"{os.fspath(model)}: {option} is for {kind}; got a {type(unet).__name__}")
+    option, kind = ("--width", CompactUNet) if blocks is None else ("--blocks", NetworkUNet)
+    if not isinstance(unet, kind):
+        what = "a compact model" if blocks is None else "a published network"
+        raise ValueError(f"{os.fspath(model)}: {option} is for {what}; got a {type(unet).__name__}")
     lrs = degraded(Path(crops), count, seed)
 
     def progress(items):
@@ -71,11 +70,10 @@ def shrink(
 
         return tqdm(items, desc="shrink", file=sys.stderr)
 
-    if blocks is not None:
-        generator.unet = merge_blocks(unet, lrs, blocks, progress)
+    if isinstance(unet, NetworkUNet):
+        generator.unet = merge_blocks(unet, lrs, blocks or [], progress)
     else:
-        assert width is not None
-        generator.unet = narrow(unet, samples(generator, lrs, seed), width, progress)
+        generator.unet = narrow(unet, samples(generator, lrs, seed), width or 0, progress)
     generator.save_pretrained(target)
 
 

@@ -100,7 +100,8 @@ def narrow(unet: CompactUNet, samples: Tensor, width: int, progress: Progress = 
     whole: list[Any] = [unet.conv_in, *unet.convs, unet.conv_out]
     small = large = _first_input(unet, samples)  # what layer i - 1 gets
     for i in progress(range(1, config.layers + 1, 2)):
-        before, act, after = layers[i], made.acts[i], layers[i + 1]
+        before, after = layers[i], layers[i + 1]
+        act: Any = made.acts[i]
         large = unet.run(large, i - 1, i + 1)
         seen = made.run(small, i - 1, i + 1)
         system = System(before.out_channels, after.out_channels)
