@@ -48,6 +48,7 @@ def shrink(
         width: channels of every second activation of a compact model.
         blocks: numbers of an RRDBNet's blocks; see gdpo.model.shrink.merge_blocks.
         count: of crops.
+        seed: of degradation and noise.
         overwrite: replace an `out` that holds a model.
 
     Raises:

@@ -3,6 +3,7 @@
 Both ways look at what the layers get of some pictures. A convolution is linear in its input, so the weights with which
 it does best on a smaller or another input are the solution of a linear system. Each system sees what the smaller
 network's earlier layers really give, so that errors do not add up. The rest is learned, with the larger as teacher.
+All of this runs on the CPU.
 """
 
 from __future__ import annotations
@@ -92,9 +93,10 @@ def narrow(unet: CompactUNet, samples: Tensor, width: int, progress: Progress = 
         ValueError: a width that is not below that of these activations.
     """
     config = unet.config
-    if config.layers < 1 or not 0 < width < config.widths[1]:
-        most = config.widths[1] if config.layers else 0
-        raise ValueError(f"width must be above 0 and below the network's {most}; got {width}")
+    if not config.layers:
+        raise ValueError("this network has one activation alone; there is none to narrow")
+    if not 0 < width < config.widths[1]:
+        raise ValueError(f"width must be above 0 and below the network's {config.widths[1]}; got {width}")
     made = copy.deepcopy(unet)
     layers: list[Any] = [made.conv_in, *made.convs, made.conv_out]
     whole: list[Any] = [unet.conv_in, *unet.convs, unet.conv_out]
@@ -144,8 +146,9 @@ def merge_blocks(unet: NetworkUNet, lrs: Tensor, ends: Sequence[int], progress: 
     Raises:
         ValueError: another architecture, or ends that do not ascend to the number of blocks.
     """
-    if unet.architecture != "ESRGAN":
-        raise ValueError(f"blocks can be merged in an RRDBNet (ESRGAN, Real-ESRGAN); got {unet.architecture}")
+    if unet.architecture != "ESRGAN" or unet.unshuffle > 1:
+        got = unet.architecture + (f" that unshuffles by {unet.unshuffle}" if unet.unshuffle > 1 else "")
+        raise ValueError(f"blocks can be merged in a x4 RRDBNet (ESRGAN, Real-ESRGAN x4plus); got {got}")
     first, trunk = (unet.network.get_submodule(f"model.{i}") for i in (0, 1))
     whole: list[Any] = list(trunk.get_submodule("sub").children())[:-1]
     if list(ends) != sorted(set(ends)) or not ends or ends[0] < 1 or ends[-1] != len(whole):

@@ -139,6 +139,29 @@ def test_ends_that_are_none_are_refused(ends):
         merge_blocks(network(), pictures(), ends)
 
 
+def test_a_network_that_unshuffles_its_picture_is_refused():
+    made = rrdb(4, 3, in_nc=12, shuffle_factor=2).requires_grad_(False).eval()
+    with pytest.raises(ValueError, match=r"x4 RRDBNet .* got ESRGAN that unshuffles by 2"):
+        merge_blocks(NetworkUNet(Network(made, "ESRGAN", 2, 2), {"file": "x", "sha256": "0"}, 0.9), pictures(), [1, 3])
+
+
+def test_the_command_makes_a_shallower_network(crops, tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    from gdpo.convert import convert
+
+    torch.manual_seed(5)
+    save_file({k: v.clone() for k, v in rrdb(4, 3).state_dict().items()}, tmp_path / "net.safetensors")
+    convert(tmp_path / "net.safetensors", tmp_path / "whole", noise=1.0)
+    monkeypatch.setattr(program, "_CROP", 64)
+    arguments = [str(tmp_path / "whole"), "--out", str(tmp_path / "small"), "--crops", str(crops), "--count=2"]
+    monkeypatch.setattr(sys, "argv", ["shrink", *arguments, "--blocks=[2,3]"])
+    program.main()
+    small, whole = (OneStepGenerator.from_pretrained(tmp_path / name).unet for name in ("small", "whole"))
+    assert len(small.network.get_submodule("model.1.sub")) == 3 < len(whole.network.get_submodule("model.1.sub"))
+    assert torch.equal(small.noise.weight, whole.noise.weight) and small.noise.weight.abs().sum() > 0
+
+
 def test_the_command_makes_a_model_folder_and_says_what_does_not_fit(crops, tmp_path, monkeypatch, capsys):
     generator = OneStepGenerator.tiny(SHAPE).requires_grad_(False)
     generator.unet = compact()

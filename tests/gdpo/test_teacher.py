@@ -224,6 +224,19 @@ def test_the_generator_of_a_folder_may_teach(world, tmp_path):
         NAOSD(config_of(world, teacher=TeacherConfig(name=str(tmp_path / "foreign"))), Accelerator(cpu=True))
 
 
+def test_a_discriminator_knows_the_teachers_pictures_alone_and_figures_have_the_same_names(world):
+    config = config_of(world, adversarial_weight=0.1, teacher=TeacherConfig(name="self", weight=1.0, on="clean"))
+    method = NAOSD(config, Accelerator(cpu=True))
+    clean = [i for i in range(40) if method.degrade.preset_of(0, i) == "bicubic"]
+    names = []
+    for samples in (clean[:2], [i for i in range(40) if i not in clean][:2]):
+        batch = next(iter(loader(CropDataset(config.data.folder, "train", 64), [samples], seed=0)))
+        metrics = method.step(batch, 0, lambda loss: None)
+        names.append(list(metrics))
+        assert (float(metrics["discriminator"]) > 0) == (samples[0] in clean)
+    assert names[0] == names[1]  # processes whose batches differ add up the same figures
+
+
 def test_the_perceptual_distance_looks_at_a_share_of_the_degraded_samples(world):
     class Distance(torch.nn.Module):
         def forward(self, a, b):

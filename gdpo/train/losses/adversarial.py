@@ -24,7 +24,7 @@ class SpectralConv2d(nn.Conv2d):
 
 
 class Discriminator(nn.Module):
-    """Pictures [N,3,H,W] in [-1,1] -> a score of each patch of 31 pixels, [N,1,H/4,W/4]: high for the target's.
+    """Pictures [N,3,H,W] in [-1,1] -> a score of each patch of 29 pixels, [N,1,H/4,W/4]: high for the target's.
 
     Args:
         seed: of its initial weights.

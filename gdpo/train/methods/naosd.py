@@ -126,10 +126,12 @@ class NAOSD(Method):
                 vsd = self.vsd.loss(x0.float(), many_text, batch.samples)
                 loss = loss + config.vsd_weight * vsd
                 metrics["vsd"] = vsd
-            judged = self._judged(restored.float(), hr, taught)
-            if self.discriminator is not None and judged is not None:
-                metrics["adversarial"] = self.discriminator.generator_loss(judged[0])
-                loss = loss + config.adversarial_weight * metrics["adversarial"]
+        judged = None if self.discriminator is None else self._judged(restored.float(), hr, taught)
+        if self.discriminator is not None:  # processes log the same figures, whatever is in their batches
+            metrics["adversarial"] = metrics["discriminator"] = loss.new_zeros(())
+        if self.discriminator is not None and judged is not None:
+            metrics["adversarial"] = self.discriminator.generator_loss(judged[0])
+            loss = loss + config.adversarial_weight * metrics["adversarial"]
         backward(loss)
         if self.discriminator is not None and judged is not None:
             metrics["discriminator"] = self.discriminator.own_loss(*judged)
@@ -214,6 +216,8 @@ class NAOSD(Method):
         loss, metrics = config.pixel_weight * pixel, {str(config.pixel): pixel}
         if taught is not None:
             metrics["taught"] = of_teacher.mean()
+        elif config.teacher.name:  # none in this batch; every process logs the same figures
+            metrics["taught"] = restored.new_zeros(())
         if config.grid_weight:
             grid = grid_penalty(restored, shown)
             loss, metrics["grid"] = loss + config.grid_weight * grid, grid

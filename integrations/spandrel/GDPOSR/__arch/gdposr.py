@@ -73,7 +73,7 @@ class TinyUNet(nn.Module):
 
 
 class CompactUNet(nn.Module):
-    """A stack of convolutions at the LR's resolution, with so many channels after each but the last."""
+    """A stack of convolutions at the LR's resolution; `widths` are the channels of its activations."""
 
     def __init__(self, widths: list[int], base_kernel: int):
         super().__init__()
