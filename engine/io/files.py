@@ -95,11 +95,17 @@ def _stage(path: Path) -> tuple[int, Path]:
         staged = path.parent / f".gdpo-sr-{secrets.token_hex(4)}.partial{suffix}"
         try:
             handle = os.open(staged, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+            lock(handle)
+            if os.fstat(handle).st_nlink:  # else another process took the file for a leftover before it was locked
+                return handle, staged
         except FileExistsError:
             continue
-        lock(handle)
-        if os.fstat(handle).st_nlink:  # else another process took the file for a leftover before it was locked
-            return handle, staged
+        except OSError:
+            raise
+        except BaseException:  # a signal that arrives here: nobody else knows of the file yet
+            with contextlib.suppress(FileNotFoundError):
+                staged.unlink()
+            raise
         os.close(handle)
 
 

@@ -107,6 +107,17 @@ def leave(folder: Path, name: str, when: float) -> Path:
     return path
 
 
+def test_a_signal_while_the_staged_file_is_made_leaves_none(tmp_path, monkeypatch):
+    def interrupted(handle):
+        assert list(tmp_path.glob(".gdpo-sr-*.partial.png"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "lock", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "a.png"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_leftovers_of_killed_runs_go_and_nothing_else_does(tmp_path):
     gone = [leave(tmp_path, f".gdpo-sr-0123456{i}.partial{s}", OLD) for i, s in enumerate((".png", "", ".jpeg"))]
     kept = [
