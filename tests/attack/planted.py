@@ -37,12 +37,15 @@ FAULTS = [
     Fault(FILES, "            fsync(staged)\n", "", f"{IN_FILES}::test_a_disk_that_fails_or_is_full_is_no_such_share"),
     Fault(
         FILES,
-        "            staged.unlink()\n",
-        "            pass\n",
+        "            staged.unlink()\n        os.close(handle)  # last",
+        "            pass\n        os.close(handle)  # last",
         f"{IN_FILES}::test_what_is_being_written_is_locked_and_gone_when_it_fails",
     ),
     Fault(
-        FILES, "        lock(handle)\n", "", f"{IN_FILES}::test_what_is_being_written_is_locked_and_gone_when_it_fails"
+        FILES,
+        "            lock(handle)\n",
+        "",
+        f"{IN_FILES}::test_what_is_being_written_is_locked_and_gone_when_it_fails",
     ),
     Fault(
         FILES,
