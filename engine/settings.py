@@ -99,7 +99,7 @@ class Settings:
         kept = ("seed", "color", "background", "wrap", "quality", "lossless", "strip_metadata")
         tile = up.check_tiling(self.tile, self.batch)[0]
         return (
-            {"version": version(), "model": model, "backend": up.backend, "precision": up.manifest.precision}
+            {"version": version(), "model": model, "backend": up.backend, "precision": up.precision}
             | {"tile": tile, **size}
             | {name: getattr(self, name) for name in kept}
         )

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.build.weights import widened
 from engine.io.files import sha256
 from engine.runtime.backends import Waiting
 from engine.runtime.backends.onnxruntime import open_session
@@ -113,11 +114,10 @@ def quantize(
     reference = Upscaler(exported, {"generator": session}, "onnx")
     wanted = [reference.upscale(picture, color="none") for picture in seen]
     entry, tried = exported.graphs["generator"], []
-    half = exported.options.get("weights") == "fp16"
     outer, inner = convolutions(source / entry.file)
     for more in range(max(1, len(inner) // 2)):
         excluded = outer + inner[:more] + inner[len(inner) - more :]
-        made = _write(source / entry.file, folder / entry.file, recorder.feeds, excluded, half)
+        made = _write(source / entry.file, folder / entry.file, recorder.feeds, excluded)
         graph = replace(entry, sha256=sha256(made), data={})
         candidate = open_session(replace(exported, graphs={"generator": graph}), folder, "generator", "cpu")
         ours = Upscaler(exported, {"generator": candidate}, "onnx")
@@ -167,8 +167,8 @@ def convolutions(file: Path) -> tuple[list[str], list[str]]:
     return sorted(outer), [node.name for node in nodes if node.name not in outer]
 
 
-def _write(file: Path, out: Path, feeds: list[dict[str, np.ndarray]], excluded: list[str], half: bool) -> Path:
-    """The quantized graph of `file`, in one file. `half`: its weights are stored in fp16."""
+def _write(file: Path, out: Path, feeds: list[dict[str, np.ndarray]], excluded: list[str]) -> Path:
+    """The quantized graph of `file`, in one file."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
@@ -183,7 +183,7 @@ def _write(file: Path, out: Path, feeds: list[dict[str, np.ndarray]], excluded: 
     logging.getLogger().setLevel(logging.ERROR)  # advice to pre-process, which the export has done
     try:
         quantize_static(
-            with_wide_weights(onnx.load(str(file))) if half else str(file),
+            widened(onnx.load(str(file))),
             str(out),
             Reader(),
             quant_format=QuantFormat.QDQ,
@@ -196,23 +196,6 @@ def _write(file: Path, out: Path, feeds: list[dict[str, np.ndarray]], excluded: 
     finally:
         logging.getLogger().setLevel(level)
     return out
-
-
-def with_wide_weights(model: Any) -> Any:
-    """An ONNX model whose weights are stored in fp16 (engine.export --weights fp16), with fp32 ones: in place."""
-    from onnx import TensorProto, numpy_helper
-
-    stored = {t.name: t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT16}
-    kept = []
-    for node in model.graph.node:
-        if node.op_type == "Cast" and node.input[0] in stored:
-            values = numpy_helper.to_array(stored[node.input[0]]).astype(np.float32)
-            stored[node.input[0]].CopyFrom(numpy_helper.from_array(values, node.output[0]))
-        else:
-            kept.append(node)
-    del model.graph.node[:]
-    model.graph.node.extend(kept)
-    return model
 
 
 def _compare(ours: list[np.ndarray], wanted: list[np.ndarray]) -> Gate:

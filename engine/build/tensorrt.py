@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from engine.build.weights import widened
 from engine.io.files import atomic_write
 from engine.runtime.backends.registry import PLANS
 from engine.runtime.backends.tensorrt import load_module, logger
@@ -66,6 +67,10 @@ def build_plan(
     network = builder.create_network(0 if flags is None else 1 << int(flags))
     parser = trt.OnnxParser(network, builder.logger)
     model, data = exported.read(source, name)
+    if exported.options.get("weights") == "int8":  # a Cast of int8 is not TensorRT's way
+        import onnx
+
+        model = widened(onnx.load_from_string(model)).SerializeToString()
     # Weights beside the model are found by its path; they have just been hashed.
     parsed = parser.parse_from_file(str(source / entry.file)) if data else parser.parse(model)
     if not parsed:

@@ -18,7 +18,16 @@ def main() -> int:
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="number format of the graphs")
     parser.add_argument(
-        "--weights", default="fp32", choices=STORED, help="how an fp32 graph stores its weights; fp16 halves the file"
+        "--weights",
+        default="fp32",
+        choices=STORED,
+        help="how an fp32 graph stores its weights; fp16 halves the file, int8 quarters it",
+    )
+    parser.add_argument(
+        "--on-cpu",
+        default="fp32",
+        choices=("fp32", "bf16"),
+        help="number format in which a CPU computes an fp32 graph; bf16 where OpenVINO is installed and the CPU has it",
     )
     parser.add_argument("--opset", type=int, default=23, help="ONNX opset version")
     parser.add_argument(
@@ -49,6 +58,7 @@ def main() -> int:
         Path(options.out),
         precision=options.precision,
         weights=options.weights,
+        on_cpu=options.on_cpu,
         opset=options.opset,
         split=options.split,
         profile=profile_of(geometry, **sizes),

@@ -19,7 +19,7 @@ from torch import nn
 from engine.export import graphs
 from engine.export.descriptors import descriptors, dynamic_shapes, example_inputs, geometry_of, profile_of
 from engine.export.parity import measure_parity, parity_cases
-from engine.export.weights import STORED, round_to_half, store_as_half
+from engine.export.weights import STORED, round_to, store_as
 from engine.io.files import sha256
 from engine.io.folders import staged_folder
 from engine.runtime.manifest import Geometry, Graph, Manifest, Profile, check_target
@@ -38,6 +38,7 @@ def export_generator(
     *,
     precision: str = "fp32",
     weights: str = "fp32",
+    on_cpu: str = "fp32",
     opset: int = 23,
     split: bool = False,
     profile: Profile | None = None,
@@ -52,7 +53,9 @@ def export_generator(
         generator: on the CPU.
         out: the folder to write; an old one is replaced only when the new one is complete.
         precision: "fp32", "fp16" or "bf16" inside the graphs; their inputs and outputs are fp32.
-        weights: how an fp32 graph's weights are stored: "fp16" takes half the bytes; see engine.export.weights.
+        weights: how an fp32 graph's weights are stored: "fp16" takes half the bytes, "int8" a quarter; see
+            engine.export.weights.
+        on_cpu: "bf16" has engine.Upscaler compute an fp32 graph in bf16 where OpenVINO and the CPU can.
         opset: of ONNX, 18 to 23.
         split: three graphs (encoder, unet, decoder) instead of one.
         profile: batch and tile sides; static where the least is the largest.
@@ -66,21 +69,26 @@ def export_generator(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
-    if weights not in STORED or (weights == "fp16" and precision != "fp32"):
-        raise ValueError(f"weights must be fp32, or fp16 in a graph of precision fp32; got {weights!r} in {precision}")
+    narrow = weights != "fp32"
+    if weights not in STORED or (narrow and precision != "fp32"):
+        raise ValueError(
+            f"weights must be fp32, or fp16 or int8 in a graph of precision fp32; got {weights!r} in {precision}"
+        )
+    if on_cpu not in ("fp32", "bf16") or (on_cpu == "bf16" and precision != "fp32"):
+        raise ValueError(f"on_cpu must be fp32, or bf16 of a graph of precision fp32; got {on_cpu!r} in {precision}")
     if not 18 <= opset <= 23:
         raise ValueError(f"opset must be 18 to 23; got {opset}")
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed must be in [0, 2^64); got {seed}")
-    if weights == "fp16" and sum(p.numel() * 4 for p in generator.parameters()) > _SINGLE_FILE:
-        raise ValueError("weights fp16 is for models of less than 1 GiB; export a larger one with precision fp16")
+    if narrow and sum(p.numel() * 4 for p in generator.parameters()) > _SINGLE_FILE:
+        raise ValueError(f"weights {weights} is for models of less than 1 GiB; export a larger one with precision fp16")
     check_target(out)
     generator = generator.eval().requires_grad_(False)
     geometry = geometry_of(generator)
     profile = profile or profile_of(geometry, batch=1, max_batch=8, tile=512, max_tile=1024, static=False)
     generator.merge_lora()
-    if weights == "fp16":
-        round_to_half(generator)
+    if narrow:
+        round_to(weights, generator)
     about = {
         "parametrization": generator.parametrization,
         "t_noise": generator.t_noise,
@@ -97,8 +105,8 @@ def export_generator(
         entries: dict[str, Graph] = {}
         for name, (module, entry) in descriptors(generator, precision, split).items():
             _export(module, entry, folder / entry.file, geometry, profile, opset)
-            if weights == "fp16":
-                store_as_half(folder / entry.file)
+            if narrow:
+                store_as(weights, folder / entry.file)
             data = folder / f"{entry.file}.data"
             hashes = {data.name: sha256(data)} if data.is_file() else {}
             entries[name] = replace(entry, sha256=sha256(folder / entry.file), data=hashes)
@@ -116,6 +124,7 @@ def export_generator(
             options={
                 "opset": opset,
                 "weights": weights,
+                "on_cpu": on_cpu,
                 "torch": torch.__version__,
                 "seed": seed if image_to_image else None,
             },
@@ -177,8 +186,19 @@ def save_graph(
             verbose=False,
         )
     assert program is not None  # dynamo=True returns one
+    _strip(program.model.graph)
     size = sum(p.numel() * p.element_size() for p in module.state_dict().values())
     program.save(file, external_data=size > _SINGLE_FILE)
+
+
+def _strip(graph: Any) -> None:
+    """Take out the exporter's notes on where nodes come from: megabytes, and paths of this machine."""
+    values = [*graph.inputs, *graph.initializers.values()]
+    for node in graph.all_nodes():
+        node.metadata_props.clear()
+        values += node.outputs
+    for value in values:
+        value.metadata_props.clear()
 
 
 def _export_image_to_image(

@@ -1,50 +1,107 @@
-"""Weights in half the bytes: stored in fp16 behind a Cast, computed with in fp32.
+"""Weights in half or a quarter of the bytes: stored in fp16 or in int8, computed with in fp32.
 
-A run time folds the casts when it loads the graph, so speed and memory are those of fp32.
+A graph holds them behind a Cast, int8 also behind a Mul with a bf16 scale for each 3x3 kernel (a fifth of a byte for a
+weight) or, where kernels are small, for each output channel. A run time folds these when it loads the graph, so speed
+and memory are those of fp32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
-from onnx import numpy_helper
-from torch import nn
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+from torch import Tensor, nn
 
-STORED = ("fp32", "fp16")
-_LEAST = 256  # numbers; a smaller tensor's Cast costs more than it saves
+STORED = ("fp32", "fp16", "int8")
+_LEAST = 256  # numbers; a smaller tensor's nodes cost more than they save
+_LEVELS = 127
+_KERNEL = 9  # numbers; a smaller kernel has no scale of its own
 
 
 @torch.no_grad()
-def round_to_half(module: nn.Module) -> None:
-    """Round the parameters to what fp16 holds, in place: what is exported is then what is compared with torch.
+def round_to(stored: str, module: nn.Module) -> None:
+    """Round the parameters to what fp16 or int8 holds, in place: what is exported is then what is compared with torch.
 
     Raises:
-        ValueError: a weight is beyond fp16's range.
+        ValueError: a weight that is not finite, or beyond fp16's range.
     """
     for name, parameter in module.named_parameters():
-        half = parameter.half()
-        if not half.isfinite().all():
-            raise ValueError(f"{name} holds a number beyond fp16's range (65504); export with --weights fp32")
-        parameter.copy_(half.float())
+        if stored == "fp16":
+            half = parameter.half()
+            if not half.isfinite().all():
+                raise ValueError(f"{name} holds a number beyond fp16's range (65504); export with --weights fp32")
+            parameter.copy_(half.float())
+        elif not parameter.isfinite().all():
+            raise ValueError(f"{name} holds a number that is not finite")
+        elif _is_large(parameter):
+            parameter.copy_(_nearest(parameter.float()))
 
 
-def store_as_half(file: Path) -> None:
-    """Rewrite an ONNX file: every large fp32 initializer that fp16 holds to the bit becomes fp16 and a Cast."""
+def _is_large(tensor: Tensor) -> bool:
+    return tensor.ndim > 1 and tensor.numel() >= _LEAST
+
+
+def _scaled(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of a weight [O,...] that have one scale."""
+    has_kernels = len(shape) == 4 and shape[2] * shape[3] >= _KERNEL
+    return (2, 3) if has_kernels else tuple(range(1, len(shape)))
+
+
+def _nearest(weight: Tensor) -> Tensor:
+    """weight [O,...] in 255 levels around 0; the largest is level 127, for bf16 rounds a scale by a quarter level."""
+    scale = (weight.abs().amax(_scaled(weight.shape), keepdim=True) / _LEVELS).bfloat16().float()
+    return (weight / scale.where(scale > 0, 1.0)).round() * scale
+
+
+def store_as(stored: str, file: Path) -> None:
+    """Rewrite an ONNX file: every large fp32 initializer that fp16 or int8 holds is stored as that."""
     model = onnx.load(str(file))
-    graph, casts = model.graph, []
+    graph, nodes = model.graph, list[NodeProto]()
+    split: Callable[[TensorProto], tuple[list[TensorProto], list[NodeProto]]] = {"fp16": _half, "int8": _int8}[stored]
+    kept = []
     for tensor in graph.initializer:
-        if tensor.data_type != onnx.TensorProto.FLOAT or np.prod(tensor.dims) < _LEAST:
-            continue
-        values = numpy_helper.to_array(tensor)
-        half = values.astype(np.float16)
-        if not np.array_equal(half.astype(np.float32), values):
-            continue
-        casts.append(onnx.helper.make_node("Cast", [f"{tensor.name}_fp16"], [tensor.name], to=onnx.TensorProto.FLOAT))
-        tensor.CopyFrom(numpy_helper.from_array(half, f"{tensor.name}_fp16"))
-    nodes = [*casts, *graph.node]
-    del graph.node[:]
+        if tensor.data_type == TensorProto.FLOAT and np.prod(tensor.dims) >= _LEAST:
+            made, before = split(tensor)
+            kept += made
+            nodes += before
+        else:
+            kept.append(tensor)
+    nodes += graph.node
+    del graph.node[:], graph.initializer[:]
+    graph.initializer.extend(kept)
     graph.node.extend(nodes)
     onnx.save(model, str(file))
+
+
+def _half(tensor: TensorProto) -> tuple[list[TensorProto], list[NodeProto]]:
+    values, name = numpy_helper.to_array(tensor), tensor.name
+    half = values.astype(np.float16)
+    if not np.array_equal(half.astype(np.float32), values):
+        return [tensor], []
+    cast = helper.make_node("Cast", [f"{name}_fp16"], [name], to=TensorProto.FLOAT)
+    return [numpy_helper.from_array(half, f"{name}_fp16")], [cast]
+
+
+def _int8(tensor: TensorProto) -> tuple[list[TensorProto], list[NodeProto]]:
+    values, name = numpy_helper.to_array(tensor), tensor.name
+    if values.ndim < 2:
+        return [tensor], []
+    scale = np.abs(values).max(axis=_scaled(values.shape), keepdims=True) / np.float32(_LEVELS)
+    bits = scale.view(np.uint32) >> 16
+    levels = np.round(values / np.where(scale > 0, scale, 1))
+    if not np.array_equal(levels * (bits << 16).astype(np.uint32).view(np.float32), values):
+        return [tensor], []
+    nodes = [
+        helper.make_node("Cast", [f"{name}_int8"], [f"{name}_levels"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", [f"{name}_bf16"], [f"{name}_scale"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{name}_levels", f"{name}_scale"], [name]),
+    ]
+    made = [
+        numpy_helper.from_array(levels.astype(np.int8), f"{name}_int8"),
+        helper.make_tensor(f"{name}_bf16", TensorProto.BFLOAT16, scale.shape, bits.astype("<u2").tobytes(), raw=True),
+    ]
+    return made, nodes

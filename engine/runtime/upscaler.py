@@ -38,6 +38,15 @@ MAX_OUTPUT_PIXELS = 1_000_000_000
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
 
+def _is_for_bf16(manifest: Manifest, device: str | None) -> bool:
+    """Whether a folder is to be run in bf16 here."""
+    if manifest.options.get("on_cpu") != "bf16" or device not in (None, "cpu"):
+        return False
+    from engine.runtime.backends.openvino import computes_bf16
+
+    return computes_bf16()
+
+
 def default_model() -> Path:
     """The folder of the bundled model.
 
@@ -79,6 +88,7 @@ class Upscaler:
     Attributes:
         manifest: of the folder.
         backend: that runs it.
+        precision: of the computation.
         path: "C++" or "Python", whichever `upscale` takes; both give the same bytes.
         sessions: the graphs by name, as the Python path runs them.
     """
@@ -89,8 +99,10 @@ class Upscaler:
         sessions: dict[str, Session] | Callable[[], dict[str, Session]],
         backend: str,
         core: Core | None = None,
+        precision: str | None = None,
     ):
         self.manifest, self.backend, self._core = manifest, backend, core
+        self.precision = precision or manifest.precision
         self.path = "Python" if core is None else "C++"
         self._lock, self._user = threading.Lock(), 0  # of the sessions, and the thread that holds it
         if callable(sessions):
@@ -121,9 +133,12 @@ class Upscaler:
         """Load an engine folder.
 
         Args:
-            model: a folder that engine.export or engine.build wrote, or "tiny" or "faithful", which are bundled; None
-                is "tiny". With backend "torch": a generator's folder. With "triton": a model's name on the server.
-            backend: "auto" is the one that the folder was built for. An exported folder also runs on "openvino".
+            model: a folder that engine.export or engine.build wrote, or "tiny", "quality" or "faithful", which are
+                bundled; None is "tiny". With backend "torch": a generator's folder. With "triton": a model's name on
+                the server.
+            backend: "auto" is the one that the folder was built for; of a folder exported with --on-cpu bf16 it is
+                "openvino" in bf16, where that is installed and the CPU computes in it. An exported folder also runs on
+                "openvino" when asked to.
             device: "cpu", "cuda", "cuda:N"; None lets the backend choose.
             threads: of a CPU backend; 0 lets it choose.
             trust_plan: load a TensorRT plan that this user did not build. A plan is executable code.
@@ -165,6 +180,8 @@ class Upscaler:
             manifest = manifests.load(folder)
             entry = entry or BACKENDS[manifest.backend]
             _check_fit(folder, manifest, entry)
+            if (backend, precision) == ("auto", "auto") and not core and _is_for_bf16(manifest, device):
+                entry, precision = BACKENDS["openvino"], "bf16"
         own = "fp32" if manifest is None else manifest.precision
         if precision not in ("auto", own) and not (precision == "bf16" and "precision" in entry.options):
             raise ValueError(
@@ -182,7 +199,7 @@ class Upscaler:
         options: dict[str, Any] = {name: value for name, value in wanted.items() if name in entry.options}
         if manifest is None:
             manifest, sessions = entry.open(model or "", None, device, **options)
-            return cls(manifest, sessions, entry.name)
+            return cls(manifest, sessions, entry.name, precision=options.get("precision"))
         opened, chosen = manifest, entry
 
         def open_sessions() -> dict[str, Session]:
@@ -193,7 +210,7 @@ class Upscaler:
             in_cpp = open_core(manifest, folder, entry.name, device, threads, required=bool(core))
         if in_cpp is not None:
             return cls(manifest, open_sessions, entry.name, in_cpp)
-        up = cls(manifest, open_sessions(), entry.name)
+        up = cls(manifest, open_sessions(), entry.name, precision="bf16" if precision == "bf16" else None)
         if not entry.is_plan:  # a plan knows its own sizes, which its session compares with the manifest's
             up._try_out(folder)
         return up

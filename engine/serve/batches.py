@@ -175,7 +175,7 @@ class SharedUpscaler(Upscaler):
         self.batcher = Batcher(up.sessions, least, largest, observe)
         profile = replace(up.manifest.profile, batch=(1, min(usual, largest), largest))  # the batcher fills up
         sessions: dict[str, Session] = {name: _Shared(self.batcher, name) for name in up.sessions}
-        super().__init__(replace(up.manifest, profile=profile), sessions, up.backend)
+        super().__init__(replace(up.manifest, profile=profile), sessions, up.backend, precision=up.precision)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

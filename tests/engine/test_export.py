@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from engine import Upscaler
-from engine.build.int8 import with_wide_weights
+from engine.build.weights import widened
 from engine.export import graphs
 from engine.export import parity as parity_check
 from engine.export.__main__ import main
 from engine.export.descriptors import geometry_of, profile_of
 from engine.export.generator import export_generator
+from engine.export.weights import round_to
 from engine.io import cli
 from engine.runtime import manifest as manifests
 from engine.runtime.manifest import FolderError, Profile
@@ -147,16 +148,17 @@ def test_fp16_keeps_its_ends_fp32_and_its_up_blocks_wide(tiny_model, mini_model,
         assert torch.isfinite(graphs.Decoder(generator, "fp16")(torch.randn(1, 4, 8, 8))).all()
 
 
-def test_weights_in_fp16_take_half_the_bytes_and_are_those_that_torch_has(tiny_model, tiny_engine, tmp_path):
-    half = export_generator(
-        OneStepGenerator.from_pretrained(tiny_model), tmp_path / "half", profile=SMALL, weights="fp16"
+@pytest.mark.parametrize("weights, kind, narrower", [("fp16", "FLOAT16", 2), ("int8", "INT8", 3)])
+def test_narrow_weights_are_those_that_torch_has(tiny_model, tiny_engine, tmp_path, weights, kind, narrower):
+    narrow = export_generator(
+        OneStepGenerator.from_pretrained(tiny_model), tmp_path / "narrow", profile=SMALL, weights=weights
     )
-    assert half.options["weights"] == "fp16" and half.parity["max_abs"] < 2e-4
-    sizes = [(folder / "generator.onnx").stat().st_size for folder in (tmp_path / "half", tiny_engine)]
-    saved = 2 * half.model["parameters"]
-    assert 0.5 * saved < sizes[1] - sizes[0] < saved  # small tensors stay
-    stored = onnx.load(tmp_path / "half" / "generator.onnx")
-    wide = with_wide_weights(onnx.load(tmp_path / "half" / "generator.onnx"))
+    assert narrow.options["weights"] == weights and narrow.parity["max_abs"] < 2e-4
+    sizes = [(folder / "generator.onnx").stat().st_size for folder in (tmp_path / "narrow", tiny_engine)]
+    saved = narrower * narrow.model["parameters"]  # bytes
+    assert 0.4 * saved < sizes[1] - sizes[0] < saved  # small tensors stay
+    stored = onnx.load(tmp_path / "narrow" / "generator.onnx")
+    wide = widened(onnx.load(tmp_path / "narrow" / "generator.onnx"))
     inputs = {
         "image": np.random.default_rng(0).random((1, 3, 64, 64), np.float32),
         "noise": np.random.default_rng(1).standard_normal((1, 48, 16, 16), np.float32),
@@ -165,7 +167,27 @@ def test_weights_in_fp16_take_half_the_bytes_and_are_those_that_torch_has(tiny_m
         onnxruntime.InferenceSession(model.SerializeToString()).run(None, inputs)[0] for model in (stored, wide)
     ]
     assert np.array_equal(*pictures)
-    assert not any(t.data_type == onnx.TensorProto.FLOAT16 for t in wide.graph.initializer)
+    assert not any(n.metadata_props for n in stored.graph.node)  # where the exporter found it, on this machine
+    narrow_ones = [t for t in stored.graph.initializer if t.data_type == getattr(onnx.TensorProto, kind)]
+    assert narrow_ones and not any(t.data_type == narrow_ones[0].data_type for t in wide.graph.initializer)
+
+
+@pytest.mark.parametrize("kernel, axes", [(3, (2, 3)), (1, (1, 2, 3))])
+def test_int8_weights_have_255_levels_for_each_kernel_or_channel(kernel, axes):
+    layer = torch.nn.Conv2d(48, 6, kernel)
+    before = layer.weight.detach() * torch.logspace(-12, 3, 6)[:, None, None, None]
+    before[2] = 0  # a channel without weights
+    layer.weight.data.copy_(before)
+    round_to("int8", layer)
+    step = before.abs().amax(axes, keepdim=True) / 127
+    assert ((layer.weight - before).abs() <= 0.76 * step).all()  # a quarter is the scale's
+    assert (layer.weight[2] == 0).all()
+    weight = layer.weight.detach().double()
+    levels = weight / (weight.abs().amax(axes, keepdim=True) / 127).clamp_min(1e-40)
+    assert torch.equal(levels, levels.round())
+    layer.weight.data[0, 0, 0, 0] = torch.inf
+    with pytest.raises(ValueError, match="weight holds a number that is not finite"):
+        round_to("int8", layer)
 
 
 def test_the_self_contained_graph_upscales_odd_pictures(tiny_engine, photo):
@@ -186,8 +208,11 @@ def test_the_self_contained_graph_upscales_odd_pictures(tiny_engine, photo):
     "options, message",
     [
         ({"precision": "int8"}, "precision must be one of fp32, fp16, bf16"),
-        ({"weights": "fp16", "precision": "bf16"}, "weights must be fp32, or fp16 in a graph of precision fp32"),
+        ({"weights": "fp16", "precision": "bf16"}, "weights must be fp32, or fp16 or int8 in a graph"),
+        ({"weights": "int4"}, "got 'int4' in fp32"),
         ({"opset": 9}, "opset must be 18 to 23"),
+        ({"on_cpu": "fp16"}, "on_cpu must be fp32, or bf16 of a graph of precision fp32; got 'fp16' in fp32"),
+        ({"on_cpu": "bf16", "precision": "fp16"}, "got 'bf16' in fp16"),
         ({"seed": -1}, r"seed must be in \[0, 2\^64\); got -1"),
     ],
 )

@@ -1,5 +1,7 @@
 """The Upscaler: the same as torch, whole or in tiles, by seed; and what it refuses."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,12 @@ from engine.runtime import manifest as manifests
 from engine.runtime import restore
 from engine.runtime import upscaler as module
 from engine.runtime.backends import Waiting
+from engine.runtime.backends import openvino as openvino_backend
 from engine.runtime.backends import tensorrt as trt_backend
 from engine.runtime.backends.registry import BACKENDS
 from engine.runtime.manifest import FolderError, Profile
 from engine.runtime.upscaler import default_model, model_folder
+from engine.settings import Settings
 from gdpo.generator import OneStepGenerator
 
 
@@ -284,6 +288,29 @@ def test_openvino_gives_the_same_picture(tiny_engine, photo, bf16, limit):
     rgb = np.ascontiguousarray(photo[:48, :48])
     ours = Upscaler.load(tiny_engine, backend="openvino", precision="bf16" if bf16 else "auto").upscale(rgb, seed=5)
     assert np.abs(ours.astype(int) - Upscaler.load(tiny_engine).upscale(rgb, seed=5)).max() <= limit
+
+
+@pytest.mark.parametrize(
+    "able, options, expected",
+    [
+        (True, {}, ("openvino", "bf16")),
+        (True, {"device": "cpu", "core": False}, ("openvino", "bf16")),
+        (True, {"precision": "fp32"}, ("onnx", "fp32")),
+        (True, {"backend": "onnx"}, ("onnx", "fp32")),
+        (True, {"core": True}, ("onnx", "fp32")),
+        (False, {}, ("onnx", "fp32")),
+    ],
+)
+def test_a_folder_for_bf16_is_run_in_it_where_the_cpu_can(tiny_engine, tmp_path, monkeypatch, able, options, expected):
+    pytest.importorskip("openvino")
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_engine, folder)
+    manifest = manifests.load(folder)
+    replace(manifest, options={**manifest.options, "on_cpu": "bf16"}).save(folder)
+    monkeypatch.setattr(openvino_backend, "computes_bf16", lambda: able)
+    up = Upscaler.load(folder, **options)
+    assert (up.backend, up.precision) == expected
+    assert Settings().recipe(up, "model")["precision"] == expected[1]
 
 
 def test_a_generator_in_memory_runs(tiny_model, photo):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,16 @@ import numpy as np
 from engine.runtime.backends import Waiting, check_inputs
 from engine.runtime.device import Device
 from engine.runtime.manifest import FolderError, Manifest
+
+
+@functools.cache
+def computes_bf16() -> bool:
+    """Whether OpenVINO is installed and computes in bfloat16 on this CPU."""
+    try:
+        import openvino
+    except ImportError:
+        return False
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def open_session(
