@@ -59,7 +59,7 @@ def main() -> int:
         require_clean()
     from engine._core import Upscaler as Core
 
-    python = Upscaler.load(options.engine, threads=options.threads, core=False)
+    python = Upscaler.load(options.engine, "onnxruntime", threads=options.threads, core=False)
     core = Core(options.engine, threads=options.threads, library=str(library()))
     weights = hashlib.sha256((Path(options.engine) / "manifest.json").read_bytes()).hexdigest()[:12]
     for (height, width), how in CASES:

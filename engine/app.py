@@ -22,7 +22,7 @@ from engine.io.notices import say
 from engine.io.picture import to_8_bit
 from engine.io.profiles import as_srgb
 from engine.runtime import color
-from engine.runtime.upscaler import Upscaler
+from engine.runtime.upscaler import BUNDLED_MODELS, Upscaler
 from engine.settings import Settings
 from engine.worker import OF_ONE_PICTURE
 
@@ -62,9 +62,9 @@ class Results:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=3)
 def load(model: str) -> Upscaler:
-    """A model by its folder; two stay loaded."""
+    """A model by its folder; three stay loaded."""
     return Upscaler.load(model)
 
 
@@ -253,7 +253,7 @@ def main() -> int:
     for name in ("pictures", "max_pixels", "max_mib", "at_once", "queue"):
         if not getattr(options, name) > 0:
             raise ValueError(f"{name.replace('_', '-')} must be more than 0; got {getattr(options, name)}")
-    models = options.model or ["tiny", "faithful"]
+    models = options.model or list(BUNDLED_MODELS)
     load(models[0])  # a folder that cannot be used says so now
     with tempfile.TemporaryDirectory(prefix="gdpo-app-", ignore_cleanup_errors=True) as folder:
         os.environ |= {"GRADIO_TEMP_DIR": str(Path(folder) / "cache"), "GRADIO_ANALYTICS_ENABLED": "False"}

@@ -19,6 +19,7 @@ import numpy as np
 
 from engine.io import cli
 from engine.io.images import Picture, write_image
+from engine.runtime import manifest as manifests
 from engine.runtime.align import finish
 from engine.runtime.backends.registry import BACKENDS, GENERATOR
 from engine.runtime.color import DEFAULT
@@ -45,7 +46,7 @@ def open_contender(name: str, generator: Path, engine: Path, threads: int) -> Ru
         RuntimeError: it cannot run here.
     """
     backend, _, variant = name.partition("-")
-    chosen = "auto" if backend == "folder" else backend
+    chosen = manifests.load(engine).backend if backend == "folder" else backend
     model = generator if chosen in BACKENDS and GENERATOR in BACKENDS[chosen].runs else engine
     precision = "bf16" if variant == "bf16" else "auto"
     up = Upscaler.load(model, chosen, threads=threads, precision=precision, core=False if model is engine else None)

@@ -45,8 +45,8 @@ def parser() -> cli.Parser:
     )
     p.add_argument("-i", "--input", nargs="+", default=[], help="inputs, instead of positional arguments; -: stdin")
     p.add_argument("-o", "--output", help="output, instead of the last positional argument; -: stdout")
-    p.add_argument("-n", "--model", help="engine folder, or a bundled model: tiny, or faithful for clean photos; "
-                   "backend torch: a generator's folder (default: tiny)")  # fmt: skip
+    p.add_argument("-n", "--model", help="engine folder, or a bundled model: tiny, quality (slower, sharper) or "
+                   "faithful (for clean photos); backend torch: a generator's folder (default: tiny)")  # fmt: skip
     p.add_argument("--seed", type=int, default=0, help="random seed of the noise; the same seed gives the same picture")
     size = p.add_argument_group("size of the result (the aspect ratio is always kept)")
     size.add_argument("-s", "--scale", type=float, help="factor (default: 4); any other factor resizes the x4 result")
@@ -88,7 +88,7 @@ def parser() -> cli.Parser:
         "--backend",
         default="auto",
         metavar="NAME",
-        help=f"auto, {', '.join(BACKENDS)} (auto: what the model was built for)",
+        help=f"auto, {', '.join(BACKENDS)} (auto: what the model is for)",
     )
     machine.add_argument("--device", help="cpu, cuda or cuda:N")
     machine.add_argument("--precision", default="auto", choices=("auto", "fp32", "fp16", "bf16"),

@@ -192,7 +192,7 @@ class Worker:
             counts = [f"{self.written} written"]
             counts += [f"{self.skipped} skipped (finished before; --overwrite does them again)"] if self.skipped else []
             counts += [f"{len(self.failed)} failed:"] if self.failed else []
-            say(f"{self.up.backend} ({self.up.path}): {', '.join(counts)}")
+            say(f"{self.up.backend} ({self.up.path}, {self.up.precision}): {', '.join(counts)}")
         for line in self.again[:_SHOWN]:
             say(line)
         if len(self.again) > _SHOWN:

@@ -22,6 +22,7 @@ from gdpo.generator import OneStepGenerator
 CROPS = Path("data/crops")
 FIRST = {"tiny-naosd": "naosd", "tiny-naosd-2": "naosd", "tiny-gdpo": "gdpo"}
 TINY = {"tiny-gdpo-2": "gdpo"}
+QUALITY = {"quality-naosd": "naosd", "quality-naosd-2": "naosd"}
 NARROW = {"tiny-naosd-7": "naosd"}
 SAFE = {"tiny-naosd-3": "naosd", "tiny-naosd-4": "naosd"}
 SHARP = {"tiny-gdpo-3": "gdpo"}
@@ -32,6 +33,10 @@ STRENGTH = 1.5  # of the second and third GDPO's change, chosen on held-out crop
 MIXTURE = 0.65  # of tiny in the model that the third GDPO starts from
 WIDTH, TAUGHT = 48, 0.8  # tiny: channels of every second activation, of 64; share of what teaching that changed
 STUDENT, MORE_NOISE, LAST = 0.7, 1.2, 0.6  # of faithful: share beside its teacher, noise of a stage, last strength
+SMALL, LARGE = "Real-ESRGAN animevideov3 (compact network)", "Real-ESRGAN x4plus (RRDBNet)"  # starts
+NETWORK, LEVELS = "real-esrgan-x4plus", 1.3  # of quality: what it is made of, and the noise it sees, of 255 levels
+SAFER = 0.6  # of what its second stage changed: all of it is safer on clean photos, and softer
+BLOCKS = [2, 4, 7, 10, 13, 16, 18, 20, 22, 23]  # and what its blocks stand for: the network's up to these
 NOTES = {  # stage -> where it starts, and what is done with its weights
     "tiny-gdpo": f"{BLEND:.0%} of these weights and the rest of the published network's",
     "tiny-gdpo-2": f"started with {NOISE:g} times the noise; {STRENGTH:g} times what training changed",
@@ -41,6 +46,8 @@ NOTES = {  # stage -> where it starts, and what is done with its weights
     "tiny-naosd-5": f"from safe, taught by sharp; {STUDENT:.0%} of these weights and the rest of sharp",
     "tiny-naosd-6": f"started with {MORE_NOISE:g} times the noise",
     "tiny-gdpo-4": f"started with {MORE_NOISE:g} times the noise; {LAST:g} times what training changed",
+    "quality-naosd": f"from {len(BLOCKS)} blocks that stand for the network's {BLOCKS[-1]}",
+    "quality-naosd-2": f"{SAFER:g} of the change",
     "tiny-naosd-7": f"{WIDTH} channels in every second activation, taught by tiny with 64; {TAUGHT:g} of the change",
 }
 CARD = """# {title} of GDPO-SR
@@ -48,8 +55,8 @@ CARD = """# {title} of GDPO-SR
 One-step x4 super-resolution without a VAE: {parameters:.2f} M parameters on pixel-unshuffled latents; noise added at
 t={t_noise}, removed in one step. In: a photo; out: a sharper one, four times its size. Made for a laptop's CPU.
 
-- **Starting weights**: Real-ESRGAN animevideov3 (compact network), BSD-3-Clause, copyright 2021 Xintao Wang; licence
-  below. Penalties on grid and lattice (gdpo.train.losses.grid) take away the dots that its upsampler draws.
+- **Starting weights**: {start}, BSD-3-Clause, copyright 2021 Xintao Wang; licence
+  below.
 - **Recipe**: `python examples/train_tiny.py`, that is {stages}.
   On {train} crops of 256x256 from the photos below and two drawn pages of print, halved by area averaging.
   Degradation: from a plain bicubic reduction to the second-order process of Real-ESRGAN; of degraded crops, pictures
@@ -100,13 +107,13 @@ def noisier(model: str, out: str, times: float = NOISE) -> None:
     generator.save_pretrained(Path(out))
 
 
-def export(title: str, stages: Iterable[str], model: Path, out: Path) -> None:
+def export(title: str, start: str, stages: Iterable[str], model: Path, out: Path, *options: str) -> None:
     """Write an engine folder with its card."""
-    run("engine.export", model, "--out", out)
-    atomic_write(out / "README.md", model_card(title, stages, model, out))
+    run("engine.export", model, "--out", out, *options)
+    atomic_write(out / "README.md", model_card(title, start, stages, model, out))
 
 
-def model_card(title: str, names: Iterable[str], model: Path, engine: Path) -> str:
+def model_card(title: str, start: str, names: Iterable[str], model: Path, engine: Path) -> str:
     """The card of a model folder made in these stages, exported to `engine`, from what training has recorded."""
     crops = [json.loads(line) for line in (CROPS / "manifest.jsonl").read_text("utf-8").splitlines()]
     used = {c["source_sha256"]: "training" if c["file"].startswith("train/") else "held out" for c in crops}
@@ -125,6 +132,7 @@ def model_card(title: str, names: Iterable[str], model: Path, engine: Path) -> s
     held = sum(c["file"].startswith("val/") for c in crops)
     return CARD.format(
         title=title,
+        start=start,
         parameters=json.loads((engine / "manifest.json").read_text())["model"]["parameters"] / 1e6,
         t_noise=generator["t_noise"],
         t_diffusion=generator["t_diffusion"],
@@ -157,7 +165,7 @@ def main() -> None:
     run("gdpo.shrink", "runs/tiny", "--width", WIDTH, "--crops", CROPS, "--out", "runs/tiny-narrow", "--overwrite")
     train(NARROW)
     blend("runs/tiny-naosd-7/model", base="runs/tiny-narrow", out="runs/tiny-fast", share=TAUGHT)
-    export("The tiny generator", FIRST | TINY | NARROW, Path("runs/tiny-fast"), out / "tiny")
+    export("The tiny generator", SMALL, FIRST | TINY | NARROW, Path("runs/tiny-fast"), out / "tiny")
     # From before that: clean photos, then the texture that this costs; a quarter of the weights in between are closer
     # to bicubic.
     train(SAFE)
@@ -174,7 +182,25 @@ def main() -> None:
     noisier("runs/tiny-naosd-6/model", "runs/faithful-noisier", MORE_NOISE)
     train({"tiny-gdpo-4": "gdpo"})
     merge("tiny-gdpo-4", strength=LAST, out="runs/faithful")
-    export("The faithful generator", FIRST | TINY | SAFE | SHARP | FAITHFUL, Path("runs/faithful"), out / "faithful")
+    export(
+        "The faithful generator", SMALL, FIRST | TINY | SAFE | SHARP | FAITHFUL, Path("runs/faithful"), out / "faithful"
+    )
+    # Larger, by another network: fewer blocks, which learn from all of them, and from the photo where it lost little.
+    run("gdpo.convert", NETWORK, "--noise", LEVELS, "--out", "runs/x4plus", "--overwrite")
+    fewer = ["--blocks", json.dumps(BLOCKS), "--crops", CROPS, "--out", "runs/quality-start", "--overwrite"]
+    run("gdpo.shrink", "runs/x4plus", *fewer)
+    run("gdpo.targets", "--config", "configs/quality-naosd.yaml")
+    train(QUALITY)
+    blend("runs/quality-naosd-2/model", base="runs/quality-naosd/model", out="runs/quality", share=SAFER)
+    export(
+        "The quality generator",
+        LARGE,
+        QUALITY,
+        Path("runs/quality"),
+        out / "quality",
+        "--weights=int8",
+        "--on-cpu=bf16",
+    )
     print(f"Try it: python -m engine.upscale PHOTO OUT --model {out / 'tiny'}", file=sys.stderr)
 
 

@@ -34,7 +34,9 @@ def parser() -> cli.Parser:
     p.add_argument("--root", help="folder that the keys of a .parquet or .csv file are relative to (default: its own)")
     p.add_argument("--retry-failed", action="store_true", help="try again the pictures that failed in an earlier run")
     p.add_argument(
-        "-n", "--model", help="an engine folder, on every machine, or a bundled model: tiny or faithful (default: tiny)"
+        "-n",
+        "--model",
+        help="an engine folder, on every machine, or a bundled model: tiny, quality or faithful (default: tiny)",
     )
     p.add_argument("--seed", type=int, default=0, help="random seed of the noise, the same for every picture")
     p.add_argument("-s", "--scale", type=float, help="factor (default: 4)")
@@ -93,7 +95,8 @@ def main() -> int:
         max_pixels=options.max_pixels,
     )
     folder = model_folder(options.model).resolve()
-    manifests.load(folder)
+    manifest = manifests.load(folder)
+    backend = manifest.backend if options.backend == "auto" else options.backend  # the same on every machine
     source, keys = source_of(_absolute(options.input), options.root and _absolute(options.root))
     out = Storage(_absolute(options.output))
     for storage in (source, out):
@@ -108,7 +111,7 @@ def main() -> int:
         extension=f".{options.format}" if options.format else None,
         model=folder.name if folder.parent == BUNDLED.resolve() else str(folder),  # bundled: wherever it is on a node
         identity=model_identity(folder),
-        load={"backend": options.backend, "precision": options.precision, "threads": options.threads}
+        load={"backend": backend, "precision": options.precision, "threads": options.threads}
         | {"trust_plan": options.trust_plan, "device": "cuda" if options.gpus_per_worker else None},
     )
     machines = Machines(options.address, options.workers, options.threads, options.gpus_per_worker)

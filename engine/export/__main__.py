@@ -27,7 +27,7 @@ def main() -> int:
         "--on-cpu",
         default="fp32",
         choices=("fp32", "bf16"),
-        help="number format in which a CPU computes an fp32 graph; bf16 where OpenVINO is installed and the CPU has it",
+        help="number format in which a CPU computes an fp32 graph; bf16: where OpenVINO and the CPU have it",
     )
     parser.add_argument("--opset", type=int, default=23, help="ONNX opset version")
     parser.add_argument(

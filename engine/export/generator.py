@@ -193,6 +193,7 @@ def save_graph(
 
 def _strip(graph: Any) -> None:
     """Take out the exporter's notes on where nodes come from: megabytes, and paths of this machine."""
+    graph.metadata_props.clear()
     values = [*graph.inputs, *graph.initializers.values()]
     for node in graph.all_nodes():
         node.metadata_props.clear()

@@ -88,12 +88,13 @@ def _half(tensor: TensorProto) -> tuple[list[TensorProto], list[NodeProto]]:
 
 def _int8(tensor: TensorProto) -> tuple[list[TensorProto], list[NodeProto]]:
     values, name = numpy_helper.to_array(tensor), tensor.name
-    if values.ndim < 2:
-        return [tensor], []
-    scale = np.abs(values).max(axis=_scaled(values.shape), keepdims=True) / np.float32(_LEVELS)
-    bits = scale.view(np.uint32) >> 16
-    levels = np.round(values / np.where(scale > 0, scale, 1))
-    if not np.array_equal(levels * (bits << 16).astype(np.uint32).view(np.float32), values):
+    for axes in [_scaled(values.shape), (0,)][: values.ndim]:  # the exporter turns the matrix of a Linear
+        scale = np.abs(values).max(axis=axes, keepdims=True) / np.float32(_LEVELS)
+        bits = scale.view(np.uint32) >> 16
+        levels = np.round(values / np.where(scale > 0, scale, 1))
+        if np.array_equal(levels * (bits << 16).astype(np.uint32).view(np.float32), values):
+            break
+    else:
         return [tensor], []
     nodes = [
         helper.make_node("Cast", [f"{name}_int8"], [f"{name}_levels"], to=TensorProto.FLOAT),

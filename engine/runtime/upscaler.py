@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 Sink = Callable[[int, np.ndarray], object]
 BUNDLED = Path(__file__).parents[1] / "data"
-SHIPPED = BUNDLED / "tiny"
+BUNDLED_MODELS = ("tiny", "quality", "faithful")  # the first is the default
+SHIPPED = BUNDLED / BUNDLED_MODELS[0]
 SCALES = (0.05, 64)  # least and largest
 MAX_OUTPUT_PIXELS = 1_000_000_000
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
@@ -40,7 +41,8 @@ PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
 def _is_for_bf16(manifest: Manifest, device: str | None) -> bool:
     """Whether a folder is to be run in bf16 here."""
-    if manifest.options.get("on_cpu") != "bf16" or device not in (None, "cpu"):
+    in_one_file = not any(graph.data for graph in manifest.graphs.values())  # which alone OpenVINO is given
+    if manifest.options.get("on_cpu") != "bf16" or device not in (None, "cpu") or not in_one_file:
         return False
     from engine.runtime.backends.openvino import computes_bf16
 
@@ -74,9 +76,8 @@ def model_folder(model: str | os.PathLike[str] | None) -> Path:
     if is_engine(BUNDLED / folder):
         return BUNDLED / folder
     if not folder.exists() and not name.startswith("hub:"):
-        bundled = ", ".join(sorted((f.name for f in BUNDLED.iterdir() if is_engine(f)), reverse=True))
         raise FolderError(
-            f"{name}: no such folder, and no bundled model has this name (there are {bundled}); "
+            f"{name}: no such folder, and no bundled model has this name (there are {', '.join(BUNDLED_MODELS)}); "
             "an engine folder is made by python -m engine.export"
         )
     return folder
@@ -89,7 +90,7 @@ class Upscaler:
         manifest: of the folder.
         backend: that runs it.
         precision: of the computation.
-        path: "C++" or "Python", whichever `upscale` takes; both give the same bytes.
+        path: "C++" or "Python", whichever `upscale` takes; both give the same bytes on the same backend.
         sessions: the graphs by name, as the Python path runs them.
     """
 
@@ -180,7 +181,7 @@ class Upscaler:
             manifest = manifests.load(folder)
             entry = entry or BACKENDS[manifest.backend]
             _check_fit(folder, manifest, entry)
-            if (backend, precision) == ("auto", "auto") and not core and _is_for_bf16(manifest, device):
+            if backend == "auto" and precision in ("auto", "bf16") and not core and _is_for_bf16(manifest, device):
                 entry, precision = BACKENDS["openvino"], "bf16"
         own = "fp32" if manifest is None else manifest.precision
         if precision not in ("auto", own) and not (precision == "bf16" and "precision" in entry.options):
@@ -199,7 +200,7 @@ class Upscaler:
         options: dict[str, Any] = {name: value for name, value in wanted.items() if name in entry.options}
         if manifest is None:
             manifest, sessions = entry.open(model or "", None, device, **options)
-            return cls(manifest, sessions, entry.name, precision=options.get("precision"))
+            return cls(manifest, sessions, entry.name)
         opened, chosen = manifest, entry
 
         def open_sessions() -> dict[str, Session]:

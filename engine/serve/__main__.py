@@ -34,7 +34,7 @@ def parser() -> cli.Parser:
         "finishes the requests that it has accepted, and ends. Exit codes: 0 stopped, 1 stopped with work "
         "unfinished, 2 bad usage.",
     )
-    p.add_argument("-n", "--model", help="engine folder, or a bundled model: tiny or faithful (default: tiny)")
+    p.add_argument("-n", "--model", help="engine folder, or a bundled model: tiny, quality or faithful (default: tiny)")
     p.add_argument("--host", default="127.0.0.1", help="address to listen on")
     p.add_argument("--port", type=int, default=8000, help="port to listen on; 0: any that is free")
     limits = p.add_argument_group("limits")
@@ -135,7 +135,8 @@ def main() -> int:
         timeout_keep_alive=30, timeout_graceful_shutdown=5, limit_concurrency=1024,
     )  # fmt: skip
     host, port = listener.getsockname()[:2]
-    say(f"{ups[0].backend}: listening on http://{f'[{host}]' if ':' in host else host}:{port} (documentation: /docs)")
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    say(f"{ups[0].backend}, {ups[0].precision}: listening on {address} (documentation: /docs)")
     if token is None and not host.startswith("127.") and host != "::1":
         say(f"warning: anyone who reaches {host}:{port} may send pictures; set {TOKEN} to ask for a token")
     Server(config).run(sockets=[listener])

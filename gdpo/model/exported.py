@@ -38,6 +38,11 @@ def from_export(folder: str | os.PathLike[str]) -> OneStepGenerator:
             f"{folder} must be the export of a tiny model, whole and in fp32 (residual, fp32, onnx, generator); "
             f"got {', '.join(map(str, kind))}"
         )
+    if about.options.get("weights", "fp32") != "fp32":
+        raise ValueError(
+            f"{folder} stores its weights in {about.options['weights']}, which are rounded; only those of an export in "
+            "fp32 can be trained on"
+        )
     try:
         import onnx
     except ImportError:

@@ -17,7 +17,7 @@ from engine.runtime import color
 from engine.runtime.resample import resize_window
 
 FOLDER = "gdpo_sr"  # under ComfyUI's models/: engine folders, as engine.export and engine.build write them
-BUNDLED = {"bundled": None, "faithful": "faithful"}  # as Upscaler.load takes them
+BUNDLED = {"bundled": None, "quality": "quality", "faithful": "faithful"}  # as Upscaler.load takes them
 FULL = 65535
 
 folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
@@ -40,9 +40,9 @@ def folder_of(model: str) -> Path | str | None:
     Raises:
         ValueError: there is none of this name.
     """
-    if model in BUNDLED:
-        return BUNDLED[model]
     folders = engine_folders()
+    if model in BUNDLED and model not in folders:
+        return BUNDLED[model]
     if model not in folders:
         known = ", ".join([*BUNDLED, *folders])
         raise ValueError(f"no engine folder {model!r} in models/{FOLDER}; there are {known}")
@@ -62,10 +62,10 @@ class LoadUpscaler(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model",
-                    options=[*BUNDLED, *engine_folders()],
+                    options=list(dict.fromkeys([*BUNDLED, *engine_folders()])),
                     default="bundled",
-                    tooltip=f"bundled: the small model that comes with GDPO-SR; faithful: its twin for clean pictures; "
-                    f"or an engine folder in models/{FOLDER}.",
+                    tooltip="bundled: the small model that comes with GDPO-SR; quality: a larger one that draws more "
+                    f"detail; faithful: a small one for clean pictures; or an engine folder in models/{FOLDER}.",
                 ),
                 io.Combo.Input(
                     "device",

@@ -23,7 +23,7 @@ def test_a_changed_row_changes_the_document(tmp_path, monkeypatch):
         (tmp_path / file.name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setattr(rows, "RESULTS", tmp_path)
     changed = report.filled(text)
-    assert "12.34" in changed and "missed by" in changed and changed != text
+    assert "12.34" in changed and "missed by 14.3" in changed and changed != text
 
 
 def test_the_ablation_compares_all_three():

@@ -84,7 +84,7 @@ def test_a_name_on_the_hub_and_an_empty_one(name):
 def test_a_word_that_names_no_bundled_model_lists_those(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        FolderError, match=r"tinny: no such folder, and no bundled model .* \(there are tiny, faithful\)"
+        FolderError, match=r"tinny: no such folder, and no bundled model .* \(there are tiny, quality, faithful\)"
     ):
         Upscaler.load("tinny")
     (tmp_path / "photos").mkdir()

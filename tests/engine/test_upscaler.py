@@ -1,8 +1,10 @@
 """The Upscaler: the same as torch, whole or in tiles, by seed; and what it refuses."""
 
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from engine.runtime.backends import tensorrt as trt_backend
 from engine.runtime.backends.registry import BACKENDS
 from engine.runtime.manifest import FolderError, Profile
 from engine.runtime.upscaler import default_model, model_folder
+from engine.serve.batches import SharedUpscaler
 from engine.settings import Settings
 from gdpo.generator import OneStepGenerator
 
@@ -297,7 +300,7 @@ def test_openvino_gives_the_same_picture(tiny_engine, photo, bf16, limit):
         (True, {"device": "cpu", "core": False}, ("openvino", "bf16")),
         (True, {"precision": "fp32"}, ("onnx", "fp32")),
         (True, {"backend": "onnx"}, ("onnx", "fp32")),
-        (True, {"core": True}, ("onnx", "fp32")),
+        (True, {"precision": "bf16"}, ("openvino", "bf16")),
         (False, {}, ("onnx", "fp32")),
     ],
 )
@@ -311,6 +314,34 @@ def test_a_folder_for_bf16_is_run_in_it_where_the_cpu_can(tiny_engine, tmp_path,
     up = Upscaler.load(folder, **options)
     assert (up.backend, up.precision) == expected
     assert Settings().recipe(up, "model")["precision"] == expected[1]
+    assert SharedUpscaler(Upscaler.load(folder, **options | {"core": False})).precision == expected[1]
+    assert not module._is_for_bf16(manifests.load(folder), "cuda")
+
+
+@pytest.mark.parametrize("capabilities, able", [(["FP32", "BF16"], True), (["FP32"], False), (None, False)])
+def test_whether_openvino_computes_in_bf16_is_asked_of_it(monkeypatch, capabilities, able):
+    def asked(device, name):
+        if capabilities is None:
+            raise RuntimeError('Device with "CPU" name is not registered')
+        return {("CPU", "OPTIMIZATION_CAPABILITIES"): capabilities}[device, name]
+
+    fake = SimpleNamespace(Core=lambda: SimpleNamespace(get_property=asked))
+    monkeypatch.setitem(sys.modules, "openvino", fake)
+    assert openvino_backend.computes_bf16.__wrapped__() is able
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert openvino_backend.computes_bf16.__wrapped__() is False
+
+
+def test_openvino_has_the_property_that_it_is_asked_for():
+    openvino = pytest.importorskip("openvino")
+    assert "FP32" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def test_openvino_leaves_the_cores_to_the_system(tiny_engine):
+    """Pinned, the processes of engine.bulk would share one."""
+    pytest.importorskip("openvino")
+    up = Upscaler.load(tiny_engine, backend="openvino", threads=1)
+    assert not up.sessions["generator"].compiled.get_property("ENABLE_CPU_PINNING")
 
 
 def test_a_generator_in_memory_runs(tiny_model, photo):

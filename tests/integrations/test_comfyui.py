@@ -140,7 +140,7 @@ def test_an_interruption_ends_the_picture_and_the_next_one_works(nodes, upscaler
 
 def test_models_by_name(nodes):
     assert nodes.folder_of("bundled") is None and nodes.folder_of("faithful") == "faithful"
-    with pytest.raises(ValueError, match="'gone' in models/gdpo_sr; there are bundled, faithful, mine/fast"):
+    with pytest.raises(ValueError, match="'gone' in models/gdpo_sr; there are bundled, quality, faithful, mine/fast"):
         nodes.LoadUpscaler.execute(model="gone", device="auto")
     before = nodes.LoadUpscaler.fingerprint_inputs("mine/fast", "cpu")
     manifest = nodes.engine_folders()["mine/fast"] / "manifest.json"

@@ -18,9 +18,10 @@ def computes_bf16() -> bool:
     """Whether OpenVINO is installed and computes in bfloat16 on this CPU."""
     try:
         import openvino
-    except ImportError:
+
+        return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    except (ImportError, AttributeError, RuntimeError):  # also an installation without its CPU plugin
         return False
-    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def open_session(
@@ -52,6 +53,7 @@ def open_session(
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+        "ENABLE_CPU_PINNING": False,  # else the processes of engine.bulk all pin their threads to the same core
     }
     if threads:
         settings["INFERENCE_NUM_THREADS"] = str(threads)
@@ -62,7 +64,7 @@ class OpenVinoSession(Waiting):
     """A compiled graph."""
 
     def __init__(self, compiled, manifest: Manifest, graph: str):
-        self._request = compiled.create_infer_request()
+        self.compiled, self._request = compiled, compiled.create_infer_request()
         self.manifest, self.entry = manifest, manifest.graphs[graph]
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
