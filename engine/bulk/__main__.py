@@ -13,6 +13,7 @@ from engine.io.notices import say
 from engine.runtime import color
 from engine.runtime import manifest as manifests
 from engine.runtime.backends.registry import BACKENDS
+from engine.runtime.manifest import Manifest
 from engine.runtime.upscaler import BUNDLED, model_folder
 from engine.settings import Settings
 
@@ -96,7 +97,6 @@ def main() -> int:
     )
     folder = model_folder(options.model).resolve()
     manifest = manifests.load(folder)
-    backend = manifest.backend if options.backend == "auto" else options.backend  # the same on every machine
     source, keys = source_of(_absolute(options.input), options.root and _absolute(options.root))
     out = Storage(_absolute(options.output))
     for storage in (source, out):
@@ -111,7 +111,7 @@ def main() -> int:
         extension=f".{options.format}" if options.format else None,
         model=folder.name if folder.parent == BUNDLED.resolve() else str(folder),  # bundled: wherever it is on a node
         identity=model_identity(folder),
-        load={"backend": backend, "precision": options.precision, "threads": options.threads}
+        load={"backend": _backend(options, manifest), "precision": options.precision, "threads": options.threads}
         | {"trust_plan": options.trust_plan, "device": "cuda" if options.gpus_per_worker else None},
     )
     machines = Machines(options.address, options.workers, options.threads, options.gpus_per_worker)
@@ -119,6 +119,13 @@ def main() -> int:
     _report(summary)
     print(json.dumps(summary))
     return 1 if summary["failed"] or summary["failed_before"] else 0
+
+
+def _backend(options: Any, manifest: Manifest) -> str:
+    """The backend, chosen once: every machine makes the same bytes."""
+    if options.backend != "auto":
+        return options.backend
+    return "openvino" if options.precision == manifest.options.get("on_cpu") == "bf16" else manifest.backend
 
 
 def _check(options: Any) -> None:

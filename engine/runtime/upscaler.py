@@ -21,7 +21,7 @@ from engine.runtime import color as colors
 from engine.runtime import manifest as manifests
 from engine.runtime.align import finish
 from engine.runtime.backends import Session
-from engine.runtime.backends.registry import BACKENDS, GENERATOR, PLANS, SERVER, Backend
+from engine.runtime.backends.registry import BACKENDS, FOLDERS, GENERATOR, PLANS, SERVER, Backend
 from engine.runtime.core import open_core
 from engine.runtime.foreign import is_engine
 from engine.runtime.manifest import FolderError, Manifest
@@ -343,6 +343,10 @@ def _check_fit(folder: Path, manifest: Manifest, backend: Backend) -> None:
         from engine.runtime.backends.tensorrt import load_module
 
         load_module(backend.name)  # first things first
+    if backend.name not in FOLDERS:
+        raise FolderError(
+            f"{folder} is for {manifest.backend}; {backend.name} runs folders as python -m engine.export writes them"
+        )
     source = folder if manifest.backend == "onnx" else "ONNX_FOLDER"
     raise FolderError(
         f"{folder} is for {manifest.backend}, not {backend.name}; "

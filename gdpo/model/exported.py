@@ -40,8 +40,8 @@ def from_export(folder: str | os.PathLike[str]) -> OneStepGenerator:
         )
     if about.options.get("weights", "fp32") != "fp32":
         raise ValueError(
-            f"{folder} stores its weights in {about.options['weights']}, which are rounded; only those of an export in "
-            "fp32 can be trained on"
+            f"{folder} stores its weights in {about.options['weights']}, which are rounded; train on the "
+            "model that it was exported from, or on the bundled tiny or faithful"
         )
     try:
         import onnx

@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ pq = pytest.importorskip("pyarrow.parquet", reason="engine.bulk needs pyarrow (e
 
 import pyarrow as pa  # noqa: E402
 
+from engine.bulk import __main__ as command  # noqa: E402
 from engine.bulk import claim as claims  # noqa: E402
 from engine.bulk import ledger as ledgers  # noqa: E402
 from engine.bulk.board import Board  # noqa: E402
@@ -24,7 +26,8 @@ from engine.bulk.storage import Storage  # noqa: E402
 from engine.io.cli import Failed  # noqa: E402
 from engine.io.files import atomic_path, remove_leftovers, sha256  # noqa: E402
 from engine.io.images import read_image  # noqa: E402
-from engine.runtime.upscaler import default_model  # noqa: E402
+from engine.runtime import manifest as manifests  # noqa: E402
+from engine.runtime.upscaler import default_model, model_folder  # noqa: E402
 from engine.settings import Settings  # noqa: E402
 from engine.worker import model_identity  # noqa: E402
 
@@ -219,6 +222,22 @@ def test_one_output_is_of_one_run_with_one_recipe(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="seed 0 -> 1"):
             ledgers.Ledger(out).check_recipe({"seed": 1})
     assert not out.exists("claim")
+
+
+@pytest.mark.parametrize(
+    "backend, precision, expected",
+    [
+        ("auto", "auto", "onnx"),
+        ("auto", "bf16", "openvino"),
+        ("auto", "fp32", "onnx"),
+        ("onnxruntime", "bf16", "onnxruntime"),
+    ],
+)
+def test_the_backend_is_the_same_on_every_machine(backend, precision, expected):
+    options = SimpleNamespace(backend=backend, precision=precision)
+    assert command._backend(options, manifests.load(model_folder("quality"))) == expected
+    of_tiny = command._backend(options, manifests.load(model_folder("tiny")))
+    assert of_tiny == ("onnx" if backend == "auto" else backend)
 
 
 def test_a_recipe_has_what_bytes_depend_on(work):

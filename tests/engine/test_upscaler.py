@@ -266,7 +266,7 @@ def test_bundled_models_go_by_name_and_a_folder_of_that_name_first(tmp_path, mon
     assert model_folder("faithful") == Path("faithful")
 
 
-def test_a_backend_that_is_missing_names_its_extra(tiny_engine, monkeypatch):
+def test_a_backend_that_is_missing_names_its_extra(tiny_engine, tmp_path, monkeypatch):
     monkeypatch.setitem(trt_backend._NAMES, "tensorrt", ("tensorrt_that_is_not_installed",))
     with pytest.raises(
         RuntimeError, match=r"backend tensorrt is not installed here .*pip install 'gdpo-sr\[tensorrt\]"
@@ -277,6 +277,12 @@ def test_a_backend_that_is_missing_names_its_extra(tiny_engine, monkeypatch):
         FolderError, match=r"is for onnx, not tensorrt; build it: python -m engine.build .* --backend tensorrt"
     ):
         Upscaler.load(tiny_engine, backend="tensorrt")
+    shutil.copytree(tiny_engine, tmp_path / "built")
+    replace(manifests.load(tmp_path / "built"), backend="onnxruntime").save(tmp_path / "built")
+    with pytest.raises(
+        FolderError, match=r"is for onnxruntime; openvino runs folders as python -m engine.export writes"
+    ):
+        Upscaler.load(tmp_path / "built", backend="openvino")
     with pytest.raises(ValueError, match="backend must be auto"):
         Upscaler.load(tiny_engine, backend="tflite")
     with pytest.raises(RuntimeError, match="onnxruntime-gpu"):
