@@ -14,6 +14,7 @@ from typing import Any
 from engine.io import rows
 from engine.io.cli import Parser, run
 from engine.io.files import atomic_write
+from engine.runtime.upscaler import BUNDLED_MODELS
 
 DOCUMENT = rows.ROOT / "docs" / "results.md"
 Row = dict[str, Any]
@@ -29,7 +30,7 @@ _COLUMNS = {  # key -> (heading, digits)
     "flat_hatch": ("hatch", 1),
     "oversharpening": ("oversharpening", 2),
 }
-_OURS = ("tiny", "quality", "faithful")
+_OURS = BUNDLED_MODELS
 _FAST = ("tiny", "faithful")
 _LABELS = {
     **{model: f"**{model}**" for model in _OURS},
